@@ -1,0 +1,153 @@
+"""`TrainConfig`: every setting of a run, as plain values that papermill can set."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from onn_core.errors import ConfigError
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+LOSSES = ("cross_entropy", "mse", "sum")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+UNITS_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+
+
+def parse_bytes(size: int | float | str | None) -> int | None:
+    """Bytes of `size`: a number of bytes, or text such as "4GB" (10^9) or "4GiB" (2^30)."""
+    if size is None:
+        return None
+    try:
+        if isinstance(size, str):
+            text = size.strip().upper().replace(" ", "")
+            number = text.rstrip("KMGIB")
+            size_bytes = float(number) * UNITS_BYTES[text[len(number) :] or "B"]
+        else:
+            size_bytes = float(size)
+        size_bytes = int(size_bytes)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        size_bytes = 0
+    if size_bytes <= 0:
+        raise ConfigError(
+            f'memory size {size!r} is not understood: write bytes or text like "4GB".'
+        )
+    return size_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run; validated when made.
+
+    model_dir: Hugging Face folder with config.json and safetensors.
+    data: "chatterbot", or the path of a .jsonl or .txt file.
+    output_dir: where the adapter, the checkpoints and record.json go.
+    sparse_layers: the decoder layers that get adapters: "all", "ends:4", "last:8" or numbers.
+    target_modules: names of linear modules in a layer; None is all of them.
+    micro_batch_size: samples that go through a layer together; None is the whole batch.
+    memory_budget: bytes or "4GB"; plans what is not given. None keeps `chunk_size` layers resident.
+    lora_dtype: "float32" (sound) or "model", the model's own dtype.
+    loss_scale: None, a fixed factor, or "dynamic" (float16: halve and skip on overflow).
+    """
+
+    model_dir: str
+    data: str
+    output_dir: str
+    # adapter
+    sparse_layers: str | Sequence[int] = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Sequence[str] | None = None
+    lora_dtype: str = "float32"
+    # streaming
+    chunk_size: int = 1
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    memory_budget: int | str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    # optimisation
+    max_steps: int = 100
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    loss: str = "cross_entropy"
+    loss_scale: float | str | None = None
+    # data and evaluation
+    max_length: int = 128
+    held_out_fraction: float = 0.1
+    shuffle_targets: bool = False
+    eval_every: int = 0
+    eval_samples: int = 64
+    seed: int = 0
+    # files
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    progress: bool = True
+
+    def __post_init__(self):
+        for name in ("model_dir", "data", "output_dir"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) or not str(value):
+                raise ConfigError(f"{name} must be a path, not {value!r}.")
+            object.__setattr__(self, name, str(value))
+        for name in (
+            *("lora_rank", "chunk_size", "batch_size", "max_steps", "gradient_accumulation_steps"),
+            *("max_length", "eval_samples", "keep_checkpoints"),
+        ):
+            _require_integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "eval_every", "save_every", "seed"):
+            _require_integer(name, getattr(self, name), 0)
+        if self.micro_batch_size is not None:
+            _require_integer("micro_batch_size", self.micro_batch_size, 1)
+            if self.micro_batch_size > self.batch_size:
+                raise ConfigError(
+                    f"micro_batch_size {self.micro_batch_size} is larger than batch_size "
+                    f"{self.batch_size}: lower it or leave it None."
+                )
+        _require_number("lora_alpha", self.lora_alpha, 0, open_below=True)
+        _require_number("lora_dropout", self.lora_dropout, 0, below=1)
+        _require_number("learning_rate", self.learning_rate, 0)
+        _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("held_out_fraction", self.held_out_fraction, 0, below=1)
+        if self.max_grad_norm is not None:
+            _require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True)
+        if self.loss_scale not in (None, "dynamic"):
+            _require_number("loss_scale", self.loss_scale, 0, open_below=True)
+        _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        _require_choice("loss", self.loss, LOSSES)
+        _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
+        if isinstance(self.target_modules, str):
+            raise ConfigError('target_modules must be a list of names such as ["q_proj"], or None.')
+        parse_bytes(self.memory_budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {
+            name: list(value) if isinstance(value, tuple | range) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def _require_integer(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}.")
+
+
+def _require_number(
+    name: str, value: Any, at_least: float, *, below: float = float("inf"), open_below: bool = False
+) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not at_least <= value < below or (open_below and value == at_least):
+        bounds = f"{'above' if open_below else 'at least'} {at_least}"
+        bounds += "" if below == float("inf") else f" and below {below}"
+        raise ConfigError(f"{name} must be a finite number {bounds}, not {value!r}.")
+
+
+def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")

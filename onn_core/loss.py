@@ -1,0 +1,99 @@
+"""Causal cross-entropy over a vocabulary that is never there at once, exact."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100  # a label that is not counted
+LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """(B, T) labels -> (B, T): position t holds the token that follows it."""
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def token_chunks(n_tokens: int, n_rows: int) -> list[slice]:
+    """Slices of tokens whose float32 logits over `n_rows` stay within LOGITS_BYTES."""
+    size = max(1, LOGITS_BYTES // (4 * n_rows))
+    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
+
+
+@dataclasses.dataclass
+class OnlineCrossEntropy:
+    """Summed cross-entropy and its gradient from one pass over blocks of the vocabulary.
+
+    The running maximum and sum of exponentials are those of the online softmax (Milakov and
+    Gimelshein 2018); the gradient is carried along unnormalised and divided by the sum at the end,
+    as FlashAttention (Dao et al. 2022) does for attention. The head is read once.
+
+    hidden: (n, C). labels: (n,) shifted, IGNORED where not counted. post: raw logits (n, v) ->
+    logits (n, v), elementwise (scaling, soft cap).
+    """
+
+    hidden: torch.Tensor
+    labels: torch.Tensor
+    post: Callable[[torch.Tensor], torch.Tensor]
+    with_grad: bool
+
+    def __post_init__(self):
+        n_tokens, hidden_size = self.hidden.shape
+        new = self.hidden.new_zeros
+        self._top = new(n_tokens, dtype=torch.float32).fill_(-torch.inf)  # running maximum
+        self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
+        self._target = new(n_tokens, dtype=torch.float32)  # logit of the label
+        if self.with_grad:
+            self._pull = new((n_tokens, hidden_size), dtype=torch.float32)  # sum exp * weight
+            self._push = new((n_tokens, hidden_size), dtype=torch.float32)  # weight of the label
+
+    def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
+        for tokens in token_chunks(len(self.labels), len(weight)):
+            self._add_tokens(tokens, first, weight, bias)
+
+    def _add_tokens(
+        self, tokens: slice, first: int, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        hidden = self.hidden[tokens]  # (n, C)
+        column = self.labels[tokens] - first
+        here = (column >= 0) & (column < len(weight))
+        column = column.clamp(0, len(weight) - 1)
+        raw = F.linear(hidden, weight, bias)  # (n, v)
+        with torch.set_grad_enabled(self.with_grad):
+            raw = raw.requires_grad_(self.with_grad)
+            logits = self.post(raw)
+        values = logits.detach().float()
+        top = torch.maximum(self._top[tokens], values.amax(-1))
+        shrink = torch.exp(self._top[tokens] - top)
+        target = values.gather(-1, column[:, None])[:, 0]
+        self._target[tokens] = torch.where(here, target, self._target[tokens])
+        exponentials = values.sub_(top[:, None]).exp_()
+        self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
+        self._top[tokens] = top
+        if not self.with_grad:
+            return
+        self._pull[tokens] *= shrink[:, None]
+        if logits is raw:
+            pull, slope = exponentials.to(raw.dtype), None
+        else:
+            (pull,) = torch.autograd.grad(
+                logits, raw, exponentials.to(logits.dtype), retain_graph=True
+            )
+            (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
+            slope = slopes.gather(-1, column[:, None]).float()
+        self._pull[tokens] += (pull @ weight).float()
+        rows = here.nonzero()[:, 0]
+        push = weight[column[rows]].float()
+        self._push[tokens.start + rows] = push if slope is None else push * slope[rows]
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The summed loss over counted tokens, and its gradient (n, C) in float32."""
+        counted = self.labels != IGNORED
+        losses = self._top + torch.log(self._sum) - self._target
+        loss = torch.where(counted, losses, 0.0).sum()
+        if not self.with_grad:
+            return loss, None
+        grad = self._pull.div_(self._sum[:, None]).sub_(self._push)
+        return loss, grad.masked_fill_(~counted[:, None], 0.0)

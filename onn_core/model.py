@@ -1,0 +1,296 @@
+"""`from_pretrained`: a transformers model whose decoder layers are streamed from disk.
+
+transformers owns the forward pass. What changes is how a decoder layer, the embedding and the head
+get their weights: matrices of decoder layers come and go with the visits of a layer; vectors
+(norms, biases) and everything outside the layers stay.
+"""
+
+import functools
+import inspect
+import os
+import re
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from onn_core.checkpoint import Checkpoint
+from onn_core.errors import ConfigError, OnnError
+from onn_core.head import EmbeddingRows, StreamedHead, head_items
+from onn_core.layer import Binding, Session, StreamedLayer
+from onn_core.sources import Source, find_sources
+from onn_core.stream import Item, WeightStream, close_with, count_slots
+
+
+class StreamedModel:
+    """Mixed into a transformers model class; `self.session` is shared by the streamed layers."""
+
+    session: Session
+    checkpoint: Checkpoint
+    head: StreamedHead | None
+    streamed_layers: list[StreamedLayer]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plain = super().forward
+        kwargs.update(zip(inspect.signature(plain).parameters, args, strict=False))
+        self.session.lowest = self._lowest_trained()
+        if self.session.lowest is not None:
+            kwargs["use_cache"] = False  # a recompute must not fill it twice
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        own_loss = getattr(self, "loss_type", None) in (None, "ForCausalLM")
+        if (labels is None and shifted is None) or self.head is None or not own_loss:
+            return plain(**kwargs)
+        return self._forward_with_loss(plain, kwargs)
+
+    def _forward_with_loss(self, plain: Any, kwargs: dict[str, Any]) -> Any:
+        """The model's own forward without its head; then the loss, in chunks."""
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        n_counted = kwargs.pop("num_items_in_batch", None)
+        return_dict = kwargs.pop("return_dict", None)
+        base = getattr(self, self.base_model_prefix)
+        found = []
+        hook = base.register_forward_hook(lambda _, __, output: found.append(output))
+        try:
+            with self.head.replaced(lambda hidden: hidden[..., :1]):
+                outputs = plain(**kwargs, return_dict=True)
+        finally:
+            hook.remove()
+        hidden = found[0][0]  # (B, T, C)
+
+        def tail(part: torch.Tensor) -> torch.Tensor:  # (1, n, C) -> logits (1, n, V)
+            base.forward = lambda *_, **__: type(found[0])(last_hidden_state=part)
+            try:
+                return plain(inputs_embeds=part, use_cache=False, return_dict=True).logits
+            finally:
+                del base.forward
+
+        outputs.loss = self.head.cross_entropy(
+            hidden,
+            labels if shifted is None else shifted,
+            shifted is not None,
+            n_counted,
+            tail,
+            self.loss_function,
+        )
+        outputs.logits = None
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _lowest_trained(self) -> int | None:
+        """The lowest layer that backward reaches, or None without gradients."""
+        if not torch.is_grad_enabled():
+            return None
+        for layer in self.streamed_layers:
+            if any(parameter.requires_grad for parameter in layer.module.parameters()):
+                return layer.number
+        return None
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise OnnError(
+            "a streamed model holds no weights to save: save its adapter with "
+            "PeftModel.save_pretrained, or merge it with onn_core.merge."
+        )
+
+    def close(self) -> None:
+        """Give back the weights' memory and stop the readers; the next forward starts them."""
+        self.session.stream.close()
+
+
+def from_pretrained(
+    model_dir: str | os.PathLike,
+    *,
+    chunk_size: int = 1,
+    micro_batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> PreTrainedModel:
+    """A causal language model whose frozen weights stay in `model_dir` until they are needed.
+
+    model_dir: a Hugging Face folder with config.json and safetensors, read in place.
+    chunk_size: decoder layers resident together, 1 to all of them.
+    micro_batch_size: samples that go through a layer together; None is the whole batch.
+    memory_budget: bytes or text such as "4GB"; plans what is not given.
+    device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own.
+
+    Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
+    Raises CheckpointError or ConfigError, before any weight is read.
+    """
+    checkpoint = Checkpoint.open(model_dir)
+    device = resolve_device(device)
+    model = _skeleton(checkpoint, dtype)
+    layers = decoder_layers(model)
+    _require_integer("chunk_size", chunk_size, len(layers))
+    if micro_batch_size is not None:
+        _require_integer("micro_batch_size", micro_batch_size)
+    sources = find_sources(model, checkpoint)
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    by_rows = isinstance(embedding, nn.Embedding)
+    in_blocks = isinstance(head, nn.Linear)
+    ends = [
+        end for end, comes_and_goes in ((embedding, by_rows), (head, in_blocks)) if comes_and_goes
+    ]
+    bindings, end_sources = _fill(model, layers, ends, sources, checkpoint, device)
+
+    units = [list({binding.item: None for binding in layer}) for layer in bindings]
+    blocks = (
+        head_items(end_sources[head], *head.weight.shape, head.weight.dtype) if in_blocks else []
+    )
+    head_units = [[item] for _, item in blocks]
+    slots = count_slots(units, chunk_size) + count_slots(head_units, 1)
+    stream = WeightStream(checkpoint, units + head_units, slots, device)
+    session = Session(
+        stream=stream,
+        n_layers=len(layers),
+        head_units=list(range(len(units), len(units) + len(blocks))),
+        device=device,
+        micro_batch_size=micro_batch_size,
+    )
+    streamed = []
+    for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
+        streamed.append(StreamedLayer(layer, number, own, session))
+        layer.forward = streamed[-1]
+    if by_rows:
+        embedding.forward = EmbeddingRows(embedding, checkpoint, end_sources[embedding], device)
+    model.head = None
+    if in_blocks:
+        model.head = StreamedHead(head, blocks, session)
+        head.forward = model.head
+    plain = type(model)
+    model.__class__ = type(f"Streamed{plain.__name__}", (StreamedModel, plain), {})
+    functools.update_wrapper(model.__class__.forward, plain.forward)
+    model.session, model.checkpoint, model.streamed_layers = session, checkpoint, streamed
+    close_with(model, stream)
+    return model.eval()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers in order; ConfigError if the model has none that can be streamed."""
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    layers = [layer for stack in stacks for layer in stack]
+    inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
+    layers = [layer for layer in layers if id(layer) not in inner]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no stack of decoder layers to stream.")
+    return layers
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers real."""
+    config = checkpoint.config
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        model_class = None
+    named = config.architectures or []
+    if (
+        model_class is None
+        or config.is_encoder_decoder
+        or (named and model_class.__name__ not in named)
+    ):
+        raise ConfigError(
+            f"{checkpoint.model_dir.name} holds {', '.join(named) or config.model_type}, which is "
+            "not a causal language model: choose a decoder-only model."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, checkpoint))
+    model.tie_weights()
+    model.name_or_path = config._name_or_path = str(checkpoint.model_dir)
+    if (checkpoint.model_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.model_dir)
+    return model
+
+
+def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    stored = (entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
+    if dtype == "auto":
+        dtype = checkpoint.config.dtype or next(stored, torch.float32)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ConfigError("dtype must be auto, float32, bfloat16, float16 or float64.")
+    return dtype
+
+
+def _fill(
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    ends: list[nn.Module],
+    sources: dict[str, Source],
+    checkpoint: Checkpoint,
+    device: torch.device,
+) -> tuple[list[list[Binding]], dict[nn.Module, Source]]:
+    """Give every parameter its values, or, where they come and go, a placeholder.
+
+    Returns the bindings of each layer and the sources of the weights of `ends`.
+    """
+    number_of = {part: number for number, layer in enumerate(layers) for part in layer.modules()}
+    plan = model._get_dtype_plan(next(model.parameters()).dtype)
+    source_of: dict[int, Source] = {}  # id of a parameter; tied ones have one source
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in sources:
+            source_of.setdefault(id(parameter), sources[name])
+    made: dict[int, tuple[nn.Parameter, Item | None]] = {}
+    bindings: list[list[Binding]] = [[] for _ in layers]
+    end_sources: dict[nn.Module, Source] = {}
+    for module_name, module in list(model.named_modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            source, number = source_of[id(parameter)], number_of.get(module)
+            if module in ends and name == "weight":
+                end_sources[module] = source
+            if id(parameter) not in made:
+                kept = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
+                dtype = torch.float32 if kept else parameter.dtype
+                item = None
+                if parameter.ndim > 1 and number is not None:
+                    item = Item(source, tuple(parameter.shape), dtype)
+                if item is not None or module in end_sources and name == "weight":
+                    nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
+                    values = nan.expand(parameter.shape)
+                else:
+                    values = source.read(checkpoint).to(device, dtype).view(parameter.shape)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=False), item
+            module._parameters[name], item = made[id(parameter)]
+            if item is not None:
+                bindings[number].append(Binding(module, name, item, module._parameters[name].data))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                source = sources.get(f"{module_name}.{name}".lstrip("."))
+                values = buffer if source is None else source.read(checkpoint).to(buffer.dtype)
+                module._buffers[name] = values.to(device)
+    return bindings, end_sources
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is CUDA if there is one; ConfigError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f'device {device!r} is not understood: use "cpu" or "cuda".') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('there is no CUDA device here: use device="cpu".')
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f'device {device.type!r} is not supported: use "cpu" or "cuda".')
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _require_integer(name: str, value: Any, at_most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+    if at_most is not None and value > at_most:
+        raise ConfigError(f"{name} {value} is more than the model's {at_most} layers: lower it.")

@@ -1,0 +1,97 @@
+"""Whole-page reads straight from disk, past the page cache where the file system allows it."""
+
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from onn_core.errors import CheckpointError
+
+PAGE_BYTES = 4096
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def host_buffer(n_bytes: int) -> torch.Tensor:
+    """(n_bytes,) uint8, page-aligned, given back to the system when dropped."""
+    memory = mmap.mmap(-1, n_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def pinned_buffer(n_bytes: int) -> torch.Tensor:
+    """(n_bytes,) uint8, page-aligned and pinned for copies to a CUDA device."""
+    memory = torch.empty(n_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+    start = -memory.data_ptr() % PAGE_BYTES
+    return memory[start : start + n_bytes]
+
+
+class DirectFiles:
+    """Descriptors that many threads read from; opened at first use."""
+
+    def __init__(self):
+        self._opened: dict[Path, tuple[int, bool]] = {}  # descriptor, direct
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, start: int, stop: int, into: torch.Tensor) -> int:
+        """Read bytes start:stop to the start of `into`; returns the bytes read, in whole pages.
+
+        `start` is a multiple of the page; `into` is page-aligned and holds whole pages.
+        CheckpointError if the file is gone, refuses, or has become shorter.
+        """
+        descriptor, direct = self._open(path)
+        n_whole = -(-(stop - start) // PAGE_BYTES) * PAGE_BYTES
+        view = memoryview(into.numpy())[:n_whole]
+        n_read = 0
+        try:
+            while n_read < stop - start:
+                got = os.preadv(descriptor, [view[n_read:]], start + n_read)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{path.name} became shorter while it was read: "
+                        "restore the model folder and start again."
+                    )
+                n_read += got
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.name} cannot be read at byte {start} ({error.strerror}): "
+                "check the disk, restore the file and start again."
+            ) from error
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, start, n_whole, os.POSIX_FADV_DONTNEED)
+        return n_read
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        with self._lock:
+            if path not in self._opened:
+                try:
+                    self._opened[path] = _open_direct(path)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path.name} cannot be opened ({error.strerror}): "
+                        "restore the model folder and start again."
+                    ) from error
+            return self._opened[path]
+
+    def close(self) -> None:
+        """Close every descriptor; a later read opens its file again."""
+        with self._lock:
+            while self._opened:
+                os.close(self._opened.popitem()[1][0])
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """A descriptor, and whether it reads past the page cache."""
+    if O_DIRECT:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | O_DIRECT)
+        except OSError:
+            return os.open(path, os.O_RDONLY), False
+        try:
+            os.preadv(descriptor, [host_buffer(PAGE_BYTES).numpy()], 0)
+            return descriptor, True
+        except OSError:  # accepted at opening, refused at reading
+            os.close(descriptor)
+    return os.open(path, os.O_RDONLY), False

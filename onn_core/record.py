@@ -1,0 +1,153 @@
+"""What a run measured: JSON out and in, schema versioned."""
+
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onn_core.errors import OnnError
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass
+class StepRecord:
+    """One optimizer step. Times in seconds of wall clock, sizes in bytes."""
+
+    step: int
+    samples: int  # in this step
+    tokens: int  # in this step, padding included
+    counted_tokens: int  # with a label
+    loss: float  # mean over counted tokens
+    learning_rate: float
+    grad_norm: float  # before clipping
+    grad_norm_by_layer: dict[str, float]
+    step_s: float
+    wait_s: float  # compute stood still for weights
+    forward_s: float  # layers only, without waiting
+    backward_s: float  # recompute included, without waiting
+    head_s: float  # logits and loss, without waiting
+    optimizer_s: float
+    bytes_read: int
+    layer_loads: int
+    nonfinite: int = 0  # NaN or Inf seen in loss or gradients
+    skipped: bool = False  # gradient scaling found an overflow
+    loss_scale: float | None = None
+
+
+@dataclasses.dataclass
+class EvalRecord:
+    """Held-out text before the first step (step 0) or after step `step`."""
+
+    step: int
+    samples_seen: int
+    wall_s: float  # since the run began
+    loss: float  # mean over counted tokens
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """One run: its settings, where it ran, what it measured."""
+
+    config: dict[str, Any]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: list[StepRecord] = dataclasses.field(default_factory=list)
+    evals: list[EvalRecord] = dataclasses.field(default_factory=list)
+    peak_memory_bytes: int = 0
+    wall_s: float = 0.0
+    status: str = "running"  # "finished", or "stopped: why"
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """This record as JSON values."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write this record to `path` as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "RunRecord":
+        """Read a record that `save` wrote; OnnError if it is not one."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            if fields["schema_version"] != SCHEMA_VERSION:
+                raise OnnError(
+                    f"{path} has record schema {fields['schema_version']}, this version reads "
+                    f"{SCHEMA_VERSION}: run it again."
+                )
+            fields["steps"] = [StepRecord(**step) for step in fields["steps"]]
+            fields["evals"] = [EvalRecord(**evaluation) for evaluation in fields["evals"]]
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OnnError(f"{path} is not a run record ({error}): run it again.") from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all; a NaN becomes the text "NaN"."""
+    write_atomic(path, (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_atomic(path: str | os.PathLike, content: bytes) -> None:
+    """Write `content` under a temporary name, sync it, and rename it to `path`."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def describe_environment(device: str = "cpu") -> dict[str, Any]:
+    """Hardware, versions and date of this run; no path and no host name."""
+    import torch
+
+    versions = {}
+    for package in ("torch", "transformers", "peft", "safetensors"):
+        versions[package] = metadata.version(package)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's own types: tuples as lists, non-finite floats as text that float() reads."""
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,348 @@
+"""Disk -> host -> device: weights arrive ahead of the compute, in the order it will use them.
+
+A *unit* is what is visited at once: a decoder layer, or a block of rows of the head. A unit's
+matrices are its *items*. The model says which units come next (the order of a training step is
+known: forward, head, backward, forward ...), and reader threads keep as many upcoming items in
+memory as there are *slots*. An item that is no longer needed stays until its slot is wanted for an
+item that is used sooner (Belady's rule, optimal because the order is known): what fits stays
+resident at both turns of the step, and a model that fits whole is read once.
+"""
+
+import dataclasses
+import math
+import threading
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from onn_core.checkpoint import Checkpoint
+from onn_core.reader import PAGE_BYTES, DirectFiles, host_buffer, pinned_buffer
+from onn_core.sources import Source
+
+PIECE_BYTES = 8 << 20  # one read
+N_READERS = 2
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    """One matrix that comes and goes."""
+
+    source: Source
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # in memory
+    unit: int = -1
+    slot: "Slot | None" = None
+    tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready
+    in_use: bool = False
+    pieces_left: int = 0
+    ready_event: "torch.cuda.Event | None" = None
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Its bytes in whole pages, with room for where it begins within a page of its file."""
+        return -(-self.n_bytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the file's bytes are the tensor's."""
+        return self.source.direct and self.source.entry.dtype == self.dtype
+
+    @property
+    def first_page(self) -> int:
+        """Where in its file the page begins that holds its first byte."""
+        return self.source.entry.offset // PAGE_BYTES * PAGE_BYTES
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Byte ranges of its file, one a read; a converted tensor is made in one go."""
+        if not self.source.direct:
+            return [(0, 0)]
+        stop = self.source.entry.offset + self.source.entry.n_bytes
+        starts = range(self.first_page, stop, PIECE_BYTES)
+        return [(start, min(start + PIECE_BYTES, stop)) for start in starts]
+
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor (shape) in its slot's memory (slot_bytes,)."""
+        begin = self.source.entry.offset - self.first_page if self.in_place else 0
+        return memory[begin : begin + self.n_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """Memory that holds one item at a time."""
+
+    memory: torch.Tensor  # (slot_bytes,) uint8
+    item: Item | None = None
+    free_event: "torch.cuda.Event | None" = None  # the last compute that read it
+
+
+@dataclasses.dataclass
+class StreamCounts:
+    """What a stream has done since it was made."""
+
+    wait_s: float = 0.0  # the compute stood still for weights
+    bytes_read: int = 0
+    item_loads: Counter = dataclasses.field(default_factory=Counter)  # unit -> items fetched
+
+
+def lookahead(items: Sequence[Item]) -> list[Item]:
+    """The items of a layer that are fetched while the one before computes: up to the largest.
+
+    The current layer lets its matrices go one by one, so the rest find room in time.
+    """
+    largest = max(range(len(items)), key=lambda i: items[i].n_bytes)
+    return list(items[: largest + 1])
+
+
+def count_slots(units: Sequence[Sequence[Item]], n_resident: int) -> Counter:
+    """Size in bytes -> slots, for `n_resident` units at once and the look-ahead into the next."""
+    slots: Counter = Counter()
+    for first in range(len(units)):
+        window = [item for unit in units[first : first + n_resident] for item in unit]
+        for unit in units[first + n_resident : first + n_resident + 1]:
+            window += lookahead(unit)
+        slots |= Counter(item.slot_bytes for item in window)  # the larger count of each size
+    return slots
+
+
+class WeightStream:
+    """Keeps the coming units' items on their way into a fixed number of slots.
+
+    units: the items of every unit. slots: size in bytes -> how many.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        units: Sequence[Sequence[Item]],
+        slots: Counter,
+        device: torch.device,
+    ):
+        self.units = [list(unit) for unit in units]
+        for number, unit in enumerate(self.units):
+            for item in unit:
+                item.unit = number
+        self.slots = slots
+        self.counts = StreamCounts()
+        self._checkpoint = checkpoint
+        self._device = device
+        self._files = DirectFiles()
+        self._held: dict[int, list[Slot]] = defaultdict(list)
+        self._future: list[int] = []
+        self._uses: dict[int, list[int]] = {}  # unit -> positions in the future
+        self._pieces: list[tuple[Item, int, int]] = []  # of the item being fetched, last first
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._readers: list[threading.Thread] = []
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    # --- the compute's side ---------------------------------------------------------------
+
+    def acquire(self, future: Sequence[int]) -> list[Item]:
+        """Enter unit `future[0]` and return its items when all are ready.
+
+        future: the units that will be visited, this one first. CheckpointError if a file fails.
+        """
+        items = self.units[future[0]]
+        with self._changed:
+            self._future = list(future)
+            self._uses = defaultdict(list)
+            for position, unit in enumerate(self._future):
+                self._uses[unit].append(position)
+            for item in items:
+                item.in_use = True
+            if not self._readers:
+                self._start_readers()
+            self._changed.notify_all()
+            started = time.perf_counter()
+            while self._error is None and any(item.tensor is None for item in items):
+                self._changed.wait()
+            self.counts.wait_s += time.perf_counter() - started
+            if self._error is not None:
+                raise self._error
+        if self._copies is not None:
+            for item in items:
+                torch.cuda.current_stream(self._device).wait_event(item.ready_event)
+        return items
+
+    def release(self, item: Item) -> None:
+        """The compute needs `item` no longer in this visit."""
+        if not item.in_use:
+            return
+        if self._copies is not None:
+            item.slot.free_event = torch.cuda.current_stream(self._device).record_event()
+        with self._changed:
+            item.in_use = False
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop the readers and give all memory back; `acquire` starts afresh."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for reader in self._readers:
+            reader.join()
+        self._readers.clear()
+        self._held.clear()
+        self._pieces.clear()
+        for unit in self.units:
+            for item in unit:
+                item.slot = item.tensor = None
+                item.in_use = False
+        self._error = None
+        self._files.close()
+
+    def _start_readers(self) -> None:
+        self._closed = False
+        for number in range(N_READERS):
+            reader = threading.Thread(target=self._read, name=f"onn-reader-{number}", daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    # --- what to fetch next, and where to put it -------------------------------------------
+
+    def _next_piece(self) -> tuple[Item, int, int] | None:
+        """The next (item, start, stop) to read, or None while there is nothing to fetch."""
+        if not self._pieces:
+            item = self._next_item()
+            if item is None:
+                return None
+            pieces = item.pieces()
+            item.pieces_left = len(pieces)
+            self._pieces = [(item, start, stop) for start, stop in reversed(pieces)]
+        return self._pieces.pop()
+
+    def _next_item(self) -> Item | None:
+        """The absent item that is used soonest and has room; its slot is then its own."""
+        full = set()  # sizes that have no room for an item used this late
+        for position, unit in enumerate(self._future):
+            for item in self.units[unit]:
+                if item.slot is not None or item.slot_bytes in full:
+                    continue
+                if position == 0 and not item.in_use:  # already let go in this visit
+                    continue
+                slot = self._find_slot(item.slot_bytes, position)
+                if slot is None:
+                    full.add(item.slot_bytes)
+                    continue
+                if slot.item is not None:
+                    slot.item.slot = slot.item.tensor = None
+                slot.item, item.slot = item, slot
+                self.counts.item_loads[unit] += 1
+                return item
+            if len(full) == len(self.slots):
+                break
+        return None
+
+    def _find_slot(self, size: int, position: int) -> Slot | None:
+        """A new slot, or the one whose item is used last, if that is after `position`."""
+        held = self._held[size]
+        if len(held) < self.slots[size]:
+            if self._copies is not None:
+                held.append(Slot(torch.empty(size, dtype=torch.uint8, device=self._device)))
+            else:
+                held.append(Slot(host_buffer(size)))
+            return held[-1]
+        idle = [slot for slot in held if slot.item.tensor is not None and not slot.item.in_use]
+        last_used = max(idle, key=lambda slot: self._next_use(slot.item), default=None)
+        if last_used is not None and self._next_use(last_used.item) > position:
+            return last_used
+        return None
+
+    def _next_use(self, item: Item) -> float:
+        """When an idle item is used again: its use in the current unit, position 0, is over."""
+        return next((use for use in self._uses.get(item.unit, ()) if use > 0), math.inf)
+
+    # --- the readers' side ----------------------------------------------------------------
+
+    def _read(self) -> None:
+        staging = _Staging(self._copies)
+        while True:
+            with self._changed:
+                while (piece := None if self._error else self._next_piece()) is None:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                if self._closed:
+                    return
+            item, start, stop = piece
+            n_read, error = 0, None
+            try:
+                n_read = self._load(item, start, stop, staging)
+            except Exception as problem:  # raised in the compute's thread, by acquire
+                error = problem
+            with self._changed:
+                self.counts.bytes_read += n_read
+                item.pieces_left -= 1
+                if error is not None:
+                    self._error = self._error or error
+                elif item.pieces_left == 0 and not self._error:
+                    if self._copies is not None:
+                        item.ready_event = self._copies.record_event()
+                    item.tensor = item.view(item.slot.memory)
+                self._changed.notify_all()
+
+    def _load(self, item: Item, start: int, stop: int, staging: "_Staging") -> int:
+        """Bring bytes start:stop of the item's file into its slot; returns the bytes read."""
+        source, memory = item.source, item.slot.memory
+        if not source.direct:
+            staging.copy(item.view(memory), source.read(self._checkpoint), item.slot)
+            return source.n_bytes
+        entry = source.entry
+        into = memory[start - item.first_page :]
+        if item.in_place and self._copies is None:
+            return self._files.read(entry.path, start, stop, into)
+        buffer = staging.buffer()
+        n_read = self._files.read(entry.path, start, stop, buffer)
+        if item.in_place:
+            staging.copy(into[: stop - start], buffer[: stop - start], item.slot)
+        else:
+            begin = max(start, entry.offset)
+            values = buffer[begin - start : stop - start].view(entry.dtype)
+            first = (begin - entry.offset) // entry.dtype.itemsize
+            target = item.view(memory).view(-1)[first : first + len(values)]
+            staging.copy(target, values, item.slot)
+        return n_read
+
+
+class _Staging:
+    """One reader's two buffers, for pieces that are cast or copied to a device."""
+
+    def __init__(self, copies: "torch.cuda.Stream | None"):
+        self._copies = copies
+        self._make = host_buffer if copies is None else pinned_buffer
+        self._buffers: list[torch.Tensor] = []
+        self._events: list = [None, None]
+        self._turn = 0
+
+    def buffer(self) -> torch.Tensor:
+        """(PIECE_BYTES,) uint8 whose last copy is done."""
+        self._turn = 1 - self._turn
+        while len(self._buffers) < 2:
+            self._buffers.append(self._make(PIECE_BYTES))
+        if self._events[self._turn] is not None:
+            self._events[self._turn].synchronize()
+        return self._buffers[self._turn]
+
+    def copy(self, target: torch.Tensor, values: torch.Tensor, slot: Slot) -> None:
+        """target <- values, with a cast if they differ, once the slot is free."""
+        if self._copies is None:
+            target.copy_(values)
+            return
+        with torch.cuda.stream(self._copies):
+            if slot.free_event is not None:
+                self._copies.wait_event(slot.free_event)
+            target.copy_(values, non_blocking=True)
+            self._events[self._turn] = self._copies.record_event()
+
+
+def close_with(owner: object, stream: WeightStream) -> None:
+    """Close `stream` when `owner` is collected or the interpreter ends."""
+    weakref.finalize(owner, stream.close)
