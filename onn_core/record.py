@@ -111,7 +111,7 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> None:
         raise
 
 
-def describe_environment(device: str = "cpu") -> dict[str, Any]:
+def describe_environment(device: Any = "cpu") -> dict[str, Any]:
     """Hardware, versions and date of this run; no path and no host name."""
     import torch
 
@@ -125,7 +125,7 @@ def describe_environment(device: str = "cpu") -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name() if str(device).startswith("cuda") else "cpu",
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions,

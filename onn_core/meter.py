@@ -1,0 +1,125 @@
+"""Peak memory, and the two ceilings of this machine: reading and matrix products."""
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from onn_core.reader import DirectFiles, host_buffer
+
+PIECE_BYTES = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What this machine sustains, on these files and shapes."""
+
+    read_bytes_per_s: float
+    flops_per_s: dict[int, float]  # tokens in a matrix product -> FLOP/s
+    copy_bytes_per_s: float | None = None  # host to device
+
+    def disturbed(self, later: "Ceilings") -> bool:
+        """Whether a second measurement differs by more than a quarter."""
+        pairs = [(self.read_bytes_per_s, later.read_bytes_per_s)]
+        pairs += [(flops, later.flops_per_s[n]) for n, flops in self.flops_per_s.items()]
+        return any(max(pair) > 1.25 * min(pair) for pair in pairs)
+
+
+def memory_bytes(field: str = "VmRSS") -> int:
+    """This process's memory: VmRSS now, VmHWM its peak since `reset_peak_memory`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak, on the host and on the device."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device, before_bytes: int = 0) -> int:
+    """The device allocator's peak; on a CPU the process's peak beyond `before_bytes`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return memory_bytes("VmHWM") - before_bytes
+
+
+def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0) -> float:
+    """Bytes a second that `n_readers` threads read directly, in turn over the files' pieces."""
+    files, lock, totals = DirectFiles(), threading.Lock(), [0]
+    pieces = [
+        (path, start, min(start + PIECE_BYTES, path.stat().st_size))
+        for path in paths
+        for start in range(0, path.stat().st_size, PIECE_BYTES)
+    ]
+    pieces.reverse()
+    stop_at = time.perf_counter() + limit_s
+
+    def read() -> None:
+        buffer = host_buffer(PIECE_BYTES)
+        while time.perf_counter() < stop_at:
+            with lock:
+                if not pieces:
+                    return
+                path, start, stop = pieces.pop()
+            n_bytes = files.read(path, start, stop, buffer)
+            with lock:
+                totals[0] += n_bytes
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=read) for _ in range(n_readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files.close()
+    return totals[0] / (time.perf_counter() - started)
+
+
+def measure_flops(
+    shapes: Sequence[tuple[int, int]],
+    n_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int = 5,
+) -> float:
+    """FLOP/s of the products (n_tokens, in) x (in, out) over all `shapes`, as a layer makes them."""
+    weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
+    inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
+    times_s = []
+    for _ in range(repeats + 1):
+        _synchronize(device)
+        started = time.perf_counter()
+        for values, weight in zip(inputs, weights, strict=True):
+            F.linear(values, weight)
+        _synchronize(device)
+        times_s.append(time.perf_counter() - started)
+    flops = 2 * n_tokens * sum(out * size for out, size in shapes)
+    return flops / statistics.median(times_s[1:])
+
+
+def measure_copy(device: torch.device, n_bytes: int = 1 << 28, repeats: int = 5) -> float:
+    """Bytes a second from pinned host memory to a CUDA device."""
+    host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    times_s = []
+    for _ in range(repeats + 1):
+        _synchronize(device)
+        started = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        _synchronize(device)
+        times_s.append(time.perf_counter() - started)
+    return n_bytes / statistics.median(times_s[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

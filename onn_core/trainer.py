@@ -1,0 +1,314 @@
+"""`ChunkedLoraTrainer`: read this first. A whole training run, from settings to a record."""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from onn_core import data
+from onn_core.config import TrainConfig
+from onn_core.errors import ConfigError, NonFiniteError
+from onn_core.lora import add_adapter, count_trainable, save_adapter, select_layers
+from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.model import from_pretrained
+from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
+
+
+class ChunkedLoraTrainer:
+    """Trains a LoRA on a streamed model.
+
+    config: all settings. on_step: called after each optimizer step with the record so far.
+
+    Files in `config.output_dir`: `adapter/`, a standard PEFT folder, and `record.json`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, on_step: Callable[[RunRecord], None] = lambda record: None
+    ):
+        self.config = config
+        self.on_step = on_step
+        self.output_dir = Path(config.output_dir)
+
+    def setup(self) -> None:
+        """Open everything a run needs; raises OnnError before any long work."""
+        config = self.config
+        _require_writable(self.output_dir)
+        memory_before = memory_bytes()
+        self.base = from_pretrained(
+            config.model_dir,
+            chunk_size=config.chunk_size,
+            micro_batch_size=config.micro_batch_size,
+            memory_budget=config.memory_budget,
+            device=config.device,
+            dtype=config.dtype,
+        )
+        self.device = self.base.session.device
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model_dir, local_files_only=True)
+        dataset = data.tokenize(data.load_rows(config.data), self.tokenizer, config.max_length)
+        self.train_set, self.held_out = data.split(
+            dataset.examples, config.held_out_fraction, config.seed
+        )
+        if config.shuffle_targets:
+            self.train_set = data.shuffle_targets(self.train_set, config.seed)
+        self.model = add_adapter(self.base, config)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            init_scale=config.loss_scale if isinstance(config.loss_scale, float | int) else 2.0**16,
+            enabled=config.loss_scale is not None,
+        )
+        self.record = RunRecord(
+            config=config.to_dict(),
+            model={
+                "name": Path(config.model_dir).name,
+                "type": self.base.config.model_type,
+                "layers": self.base.session.n_layers,
+                "trained_layers": select_layers(config.sparse_layers, self.base.session.n_layers),
+                "parameters": self.base.num_parameters(),
+                "trainable": count_trainable(self.model),
+                "dtype": str(self.base.dtype).removeprefix("torch."),
+            },
+            data={
+                "name": Path(config.data).name,
+                "rows": dataset.rows,
+                "truncated": dataset.truncated,
+                "dropped": dataset.dropped,
+                "train": len(self.train_set),
+                "held_out": len(self.held_out),
+            },
+            environment=describe_environment(self.device),
+        )
+        for name in ("model_dir", "data", "output_dir"):  # a record carries no path of its machine
+            self.record.config[name] = Path(self.record.config[name]).name
+        self._memory_before = memory_before
+
+    def train(self) -> RunRecord:
+        """Run `max_steps` optimizer steps. NonFiniteError stops it, the last good adapter kept."""
+        config = self.config
+        self.setup()
+        record, started = self.record, time.perf_counter()
+        reset_peak_memory(self.device)
+        batches = self._batches()
+        try:
+            with self._progress() as bar:
+                for step in range(1, config.max_steps + 1):
+                    if config.eval_every and step == 1:
+                        self._evaluate_into(record, 0, started)
+                    record.steps.append(self._step(step, next(batches)))
+                    done = step == config.max_steps
+                    if config.eval_every and (step % config.eval_every == 0 or done):
+                        self._evaluate_into(record, step, started)
+                    bar.update()
+                    bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
+                    record.wall_s = time.perf_counter() - started
+                    record.peak_memory_bytes = self._peak_memory_bytes()
+                    self.on_step(record)
+            record.status = "finished"
+        except BaseException as error:
+            record.status = f"stopped: {error or type(error).__name__}"
+            raise
+        finally:
+            save_adapter(self.model, self.output_dir / "adapter")
+            record.save(self.output_dir / "record.json")
+            self.base.close()
+        return record
+
+    # --- one optimizer step -----------------------------------------------------------------
+
+    def _step(self, step: int, parts: list[dict[str, torch.Tensor]]) -> StepRecord:
+        """Gradients of all `parts` (each a batch), then one update."""
+        config, session = self.config, self.base.session
+        started = time.perf_counter()
+        before = dataclasses.replace(session.stream.counts)
+        loads_before = session.stream.counts.item_loads.total()
+        session.seconds.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+
+        n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
+        loss = 0.0
+        for part in parts:
+            part_loss = self._loss(part, n_counted)
+            self.scaler.scale(part_loss).backward()
+            loss += float(part_loss)
+
+        optimizer_started = time.perf_counter()
+        self.scaler.unscale_(self.optimizer)
+        by_layer = self._grad_norm_by_layer()
+        clip = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.trained, clip))
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not finite and not self.scaler.is_enabled():
+            self.optimizer.zero_grad()
+            raise NonFiniteError(self._explain(step, loss, by_layer, parts[0]))
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+        stopped, counts = time.perf_counter(), session.stream.counts
+        items = sum(len(unit) for unit in session.stream.units)
+        return StepRecord(
+            step=step,
+            samples=sum(len(part["labels"]) for part in parts),
+            tokens=sum(part["labels"].numel() for part in parts),
+            counted_tokens=n_counted,
+            loss=loss,
+            learning_rate=learning_rate(config, step),
+            grad_norm=grad_norm,
+            grad_norm_by_layer=by_layer,
+            step_s=stopped - started,
+            wait_s=counts.wait_s - before.wait_s,
+            forward_s=session.seconds["forward"],
+            backward_s=session.seconds["backward"],
+            head_s=session.seconds["head"],
+            optimizer_s=stopped - optimizer_started,
+            bytes_read=counts.bytes_read - before.bytes_read,
+            layer_loads=(counts.item_loads.total() - loads_before)
+            * len(session.stream.units)
+            // items,
+            nonfinite=int(not finite),
+            skipped=not finite,
+            loss_scale=scale,
+        )
+
+    def _loss(self, batch: dict[str, torch.Tensor], n_counted: int) -> torch.Tensor:
+        """Summed loss of `batch` over the counted tokens of the whole step."""
+        batch = {name: values.to(self.device) for name, values in batch.items()}
+        return self.model(**batch, num_items_in_batch=n_counted).loss
+
+    def evaluate(self, examples: Sequence[data.Example] | None = None) -> float:
+        """Mean loss over the counted tokens of held-out (or given) examples; no graph."""
+        examples = self.held_out[: self.config.eval_samples] if examples is None else examples
+        size, total, n_counted = self.config.batch_size, 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(examples), size):
+                batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
+                total += float(self._loss(batch, 1))
+                n_counted += int((batch["labels"] != data.IGNORED).sum())
+        self.model.train()
+        return total / n_counted
+
+    def _evaluate_into(self, record: RunRecord, step: int, started: float) -> None:
+        loss = self.evaluate()
+        samples = sum(done.samples for done in record.steps)
+        record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, loss))
+
+    def _batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """The batches of each optimizer step; number i depends on the seed and i alone."""
+        config = self.config
+        examples = data.batches(self.train_set, config.batch_size, config.seed)
+        while parts := list(islice(examples, config.gradient_accumulation_steps)):
+            yield [data.collate(part, self.tokenizer.pad_token_id) for part in parts]
+
+    # --- what is told -----------------------------------------------------------------------
+
+    def _grad_norm_by_layer(self) -> dict[str, float]:
+        norms = {}
+        for layer in self.base.streamed_layers:
+            grads = [p.grad for p in layer.module.parameters() if p.grad is not None]
+            if grads:
+                norms[str(layer.number)] = float(torch.nn.utils.get_total_norm(grads))
+        return norms
+
+    def _explain(
+        self, step: int, loss: float, by_layer: dict[str, float], batch: dict[str, torch.Tensor]
+    ) -> str:
+        """Where a loss or a gradient first became NaN or Inf."""
+        found: list[int] = []
+        hooks = [
+            layer.module.register_forward_hook(
+                lambda _, __, output, number=layer.number: (
+                    found.append(number)
+                    if not torch.isfinite(output[0] if isinstance(output, tuple) else output).all()
+                    else None
+                )
+            )
+            for layer in self.base.streamed_layers
+        ]
+        with torch.no_grad():
+            self._loss(batch, 1)
+        for hook in hooks:
+            hook.remove()
+        bad = [layer for layer, norm in by_layer.items() if not math.isfinite(norm)]
+        if found:
+            where = f"the output of layer {found[0]}"
+        elif math.isfinite(loss):
+            where = f"the gradient of layer {bad[-1] if bad else '?'}"
+        else:
+            where = "the head"
+        return (
+            f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step {step - 1} "
+            "is kept: lower learning_rate, or use bfloat16, float32 adapters or loss_scale."
+        )
+
+    def _peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self.device, self._memory_before)
+
+    def _progress(self) -> tqdm:
+        """A bar over optimizer steps that also shows the layer, the read rate and the time left."""
+        session = self.base.session
+        bar = tqdm(
+            total=self.config.max_steps,
+            disable=not self.config.progress,
+            file=sys.stderr,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        visits = len(session.stream.units) * 2
+        state = {"visits": 0, "bytes": 0, "since": time.perf_counter(), "step": 0}
+
+        def show(phase: str, unit: int) -> None:
+            now = time.perf_counter()
+            state["visits"] += 1
+            if bar.disable or now - state["since"] < 0.5:
+                return
+            n_read = session.stream.counts.bytes_read
+            rate = (n_read - state["bytes"]) / (now - state["since"]) / 1e9
+            place = f"layer {unit + 1}/{session.n_layers}" if unit < session.n_layers else "head"
+            bar.set_description_str(f"{phase} {place} {rate:.2f} GB/s")
+            bar.refresh()
+            state.update(bytes=n_read, since=now)
+
+        del visits
+        session.on_visit = show
+        return bar
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine to 0."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - config.warmup_steps - 1) / max(1, config.max_steps - config.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }[config.lr_schedule]
+    return config.learning_rate * factor
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} cannot be written ({error.strerror}): choose another."
+        ) from error
