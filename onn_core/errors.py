@@ -2,7 +2,7 @@
 
 
 class OnnError(Exception):
-    """Base of every error that a user can cause; the message is one sentence that says what to do."""
+    """Base of every error that a user can cause; the message says what to do."""
 
 
 class CheckpointError(OnnError):

@@ -1,6 +1,7 @@
 """The two ends of a model: embedding rows by number, and a head that passes by in blocks."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,19 +149,19 @@ class _HeadLoss(torch.autograd.Function):
             grad = None if grad is None else grad.div_(n_counted)
         else:
             losses, grads = [], []
-            for first, weight, bias in head.resident_blocks():
+            for _, weight, bias in head.resident_blocks():
                 for tokens in chunks:
                     part = flat[tokens].detach()
-                    with head.replaced(lambda h, w=weight, b=bias: F.linear(h, w, b)):
-                        with torch.set_grad_enabled(with_grad):
-                            part.requires_grad_(with_grad)
-                            loss = loss_function(
-                                logits=tail(part[None]),
-                                labels=None,
-                                vocab_size=n_vocabulary,
-                                num_items_in_batch=n_counted,
-                                shift_labels=flat_labels[tokens],
-                            )
+                    whole_head = functools.partial(F.linear, weight=weight, bias=bias)
+                    with head.replaced(whole_head), torch.set_grad_enabled(with_grad):
+                        part.requires_grad_(with_grad)
+                        loss = loss_function(
+                            logits=tail(part[None]),
+                            labels=None,
+                            vocab_size=n_vocabulary,
+                            num_items_in_batch=n_counted,
+                            shift_labels=flat_labels[tokens],
+                        )
                     losses.append(loss.detach())
                     if with_grad:
                         grads.append(torch.autograd.grad(loss, part)[0])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> peft.PeftModel:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
-    wrapped = peft.get_peft_model(model, lora, autocast_adapter_dtype=config.lora_dtype != "model")
+    with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped = peft.get_peft_model(
+            model, lora, autocast_adapter_dtype=config.lora_dtype != "model"
+        )
     wrapped.train()
     return wrapped
 
@@ -112,4 +117,6 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, trainable: b
         raise ConfigError(f"{folder} holds no adapter_config.json that can be read.") from error
     if not (folder / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{folder} has no adapter_model.safetensors; pickles are not loaded.")
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)

@@ -1,7 +1,7 @@
 """Causal cross-entropy over a vocabulary that is never there at once, exact."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

@@ -91,7 +91,7 @@ def measure_flops(
     device: torch.device,
     repeats: int = 5,
 ) -> float:
-    """FLOP/s of the products (n_tokens, in) x (in, out) over all `shapes`, as a layer makes them."""
+    """FLOP/s of the products (n_tokens, in) x (in, out) for `shapes` (out, in), one by one."""
     weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
     inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
     times_s = []

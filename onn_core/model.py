@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.checkpoint import Checkpoint
+from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
 from onn_core.head import EmbeddingRows, StreamedHead, head_items
 from onn_core.layer import Binding, Session, StreamedLayer
+from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
-from onn_core.stream import Item, WeightStream, close_with, count_slots
+from onn_core.stream import Item, WeightStream, close_with
 
 
 class StreamedModel:
@@ -112,7 +114,8 @@ def from_pretrained(
     model_dir: a Hugging Face folder with config.json and safetensors, read in place.
     chunk_size: decoder layers resident together, 1 to all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
-    memory_budget: bytes or text such as "4GB"; plans what is not given.
+    memory_budget: bytes or text such as "4GB": as many layers stay resident as fit beside a
+        quarter of it (1 GiB at most) for activations. None keeps `chunk_size` layers.
     device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own.
 
     Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
@@ -140,7 +143,9 @@ def from_pretrained(
         head_items(end_sources[head], *head.weight.shape, head.weight.dtype) if in_blocks else []
     )
     head_units = [[item] for _, item in blocks]
-    slots = count_slots(units, chunk_size) + count_slots(head_units, 1)
+    slots = plan_slots(
+        units, head_units, chunk_size, parse_bytes(memory_budget), _held_bytes(model)
+    )
     stream = WeightStream(checkpoint, units + head_units, slots, device)
     session = Session(
         stream=stream,
@@ -287,6 +292,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f'device {device.type!r} is not supported: use "cpu" or "cuda".')
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _held_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters that are always there; a placeholder has one element."""
+    return sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
 
 
 def _require_integer(name: str, value: Any, at_most: int | None = None) -> None:

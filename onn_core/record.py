@@ -143,7 +143,7 @@ def _processor_name() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types: tuples as lists, non-finite floats as text that float() reads."""
+    """`value` in JSON's own types; a non-finite float becomes text that float() reads."""
     if isinstance(value, float) and value - value != 0:
         return str(value)
     if isinstance(value, dict):

@@ -21,6 +21,8 @@ from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import from_pretrained
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
 
+PROGRESS_S = 0.5  # between two updates of the bar within a step
+
 
 class ChunkedLoraTrainer:
     """Trains a LoRA on a streamed model.
@@ -141,7 +143,7 @@ class ChunkedLoraTrainer:
         for part in parts:
             part_loss = self._loss(part, n_counted)
             self.scaler.scale(part_loss).backward()
-            loss += float(part_loss)
+            loss += float(part_loss.detach())
 
         optimizer_started = time.perf_counter()
         self.scaler.unscale_(self.optimizer)
@@ -261,7 +263,7 @@ class ChunkedLoraTrainer:
 
     def _progress(self) -> tqdm:
         """A bar over optimizer steps that also shows the layer, the read rate and the time left."""
-        session = self.base.session
+        session, counts = self.base.session, self.base.session.stream.counts
         bar = tqdm(
             total=self.config.max_steps,
             disable=not self.config.progress,
@@ -269,22 +271,18 @@ class ChunkedLoraTrainer:
             unit="step",
             dynamic_ncols=True,
         )
-        visits = len(session.stream.units) * 2
-        state = {"visits": 0, "bytes": 0, "since": time.perf_counter(), "step": 0}
+        shown_at, shown_bytes = time.perf_counter(), 0
 
         def show(phase: str, unit: int) -> None:
-            now = time.perf_counter()
-            state["visits"] += 1
-            if bar.disable or now - state["since"] < 0.5:
+            nonlocal shown_at, shown_bytes
+            elapsed_s = time.perf_counter() - shown_at
+            if elapsed_s < PROGRESS_S:
                 return
-            n_read = session.stream.counts.bytes_read
-            rate = (n_read - state["bytes"]) / (now - state["since"]) / 1e9
             place = f"layer {unit + 1}/{session.n_layers}" if unit < session.n_layers else "head"
+            rate = (counts.bytes_read - shown_bytes) / elapsed_s / 1e9
             bar.set_description_str(f"{phase} {place} {rate:.2f} GB/s")
-            bar.refresh()
-            state.update(bytes=n_read, since=now)
+            shown_at, shown_bytes = time.perf_counter(), counts.bytes_read
 
-        del visits
         session.on_visit = show
         return bar
 

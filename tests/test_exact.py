@@ -27,8 +27,8 @@ from toy import (
 # PEFT asks transformers for a property that has been renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-# Relative to the largest gradient of a tensor. Sums over 5 samples in another order stay below 1e-6.
-# A mixture of experts multiplies the tokens of one expert together, and micro-batches change how
+# Relative to the largest gradient of a tensor. Sums over 5 samples in another order stay
+# below 1e-6. A mixture of experts multiplies the tokens of one expert together, and micro-batches change how
 # many those are: other kernels, other roundings, before the sum.
 TOLERANCE = dict.fromkeys(SETTINGS, 1e-6) | {"mixtral": 4e-6, "granitemoe": 4e-6}
 
