@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from onn_core.checkpoint import Checkpoint
-from onn_core.layer import Session
+from onn_core.items import Item
 from onn_core.loss import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
+from onn_core.session import Session
 from onn_core.sources import Source
-from onn_core.stream import Item
 
 HEAD_BLOCK_BYTES = 128 << 20
 

@@ -21,10 +21,12 @@ from onn_core.checkpoint import Checkpoint
 from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
 from onn_core.head import EmbeddingRows, StreamedHead, head_items
-from onn_core.layer import Binding, Session, StreamedLayer
+from onn_core.items import Item
+from onn_core.layer import StreamedLayer
+from onn_core.session import Binding, Session
 from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
-from onn_core.stream import Item, WeightStream, close_with
+from onn_core.stream import WeightStream, close_with
 
 
 class StreamedModel:

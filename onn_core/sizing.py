@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from onn_core.errors import ConfigError
+from onn_core.items import Item, count_slots
 from onn_core.meter import Ceilings
-from onn_core.stream import Item, count_slots
 
 
 def activation_bytes(memory_budget: int) -> int:

@@ -12,6 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import onn_core
+from onn_core.lora import linear_names
+from onn_core.model import decoder_layers
 
 N_LAYERS = 5
 VOCABULARY = 97
@@ -92,6 +94,10 @@ def with_lora(model: transformers.PreTrainedModel, **settings) -> peft.PeftModel
     """`model` in training mode with LoRA on all linear modules; A and B random, not zero."""
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     defaults |= {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    if settings.get("layers_to_transform") is not None:  # PEFT wants names beside layer numbers
+        defaults["target_modules"] = linear_names(decoder_layers(model))
+    if model.config.model_type == "mixtral":  # PEFT adapts experts without dropout
+        settings = settings | {"lora_dropout": 0.0}
     defaults["fan_in_fan_out"] = model.config.model_type == "gpt2"
     torch.manual_seed(1)
     return peft.get_peft_model(model, peft.LoraConfig(**defaults | settings)).train()
@@ -128,7 +134,8 @@ def assert_same(got, want, tolerance: float | None = None) -> None:
         if tolerance is None:
             assert torch.equal(found, expected), f"{name} differs by {difference(found, expected)}"
         else:
-            assert difference(found, expected) <= tolerance, name
+            off = difference(found, expected)
+            assert off <= tolerance, f"{name} differs by {off}"
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
