@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from onn_core.errors import ConfigError
 from onn_core.items import Item
 from onn_core.session import Binding, Session
-from onn_core.visit import Call, Graph, Visit, is_cache
+from onn_core.visit import Call, Visit, is_cache
 
 
 class StreamedLayer:
@@ -41,7 +41,6 @@ class StreamedLayer:
         self._usual_calls: Counter = Counter()
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
-        self._kept: Graph | None = None
         for owner in {binding.module for binding in bindings}:
             owner.register_forward_pre_hook(self._enter_owner)
 
@@ -55,14 +54,15 @@ class StreamedLayer:
         else:
             if any(map(is_cache, leaves)):
                 raise ConfigError("training cannot fill a key-value cache: pass use_cache=False.")
-            outputs = Visit.apply(call, len(inputs), *inputs, *trained)
+            with self.session.boundaries(inputs):
+                outputs = Visit.apply(call, len(inputs), *inputs, *trained)
         return pytree.tree_unflatten(call.with_outputs(outputs), call.out_spec)
 
     # --- visits -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def visiting(self, phase: str, future: list[int], keep: bool = False):
-        """The layer's weights are there inside; with `keep` also afterwards, until the next."""
+    def visiting(self, phase: str, future: list[int]):
+        """The layer's weights are there inside."""
         with self.session.visit(phase, self.number, future):
             for binding in self.bindings:
                 binding.fill()
@@ -70,16 +70,10 @@ class StreamedLayer:
             try:
                 yield
             finally:
-                if not keep:
-                    self.leave()
+                for item in self._by_item:
+                    self.let_go(item)
 
-    def leave(self) -> None:
-        """Let go of every weight that is still there."""
-        self._kept = None
-        for item in self._by_item:
-            self._let_go(item)
-
-    def _let_go(self, item: Item) -> None:
+    def let_go(self, item: Item) -> None:
         for binding in self._by_item[item]:
             binding.clear()
         self.session.stream.release(item)
@@ -100,4 +94,4 @@ class StreamedLayer:
         if self._calls[before] == self._usual_calls[before]:
             for item, bindings in self._by_item.items():
                 if [binding.module for binding in bindings] == [before]:
-                    self._let_go(item)
+                    self.let_go(item)

@@ -39,7 +39,6 @@ class Session:
     device: torch.device
     micro_batch_size: int | None = None
     lowest: int | None = None  # lowest layer that backward reaches in this step
-    boundary_bytes: int | None = None  # of boundary activations to keep on the device; None: all
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None
     trace: list[tuple[str, int, float, float]] | None = None  # phase, unit, start, stop
@@ -53,14 +52,21 @@ class Session:
         """The units that backward visits from layer `start` on."""
         return [] if self.lowest is None else list(range(start, self.lowest - 1, -1))
 
+    def boundaries(self, inputs: list[torch.Tensor]):
+        """Where a layer's inputs are saved: in host memory if all layers' are too much for CUDA."""
+        n_bytes = self.n_layers * sum(x.nbytes for x in inputs)
+        if self.device.type == "cuda" and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4:
+            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def visit(self, phase: str, unit: int, future: list[int]):
         """Enter `unit`, time what is done there, without the wait for its weights."""
         self.on_visit(phase, unit)
-        yield_from = self.stream.acquire(future)
+        self.stream.acquire(future)
         started = time.perf_counter()
         try:
-            yield yield_from
+            yield
         finally:
             stopped = time.perf_counter()
             self.seconds[phase] += stopped - started

@@ -146,7 +146,7 @@ class Graph:
         self._uses_left[item] -= 1
         before, self._previous = self._previous, item
         if self.release and before not in (None, item) and self._uses_left[before] == 0:
-            self.layer._let_go(before)
+            self.layer.let_go(before)
         weight = item.tensor
         return weight.as_strided(shape, stride, weight.storage_offset() + offset)
 
@@ -158,7 +158,6 @@ class Visit(torch.autograd.Function):
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
-        ctx.mark_non_differentiable()
         outputs = call.run_forward()
         call.leaves = [
             _INPUT if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf

@@ -1,0 +1,54 @@
+"""The same code on CUDA: pinned staging, copies on a side stream, boundaries on the host."""
+
+import pytest
+import torch
+from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
+]
+
+
+def on_device(batch):
+    return {name: values.cuda() for name, values in batch.items()}
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("dtype", "micro_batch_size"),
+    [("float32", None), ("float32", 2), ("bfloat16", None), ("float16", None)],
+)
+def test_gradients_are_those_of_peft_in_memory(family, dtype, micro_batch_size):
+    folder = toy_dir(family, getattr(torch, dtype))
+    want = step(with_lora(in_memory(folder).cuda()), on_device(toy_batch()))
+    model = with_lora(streamed(folder, device="cuda", micro_batch_size=micro_batch_size))
+    for _ in range(3):  # later steps reuse slots that earlier compute has read
+        got = step(model, on_device(toy_batch()))
+        assert_same(got, want, None if micro_batch_size is None else 4e-6)
+
+
+def test_cast_on_the_way():
+    got, want = (
+        step(
+            with_lora(streamed(toy_dir("llama", stored), device="cuda", dtype="bfloat16")),
+            on_device(toy_batch()),
+        )
+        for stored in (torch.float32, torch.bfloat16)
+    )
+    assert_same(got, want)
+
+
+def test_boundaries_on_the_host(monkeypatch):
+    batch = on_device(toy_batch())
+    want = step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
