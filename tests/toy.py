@@ -92,12 +92,9 @@ def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[st
 
 def with_lora(model: transformers.PreTrainedModel, **settings) -> peft.PeftModel:
     """`model` in training mode with LoRA on all linear modules; A and B random, not zero."""
-    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    targets = linear_names(decoder_layers(model))
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     defaults |= {"init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    if settings.get("layers_to_transform") is not None:  # PEFT wants names beside layer numbers
-        defaults["target_modules"] = linear_names(decoder_layers(model))
-    if model.config.model_type == "mixtral":  # PEFT adapts experts without dropout
-        settings = settings | {"lora_dropout": 0.0}
     defaults["fan_in_fan_out"] = model.config.model_type == "gpt2"
     torch.manual_seed(1)
     return peft.get_peft_model(model, peft.LoraConfig(**defaults | settings)).train()
