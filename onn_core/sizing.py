@@ -38,7 +38,7 @@ def plan_slots(
         if slots_bytes(slots) <= room:
             return slots
     raise ConfigError(
-        f"memory_budget of {memory_budget / 2**30:.2f} GiB is too small: "
+        f"memory_budget of {memory_budget / 2**30:.3f} GiB is too small: "
         f"{activation_bytes(memory_budget) / 2**30:.2f} for activations + {held_bytes / 2**30:.2f} "
         f"for what always stays + {slots_bytes(slots) / 2**30:.2f} for {chunk_size} layers, the "
         "look-ahead and the head's blocks: raise it, or lower chunk_size."

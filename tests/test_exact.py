@@ -307,11 +307,10 @@ def test_adapters_on_expert_tensors(micro_batch_size, tolerance):
     assert any("experts" in name for name in want[1])
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_on_top_changes_nothing(use_reentrant):
+def test_gradient_checkpointing_on_top_changes_nothing():
     """Some trainers switch it on by default."""
     model = streamed(toy_dir("llama"))
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     assert_same(step(with_lora(model), toy_batch()), reference("llama"))
 
