@@ -8,7 +8,6 @@ from typing import Any
 from onn_core.errors import ConfigError
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-LOSSES = ("cross_entropy", "mse", "sum")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNITS_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
@@ -74,7 +73,6 @@ class TrainConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    loss: str = "cross_entropy"
     loss_scale: float | str | None = None
     # data and evaluation
     max_length: int = 128
@@ -83,9 +81,6 @@ class TrainConfig:
     eval_every: int = 0
     eval_samples: int = 64
     seed: int = 0
-    # files
-    save_every: int = 0
-    keep_checkpoints: int = 2
     progress: bool = True
 
     def __post_init__(self):
@@ -96,10 +91,10 @@ class TrainConfig:
             object.__setattr__(self, name, str(value))
         for name in (
             *("lora_rank", "chunk_size", "batch_size", "max_steps", "gradient_accumulation_steps"),
-            *("max_length", "eval_samples", "keep_checkpoints"),
+            *("max_length", "eval_samples"),
         ):
             _require_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "eval_every", "save_every", "seed"):
+        for name in ("warmup_steps", "eval_every", "seed"):
             _require_integer(name, getattr(self, name), 0)
         if self.micro_batch_size is not None:
             _require_integer("micro_batch_size", self.micro_batch_size, 1)
@@ -118,7 +113,6 @@ class TrainConfig:
         if self.loss_scale not in (None, "dynamic"):
             _require_number("loss_scale", self.loss_scale, 0, open_below=True)
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        _require_choice("loss", self.loss, LOSSES)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
         if isinstance(self.target_modules, str):

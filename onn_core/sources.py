@@ -7,6 +7,7 @@ projections). Its own conversion mapping is asked, so that no family needs code 
 import copy
 import dataclasses
 import re
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -100,12 +101,13 @@ def _converted(
 ) -> dict[str, Source]:
     """The sources of all parameters that one conversion makes; tried on meta tensors first."""
     entries = tuple(checkpoint.tensors[key] for _, key in members)
+    owner = weakref.ref(model)  # which must not live as long as its stream
 
     def run(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         transform = copy.deepcopy(converter)
         for (pattern, key), tensor in zip(members, tensors, strict=True):
             transform.add_tensor(name, key, pattern, tensor)
-        made = transform.convert(name, model=model, config=model.config)
+        made = transform.convert(name, model=owner(), config=checkpoint.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def maker(target: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:

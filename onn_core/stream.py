@@ -57,6 +57,7 @@ class WeightStream:
         self._device = device
         self._files = DirectFiles()
         self._held: dict[int, list[Slot]] = defaultdict(list)
+        self._entered: list[Item] = []  # of the unit that is visited now
         self._future: list[int] = []
         self._uses: dict[int, list[int]] = {}  # unit -> positions in the future
         self._pieces: list[tuple[Item, int, int]] = []  # of the item being fetched, last first
@@ -75,6 +76,9 @@ class WeightStream:
         """
         items = self.units[future[0]]
         with self._changed:
+            for item in self._entered:  # left behind by a visit that was interrupted
+                self.release(item)
+            self._entered = items
             self._future = list(future)
             self._uses = defaultdict(list)
             for position, unit in enumerate(self._future):
@@ -99,7 +103,7 @@ class WeightStream:
         """The compute needs `item` no longer in this visit."""
         if not item.in_use:
             return
-        if self._copies is not None:
+        if self._copies is not None and item.slot is not None:
             item.slot.free_event = torch.cuda.current_stream(self._device).record_event()
         with self._changed:
             item.in_use = False
@@ -110,6 +114,9 @@ class WeightStream:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if threading.current_thread() in self._readers:  # its garbage collection found the owner
+            threading.Thread(target=self.close).start()
+            return
         for reader in self._readers:
             reader.join()
         self._readers.clear()

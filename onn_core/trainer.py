@@ -3,14 +3,12 @@
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from onn_core import data
@@ -19,9 +17,8 @@ from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.lora import add_adapter, count_trainable, save_adapter, select_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import from_pretrained
+from onn_core.progress import step_bar
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
-
-PROGRESS_S = 0.5  # between two updates of the bar within a step
 
 
 class ChunkedLoraTrainer:
@@ -54,12 +51,24 @@ class ChunkedLoraTrainer:
         )
         self.device = self.base.session.device
         self.tokenizer = AutoTokenizer.from_pretrained(config.model_dir, local_files_only=True)
+        context = getattr(self.base.config, "max_position_embeddings", None)
+        if context is not None and config.max_length > context:
+            raise ConfigError(
+                f"max_length {config.max_length} is more than the model's context of {context} "
+                "tokens: lower it."
+            )
         dataset = data.tokenize(data.load_rows(config.data), self.tokenizer, config.max_length)
         self.train_set, self.held_out = data.split(
             dataset.examples, config.held_out_fraction, config.seed
         )
         if config.shuffle_targets:
             self.train_set = data.shuffle_targets(self.train_set, config.seed)
+        if config.eval_every and not self.held_out:
+            raise ConfigError(
+                "eval_every needs held-out rows, but all rows share one prompt or "
+                "held_out_fraction is 0: raise it, give more rows, or set eval_every to 0."
+            )
+        n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -77,7 +86,7 @@ class ChunkedLoraTrainer:
                 "type": self.base.config.model_type,
                 "layers": self.base.session.n_layers,
                 "trained_layers": select_layers(config.sparse_layers, self.base.session.n_layers),
-                "parameters": self.base.num_parameters(),
+                "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
                 "dtype": str(self.base.dtype).removeprefix("torch."),
             },
@@ -103,7 +112,7 @@ class ChunkedLoraTrainer:
         reset_peak_memory(self.device)
         batches = self._batches()
         try:
-            with self._progress() as bar:
+            with step_bar(self.base.session, config.max_steps, config.progress) as bar:
                 for step in range(1, config.max_steps + 1):
                     if config.eval_every and step == 1:
                         self._evaluate_into(record, 0, started)
@@ -260,31 +269,6 @@ class ChunkedLoraTrainer:
 
     def _peak_memory_bytes(self) -> int:
         return peak_memory_bytes(self.device, self._memory_before)
-
-    def _progress(self) -> tqdm:
-        """A bar over optimizer steps that also shows the layer, the read rate and the time left."""
-        session, counts = self.base.session, self.base.session.stream.counts
-        bar = tqdm(
-            total=self.config.max_steps,
-            disable=not self.config.progress,
-            file=sys.stderr,
-            unit="step",
-            dynamic_ncols=True,
-        )
-        shown_at, shown_bytes = time.perf_counter(), 0
-
-        def show(phase: str, unit: int) -> None:
-            nonlocal shown_at, shown_bytes
-            elapsed_s = time.perf_counter() - shown_at
-            if elapsed_s < PROGRESS_S:
-                return
-            place = f"layer {unit + 1}/{session.n_layers}" if unit < session.n_layers else "head"
-            rate = (counts.bytes_read - shown_bytes) / elapsed_s / 1e9
-            bar.set_description_str(f"{phase} {place} {rate:.2f} GB/s")
-            shown_at, shown_bytes = time.perf_counter(), counts.bytes_read
-
-        session.on_visit = show
-        return bar
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -22,7 +22,7 @@ FLOORS = (
     ("layer",),
     ("head",),
     ("model",),
-    ("lora",),
+    ("lora", "progress"),
     ("trainer",),
     ("report", "tracking", "explore", "bench"),
 )
