@@ -107,7 +107,7 @@ def _converted(
         transform = copy.deepcopy(converter)
         for (pattern, key), tensor in zip(members, tensors, strict=True):
             transform.add_tensor(name, key, pattern, tensor)
-        made = transform.convert(name, model=owner(), config=checkpoint.config)
+        made = transform.convert(name, model=owner(), config=owner().config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def maker(target: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:

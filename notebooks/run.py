@@ -1,0 +1,76 @@
+"""Run the notebooks of a profile through papermill into results/<profile>/."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbconvert import HTMLExporter
+from traitlets.config import Config
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+
+
+def execute(path: Path, parameters: dict, folder: Path) -> None:
+    """Execute one notebook into `folder`, under a temporary name until it has finished."""
+    output, temporary = folder / path.name, folder / f".{path.name}"
+    try:
+        papermill.execute_notebook(
+            path,
+            temporary,
+            parameters | {"record_dir": str(folder)},
+            kernel_name="python3",
+            cwd=str(HERE),
+            progress_bar=sys.stderr.isatty(),
+            log_output=False,
+            config=Config({"KernelManager": {"transport": "ipc"}}),
+        )
+        notebook = without_traces(nbformat.read(temporary, as_version=4))
+        page = HTMLExporter().from_notebook_node(notebook)[0]
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+        output.with_suffix(".html").write_text(page, encoding="utf-8")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without the times, paths and random ids of the run that made it."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        lines = cell.source.splitlines()
+        cell.source = "\n".join(line for line in lines if not line.startswith("record_dir = "))
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip() != "# Parameters"]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+    return notebook
+
+
+def main() -> None:
+    profile = sys.argv[1] if len(sys.argv) > 1 else "quick"
+    chosen = HERE / "params" / f"{profile}.yaml"
+    if not chosen.is_file():
+        known = ", ".join(sorted(path.stem for path in chosen.parent.glob("*.yaml")))
+        sys.exit(f"there is no profile {profile!r}: choose one of {known}")
+    folder = RESULTS / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = yaml.safe_load(chosen.read_text())
+    for number, (name, values) in enumerate(parameters.items(), start=1):
+        print(f"{number}/{len(parameters)} {name}: {json.dumps(values)}", flush=True)
+        started = time.perf_counter()
+        try:
+            execute(HERE / f"{name}.ipynb", values, folder)
+        except papermill.PapermillExecutionError as error:
+            sys.exit(f"{name} failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}")
+        print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"see results/{profile}/*.html")
+
+
+if __name__ == "__main__":
+    main()

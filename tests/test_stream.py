@@ -1,0 +1,552 @@
+"""What is read, when, and into how much memory; and that nothing of it changes a number."""
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from toy import (
+    N_LAYERS,
+    assert_same,
+    difference,
+    in_memory,
+    step,
+    streamed,
+    toy_batch,
+    toy_dir,
+    with_lora,
+)
+
+from onn_core.errors import CheckpointError
+from onn_core.items import count_slots
+from onn_core.stream import WeightStream
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    def give_up(*_):
+        raise TimeoutError("the stream hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def settle(stream):
+    """Wait until the readers have nothing left to do."""
+    before = None
+    while before != (before := (stream.counts.bytes_read, stream.counts.item_loads.total())):
+        time.sleep(0.03)
+
+
+def loads_of_a_step(model):
+    """Unit -> items fetched by one training step in the steady state."""
+    stream = model.base_model.model.session.stream
+    for _ in range(2):
+        step(model, toy_batch())
+    settle(stream)
+    before = Counter(stream.counts.item_loads)
+    step(model, toy_batch())
+    settle(stream)
+    return stream.counts.item_loads - before
+
+
+def by_size(stream):
+    """Slot size in bytes -> items of that size in the model."""
+    return Counter(item.slot_bytes for unit in stream.units for item in unit)
+
+
+# --- how much is read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, N_LAYERS])
+def test_a_step_reads_each_item_twice_but_for_what_stays_at_the_two_turns(family, chunk_size):
+    model = streamed(toy_dir(family), chunk_size=chunk_size)
+    stream = model.session.stream
+    loads = loads_of_a_step(with_lora(model))
+    items = by_size(stream)
+    assert loads.total() == 2 * sum(items[size] - stream.slots[size] for size in items)
+
+
+def test_the_chunk_at_each_turn_is_not_read_again():
+    """Layer 2 of 5 is far from both turns; layers 0 and 4 are read once a step, at the other."""
+    model = with_lora(streamed(toy_dir("llama"), chunk_size=1))
+    n_items = len(model.base_model.model.session.stream.units[0])
+    loads = loads_of_a_step(model)
+    assert loads[2] == 2 * n_items
+    assert loads[0] == loads[4] == n_items
+    assert n_items < loads[1] == loads[3] < 2 * n_items  # in part: the look-ahead
+
+
+def test_a_model_that_fits_is_read_once():
+    model = streamed(toy_dir("llama"), chunk_size=N_LAYERS)
+    stream = model.session.stream
+    model = with_lora(model)
+    for _ in range(3):
+        step(model, toy_batch())
+        with torch.no_grad():
+            model(**toy_batch())
+    settle(stream)
+    n_items = sum(by_size(stream).values())
+    assert stream.counts.item_loads.total() == n_items
+    needed = sum(item.n_bytes for unit in stream.units for item in unit)
+    assert needed <= stream.counts.bytes_read <= needed + 2 * 4096 * n_items
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_backward_visits_and_reads_nothing_below_the_lowest_trained_layer(chunk_size):
+    model = streamed(toy_dir("llama"), chunk_size=chunk_size)
+    visits = []
+    model.session.on_visit = lambda phase, unit: visits.append((phase, unit))
+    n_items = len(model.session.stream.units[0])
+    model = with_lora(model, layers_to_transform=[3, 4])
+    loads = loads_of_a_step(model)
+    forward = [("forward", layer) for layer in range(N_LAYERS)]
+    assert visits == 3 * [*forward, ("head", N_LAYERS), ("backward", 4), ("backward", 3)]
+    assert all(loads[layer] <= n_items for layer in range(3))
+
+
+def test_evaluation_reads_each_item_once_at_most():
+    model = streamed(toy_dir("llama"))
+    stream = model.session.stream
+    with torch.no_grad():
+        for _ in range(4):
+            model(**toy_batch())
+    settle(stream)
+    assert stream.counts.item_loads.total() <= 5 * sum(by_size(stream).values())
+
+
+def test_the_next_layer_is_fetched_while_this_one_is_in_use():
+    stream = streamed(toy_dir("llama")).session.stream
+    stream.acquire([0, 1, 2, 3, 4, 5])
+    settle(stream)
+    names = {item.source.entry.name for item in stream.units[1] if item.tensor is not None}
+    assert all(item.in_use for item in stream.units[0])
+    assert {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj"} <= {
+        name.removeprefix("model.layers.1.").removesuffix(".weight") for name in names
+    }
+    stream.close()
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_memory_is_that_of_the_slots_and_weights_in_use_stay_as_they_are(chunk_size):
+    folder = toy_dir("llama")
+    true_weights = {n: p.detach() for n, p in in_memory(folder).named_parameters()}
+    model = streamed(folder, chunk_size=chunk_size)
+    stream = model.session.stream
+    checked = Counter()
+
+    def check(module, *_):
+        name = names[module]
+        assert torch.equal(module.weight, true_weights[f"{name}.weight"]), name
+        for size, held in stream._held.items():
+            assert len(held) <= stream.slots[size]
+            assert all(slot.memory.numel() == size for slot in held)
+        checked[name] += 1
+
+    names = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith("model.layers."):
+            names[module] = name
+            module.register_forward_pre_hook(check)
+            module.register_forward_hook(check)
+    model = with_lora(model)
+    for _ in range(3):
+        step(model, toy_batch())
+    assert len(checked) == 7 * N_LAYERS and set(checked.values()) == {3 * 2 * 2}
+    assert {size: len(held) for size, held in stream._held.items()} == stream.slots
+
+
+def test_an_absent_weight_is_nan_of_one_element():
+    model = streamed(toy_dir("llama"))
+    linear = model.model.layers[2].mlp.down_proj
+    for _ in range(2):
+        assert linear.weight.shape == (32, 64) and linear.weight.isnan().all()
+        assert linear.weight.untyped_storage().nbytes() == 4
+        assert torch.nn.functional.linear(torch.ones(1, 64), linear.weight).isnan().all()
+        model(**toy_batch())
+    assert model.lm_head.weight.isnan().all() and model.model.embed_tokens.weight.isnan().all()
+
+
+def test_random_visits_in_unannounced_order_get_the_right_bytes():
+    folder = toy_dir("llama")
+    model = streamed(folder)
+    true_weights = {n: p.detach() for n, p in in_memory(folder).named_parameters()}
+    units = [list(unit) for unit in model.session.stream.units[:N_LAYERS]]
+    stream = WeightStream(model.checkpoint, units, count_slots(units, 1), torch.device("cpu"))
+    chance = random.Random(0)
+    unit = 0
+    for _ in range(300):
+        future = [unit, *chance.choices(range(N_LAYERS), k=chance.randrange(8))]
+        items = stream.acquire(future)
+        if chance.random() < 0.3:
+            time.sleep(0.001)
+        chance.shuffle(items := list(items))
+        for item in items:
+            assert torch.equal(item.tensor, true_weights[item.source.entry.name])
+            stream.release(item)
+        told = future[1] if len(future) > 1 else 0
+        unit = told if chance.random() < 0.5 else chance.randrange(N_LAYERS)
+    stream.close()
+
+
+# --- orders that no training step has ---------------------------------------------------------
+
+
+def two_forwards_then_both_backward(model):
+    torch.manual_seed(2)
+    first, second = (model(**toy_batch(seed=seed)).loss for seed in (0, 1))
+    first.backward()
+    second.backward()
+
+
+def two_backward_in_one(model):
+    sum(model(**toy_batch(seed=seed)).loss for seed in (0, 1)).backward()
+
+
+def abandoned_forward(model):
+    model(**toy_batch())
+
+
+def evaluation(model):
+    with torch.no_grad():
+        model(**toy_batch(batch_size=2))
+
+
+def generation(model):
+    model.generate(input_ids=toy_batch()["input_ids"], max_new_tokens=2, do_sample=False)
+
+
+def failed_in_a_layer(model):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        layer = model.base_model.model.model.layers[2]
+        stack.callback(layer.mlp.register_forward_pre_hook(fail).remove)
+        with pytest.raises(ZeroDivisionError):
+            model(**toy_batch())
+
+
+def other_layers(model):
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.requires_grad_(".layers.4." in name)
+    step(model, toy_batch())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+
+
+def closed(model):
+    model.base_model.model.close()
+
+
+ORDERS = [two_forwards_then_both_backward, two_backward_in_one, abandoned_forward, evaluation]
+ORDERS += [generation, failed_in_a_layer, other_layers, closed]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+def test_after_any_order_a_step_is_exact(order, chunk_size):
+    model = with_lora(streamed(toy_dir("llama"), chunk_size=chunk_size))
+    want = step(with_lora(in_memory(toy_dir("llama"))), toy_batch())
+    for _ in range(2):
+        order(model)
+        model.zero_grad()
+        assert_same(step(model, toy_batch()), want)
+
+
+@pytest.mark.parametrize("order", [two_forwards_then_both_backward, two_backward_in_one])
+def test_two_steps_in_one_are_exact(order):
+    gradients = []
+    for load in (in_memory, streamed):
+        model = with_lora(load(toy_dir("llama")), lora_dropout=0.3)
+        torch.manual_seed(2)
+        order(model)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        gradients.append((torch.ones(()), {n: p.grad for n, p in trained}))
+    assert_same(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("unit", [0, 3, N_LAYERS], ids=["bottom", "middle", "head"])
+def test_an_interrupted_wait_can_be_followed_by_a_step(unit):
+    """The stop button of a notebook, while weights are on their way."""
+    model = with_lora(streamed(toy_dir("llama")))
+    stream = model.base_model.model.session.stream
+    reached, gate, load = threading.Event(), threading.Event(), stream._load
+
+    def wait_at_the_gate(item, *rest):
+        if item.unit == unit:
+            reached.set()
+            gate.wait()
+        return load(item, *rest)
+
+    def interrupt():
+        reached.wait()
+        time.sleep(0.2)  # until the compute waits as well
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stream._load = wait_at_the_gate
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        step(model, toy_batch())
+    gate.set()
+    model.zero_grad()
+    want = step(with_lora(in_memory(toy_dir("llama"))), toy_batch())
+    assert_same(step(model, toy_batch()), want)
+
+
+# --- threads, descriptors, garbage ------------------------------------------------------------
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("onn-reader")]
+
+
+def n_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def clean():
+    gc.collect()
+    assert readers() == []
+
+
+@pytest.mark.usefixtures("clean")
+def test_close_stops_the_readers_and_closes_files_and_the_model_works_again():
+    model = with_lora(streamed(toy_dir("llama")))
+    before = n_descriptors()
+    want = step(model, toy_batch())
+    assert len(readers()) > 0 and n_descriptors() > before
+    for _ in range(2):  # closing twice is harmless
+        model.base_model.model.close()
+        assert readers() == [] and n_descriptors() == before
+    stream = model.base_model.model.session.stream
+    assert not stream._held and all(i.tensor is None for unit in stream.units for i in unit)
+    assert_same(step(model, toy_batch()), want)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])  # mixtral's tensors are converted
+def test_a_model_that_is_no_longer_used_takes_its_readers_along(family):
+    model = with_lora(streamed(toy_dir(family)))
+    step(model, toy_batch())
+    stream, core = (weakref.ref(x) for x in (model.base_model.model.session.stream, model))
+    assert readers()
+    del model
+    gc.collect()
+    assert core() is None and stream() is None and readers() == []
+
+
+@pytest.mark.usefixtures("clean")
+def test_garbage_collection_in_a_reader_thread_closes_as_well():
+    model = streamed(toy_dir("llama"))
+    object.__setattr__(model, "itself", model)
+    gate, stream = threading.Event(), model.session.stream
+    load = stream._load
+
+    def collect(item, *rest):
+        if item.unit == 1:
+            gate.wait()
+            gc.collect()
+        return load(item, *rest)
+
+    stream._load = collect
+    stream.acquire([0, 1, 2])
+    gc.disable()
+    try:
+        alive = weakref.ref(model)
+        del model
+        assert alive() is not None
+        gate.set()
+        while readers() or stream._files._opened:
+            time.sleep(0.01)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("clean")
+def test_fifty_loads_leave_nothing_behind():
+    def load_and_use():
+        model = streamed(toy_dir("llama"))
+        with torch.no_grad():
+            model(**toy_batch(batch_size=1))
+
+    load_and_use()
+    gc.collect()
+    before = n_descriptors(), threading.active_count()
+    for _ in range(50):
+        load_and_use()
+    gc.collect()
+    assert (n_descriptors(), threading.active_count()) == before
+
+
+# --- files that change --------------------------------------------------------------------------
+
+
+def test_a_file_that_is_gone_is_an_error_and_can_be_restored(tmp_path):
+    folder = copied(toy_dir("llama"), tmp_path)
+    model = with_lora(streamed(folder))
+    path = folder / "model.safetensors"
+    path.rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*restore"):
+        step(model, toy_batch())
+    with pytest.raises(CheckpointError):
+        step(model, toy_batch())
+    (folder / "elsewhere").rename(path)
+    model.base_model.model.close()
+    assert_same(step(model, toy_batch()), step(with_lora(in_memory(folder)), toy_batch()))
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_that_is_cut_in_use_is_an_error(tmp_path, left, dtype):
+    folder = copied(toy_dir("llama"), tmp_path)
+    model = with_lora(streamed(folder, dtype=dtype))
+    step(model, toy_batch())
+    path = folder / "model.safetensors"
+    os.truncate(path, int(path.stat().st_size * left))
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        for _ in range(2):
+            step(model, toy_batch())
+
+
+# --- bytes as they may lie ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_cast_on_the_way(stored, dtype):
+    folder = toy_dir("llama", stored)
+    got, want = (
+        step(with_lora(load(folder, dtype=dtype)), toy_batch()) for load in (streamed, in_memory)
+    )
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece_bytes", [4096, 3 * 4096])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_pieces_smaller_than_a_tensor(family, piece_bytes, dtype, monkeypatch):
+    monkeypatch.setattr("onn_core.items.PIECE_BYTES", piece_bytes)
+    folder = toy_dir(family)
+    model = streamed(folder, dtype=dtype)
+    pieces = [item.pieces() for unit in model.session.stream.units for item in unit]
+    assert max(map(len, pieces)) > 1
+    want = step(with_lora(in_memory(folder, dtype=dtype)), toy_batch())
+    assert_same(step(with_lora(model), toy_batch()), want)
+
+
+def shifted(folder, tmp_path, header_pad=0, first_bytes=0):
+    """A copy whose header is `header_pad` bytes longer, its data after a tensor of a few bytes."""
+    folder = copied(folder, tmp_path)
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:stop])
+    for name, info in header.items():
+        if name != "__metadata__":
+            info["data_offsets"] = [offset + first_bytes for offset in info["data_offsets"]]
+    if first_bytes:
+        header["pad"] = {"dtype": "U8", "shape": [first_bytes], "data_offsets": [0, first_bytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + header_pad)
+    data = b"\xff" * first_bytes + content[stop:]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+@pytest.mark.parametrize(
+    ("header_pad", "first_bytes"), [(1, 0), (2, 0), (4, 0), (0, 1), (3, 5), (8, 4096 - 24)]
+)
+def test_tensors_at_odd_offsets(tmp_path, stored, dtype, header_pad, first_bytes):
+    plain = toy_dir("llama", stored)
+    folder = shifted(plain, tmp_path, header_pad, first_bytes)
+    model = streamed(folder, dtype=dtype)
+    entry = model.session.stream.units[0][0].source.entry
+    assert entry.offset % 8 == (header_pad + first_bytes) % 8
+    assert_same(
+        step(with_lora(model), toy_batch()),
+        step(with_lora(streamed(plain, dtype=dtype)), toy_batch()),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_many_shards(family):
+    folder = toy_dir(family, shard="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > N_LAYERS
+    want = step(with_lora(in_memory(folder)), toy_batch())
+    assert_same(step(with_lora(streamed(folder)), toy_batch()), want)
+
+
+@pytest.mark.parametrize("how", ["not there", "refused at opening", "refused at reading"])
+def test_without_direct_reads(how, monkeypatch):
+    """Some systems and file systems have none; the page cache then does."""
+    open_, preadv, direct = os.open, os.preadv, os.O_DIRECT
+    if how == "not there":
+        monkeypatch.setattr("onn_core.reader.O_DIRECT", 0)
+    refused = Counter()
+
+    def refuse_open(path, flags, *rest):
+        refused["open"] += bool(flags & direct)
+        if flags & direct and how == "refused at opening":
+            raise OSError(22, "Invalid argument")
+        return open_(path, flags, *rest)
+
+    def refuse_read(descriptor, *rest):
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if flags & direct and how == "refused at reading":
+            refused["read"] += 1
+            raise OSError(22, "Invalid argument")
+        return preadv(descriptor, *rest)
+
+    monkeypatch.setattr(os, "open", refuse_open)
+    monkeypatch.setattr(os, "preadv", refuse_read)
+    got = step(with_lora(streamed(toy_dir("llama"))), toy_batch())
+    monkeypatch.undo()
+    assert (refused["open"], refused["read"]) == {
+        "not there": (0, 0),
+        "refused at opening": (1, 0),
+        "refused at reading": (1, 1),
+    }[how]
+    assert_same(got, step(with_lora(in_memory(toy_dir("llama"))), toy_batch()))
+
+
+def test_weights_differ_where_the_file_differs(tmp_path):
+    """The file is what is computed with: one byte changed in one layer changes the loss."""
+    folder = copied(toy_dir("llama"), tmp_path)
+    model = with_lora(streamed(folder))
+    before, _ = step(model, toy_batch())
+    item = model.base_model.model.session.stream.units[2][3]
+    model.base_model.model.close()
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(item.source.entry.offset + 3)
+        file.write(b"\x3f")
+    after, _ = step(model, toy_batch())
+    assert difference(after, before) > 1e-6
