@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,6 @@ import nbformat
 import papermill
 import yaml
 from nbconvert import HTMLExporter
-from traitlets.config import Config
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -28,7 +28,6 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
             cwd=str(HERE),
             progress_bar=sys.stderr.isatty(),
             log_output=False,
-            config=Config({"KernelManager": {"transport": "ipc"}}),
         )
         notebook = without_traces(nbformat.read(temporary, as_version=4))
         page = HTMLExporter().from_notebook_node(notebook)[0]
@@ -53,6 +52,7 @@ def without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     profile = sys.argv[1] if len(sys.argv) > 1 else "quick"
     chosen = HERE / "params" / f"{profile}.yaml"
     if not chosen.is_file():
@@ -67,7 +67,8 @@ def main() -> None:
         try:
             execute(HERE / f"{name}.ipynb", values, folder)
         except papermill.PapermillExecutionError as error:
-            sys.exit(f"{name} failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue}")
+            cell = error.source.strip().splitlines()[0]
+            sys.exit(f"{name} failed in the cell {cell!r}: {error.ename}: {error.evalue}")
         print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
     print(f"see results/{profile}/*.html")
 

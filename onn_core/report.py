@@ -38,18 +38,19 @@ def summary_table(records: dict[str, RunRecord]) -> Any:
 
 def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
     """Whether held-out loss fell, in every run, by more than `least_fall` of where it began."""
-    return all(
-        record.evals[-1].loss < (1 - least_fall) * record.evals[0].loss for record in records
-    )
+    falls = [1 - record.evals[-1].loss / record.evals[0].loss for record in records]
+    return min(falls) > least_fall
 
 
-def learning_curve(records: dict[str, RunRecord], against: str = "samples") -> None:
-    """Show training (thin) and held-out (marked) loss against "samples" seen or "steps"."""
+def learning_curve(
+    records: dict[str, RunRecord], against: str = "samples", training: bool = True
+) -> None:
+    """Show held-out (marked) and training (thin) loss against "samples" seen or "steps"."""
     curves = []
     for label, record in records.items():
         samples = 0
         train_x, train_y = [], []
-        for step in record.steps:
+        for step in record.steps if training else ():
             samples += step.samples
             train_x.append(samples if against == "samples" else step.step)
             train_y.append(step.loss)
@@ -118,10 +119,11 @@ def _plotly_curve(curves: list[tuple], x_title: str) -> dict[str, Any]:
     for number, (label, train_x, train_y, held_x, held_y) in enumerate(curves):
         colour, dash = COLOURS[number % 6], DASHES[number % 4][0]
         thin = {"color": colour, "width": 1, "dash": dash}
-        traces.append(
-            {"type": "scatter", "x": train_x, "y": train_y, "name": f"{label}, training"}
-            | {"mode": "lines", "line": thin, "opacity": 0.6}
-        )
+        if train_x:
+            traces.append(
+                {"type": "scatter", "x": train_x, "y": train_y, "name": f"{label}, training"}
+                | {"mode": "lines", "line": thin, "opacity": 0.6}
+            )
         traces.append(
             {"type": "scatter", "x": held_x, "y": held_y, "name": f"{label}, held-out"}
             | {"mode": "lines+markers", "line": {"color": colour, "width": 3, "dash": dash}}
@@ -138,7 +140,8 @@ def _matplotlib_curve(curves: list[tuple], x_title: str) -> bytes:
     axes = figure.subplots()
     for number, (label, train_x, train_y, held_x, held_y) in enumerate(curves):
         style = {"color": COLOURS[number % 6], "linestyle": DASHES[number % 4][1]}
-        axes.plot(train_x, train_y, linewidth=1, alpha=0.6, label=f"{label}, training", **style)
+        if train_x:
+            axes.plot(train_x, train_y, linewidth=1, alpha=0.6, label=f"{label}, training", **style)
         axes.plot(held_x, held_y, linewidth=2.5, marker="o", label=f"{label}, held-out", **style)
     axes.set_xlabel(x_title)
     axes.set_ylabel("loss (nats per counted token)")

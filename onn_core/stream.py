@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from onn_core.checkpoint import Checkpoint
+from onn_core.errors import ConfigError
 from onn_core.items import Item, Slot, Staging
 from onn_core.reader import DirectFiles, host_buffer
 
@@ -72,7 +73,8 @@ class WeightStream:
     def acquire(self, future: Sequence[int]) -> list[Item]:
         """Enter unit `future[0]` and return its items when all are ready.
 
-        future: the units that will be visited, this one first. CheckpointError if a file fails.
+        future: the units that will be visited, this one first. CheckpointError if a file fails,
+        ConfigError if the memory for the slots cannot be had.
         """
         items = self.units[future[0]]
         with self._changed:
@@ -140,8 +142,18 @@ class WeightStream:
 
     def _next_piece(self) -> tuple[Item, int, int] | None:
         """The next (item, start, stop) to read, or None while there is nothing to fetch."""
+        if self._error is not None:
+            return None
         if not self._pieces:
-            item = self._next_item()
+            try:
+                item = self._next_item()
+            except (OSError, RuntimeError) as error:  # mmap's and CUDA's
+                self._error = ConfigError(
+                    f"there is no memory for the resident layers ({error}): "
+                    "lower chunk_size or memory_budget and load the model again."
+                )
+                self._changed.notify_all()
+                return None
             if item is None:
                 return None
             pieces = item.pieces()
@@ -196,7 +208,7 @@ class WeightStream:
         staging = Staging(self._copies)
         while True:
             with self._changed:
-                while (piece := None if self._error else self._next_piece()) is None:
+                while (piece := self._next_piece()) is None:
                     if self._closed:
                         return
                     self._changed.wait()
