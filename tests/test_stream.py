@@ -290,8 +290,16 @@ def test_two_steps_in_one_are_exact(order):
     assert_same(gradients[1], gradients[0])
 
 
+@pytest.fixture
+def interruptible():
+    """A job that a shell started in the background would ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("unit", [0, 3, N_LAYERS], ids=["bottom", "middle", "head"])
-def test_an_interrupted_wait_can_be_followed_by_a_step(unit):
+def test_an_interrupted_wait_can_be_followed_by_a_step(unit, interruptible):
     """The stop button of a notebook, while weights are on their way."""
     model = with_lora(streamed(toy_dir("llama")))
     stream = model.base_model.model.session.stream
