@@ -15,7 +15,8 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 def host_buffer(n_bytes: int) -> torch.Tensor:
     """(n_bytes,) uint8, page-aligned, given back to the system when dropped."""
-    memory = mmap.mmap(-1, n_bytes)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, has no huge pages
+    memory = mmap.mmap(-1, n_bytes, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
