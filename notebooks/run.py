@@ -10,7 +10,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -28,6 +30,7 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
             cwd=str(HERE),
             progress_bar=sys.stderr.isatty(),
             log_output=False,
+            config=Config(KernelManager={"transport": "ipc"}),  # no port that another may take
         )
         notebook = without_traces(nbformat.read(temporary, as_version=4))
         page = HTMLExporter().from_notebook_node(notebook)[0]
@@ -69,6 +72,8 @@ def main() -> None:
         except papermill.PapermillExecutionError as error:
             cell = error.source.strip().splitlines()[0]
             sys.exit(f"{name} failed in the cell {cell!r}: {error.ename}: {error.evalue}")
+        except DeadKernelError:
+            sys.exit(f"{name}: its Python was ended, perhaps for memory: lower batch_size")
         print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
     print(f"see results/{profile}/*.html")
 

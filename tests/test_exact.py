@@ -27,11 +27,12 @@ from toy import (
 # transformers renames a property that PEFT asks for, and the method that trainers call.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-# Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order, so
-# in float64 they agree to 1e-14, which test_micro_batches_change_only_the_order_of_sums demands. In float32 the oracle itself
-# lies 4e-6 to 8e-6 from its own float64 gradients, and by how much the two orders differ depends on
-# the processor's matrix kernels: 1.0e-6 was the most seen with AMX, 1.6e-6 without. A mixture of
-# experts multiplies the tokens of one expert together, and micro-batches change how many those are.
+# Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order;
+# float64 shows that this is all (test_micro_batches_change_only_the_order_of_sums). In float32 the
+# oracle itself lies 4e-6 to 8e-6 from its own float64 gradients, and how far the two orders differ
+# depends on the processor's matrix kernels: 1.0e-6 was the most seen with AMX, 1.6e-6 without. A
+# mixture of experts multiplies the tokens of one expert together, and micro-batches change how
+# many those are.
 TOLERANCE = dict.fromkeys(SETTINGS, 3e-6) | {"mixtral": 4e-6, "granitemoe": 4e-6}
 TOLERANCE_FLOAT64 = 1e-14
 # In transformers itself the grouped product of experts refuses doubles, and Gemma-2's are NaN.

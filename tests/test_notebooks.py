@@ -42,21 +42,29 @@ def test_nbval_notices_a_changed_number(planted, status, tmp_path):
     assert done.returncode == status, done.stdout
 
 
-def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("assert x == 2, 'planted'", "broken failed in the cell \"assert x == 2, 'planted'\""),
+        ("import os; os._exit(1)", "broken: its Python was ended"),
+    ],
+    ids=["error", "killed"],
+)
+def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path, cell, message):
     (tmp_path / "notebooks/params").mkdir(parents=True)
     runner = tmp_path / "notebooks/run.py"
     runner.write_text((FOLDER / "run.py").read_text())
     (tmp_path / "notebooks/params/quick.yaml").write_text("broken: {}\n")
     cells = [
         nbformat.v4.new_code_cell("x: int = 1  # help: x", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("assert x == 2, 'planted'"),
+        nbformat.v4.new_code_cell(cell),
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
     nbformat.write(notebook, tmp_path / "notebooks/broken.ipynb")
     done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "broken failed in the cell \"assert x == 2, 'planted'\"" in done.stderr
+    assert message in done.stderr
     assert not list((tmp_path / "results/quick").iterdir())
     unknown = subprocess.run([sys.executable, runner, "nightly"], capture_output=True, text=True)
     assert unknown.returncode == 1 and "choose one of quick" in unknown.stderr
