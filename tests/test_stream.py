@@ -563,3 +563,13 @@ def test_weights_differ_where_the_file_differs(tmp_path):
         file.write(b"\x3f")
     after, _ = step(model, toy_batch())
     assert difference(after, before) > 1e-6
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_products", [True, False])
+def test_auto_computes_in_float32_where_the_cpu_has_no_products_of_the_stored_dtype(
+    stored, has_products, monkeypatch
+):
+    monkeypatch.setattr("onn_core.model.multiplies_fast", lambda dtype: has_products)
+    expected = stored if has_products else torch.float32
+    assert streamed(toy_dir("llama", stored), dtype="auto").dtype == expected

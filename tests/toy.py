@@ -74,7 +74,8 @@ def in_memory(folder: Path, **settings) -> transformers.PreTrainedModel:
 
 
 def streamed(folder: Path, **settings) -> transformers.PreTrainedModel:
-    return onn_core.from_pretrained(folder, **{"device": "cpu"} | settings)
+    stored = transformers.AutoConfig.from_pretrained(folder).dtype  # on any CPU, for equality
+    return onn_core.from_pretrained(folder, **{"device": "cpu", "dtype": stored} | settings)
 
 
 def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
