@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from onn_core.checkpoint import Checkpoint
 from onn_core.items import Item
 from onn_core.loss import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
+from onn_core.product import linear, product, product_back
 from onn_core.session import Session
 from onn_core.sources import Source
 
@@ -110,14 +110,14 @@ class _HeadLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: StreamedHead, hidden: torch.Tensor) -> torch.Tensor:
         ctx.head = head
-        parts = [F.linear(hidden, weight, bias) for _, weight, bias in head.resident_blocks()]
+        parts = [product(hidden, weight, bias) for _, weight, bias in head.resident_blocks()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         total = None
         for first, weight, _ in ctx.head.resident_blocks():
-            part = grad[..., first : first + len(weight)] @ weight
+            part = product_back(grad[..., first : first + len(weight)], weight)
             total = part if total is None else total.add_(part)
         return None, total
 
@@ -152,7 +152,7 @@ class _HeadLoss(torch.autograd.Function):
             for _, weight, bias in head.resident_blocks():
                 for tokens in chunks:
                     part = flat[tokens].detach()
-                    whole_head = functools.partial(F.linear, weight=weight, bias=bias)
+                    whole_head = functools.partial(linear, weight=weight, bias=bias)
                     with head.replaced(whole_head), torch.set_grad_enabled(with_grad):
                         part.requires_grad_(with_grad)
                         loss = loss_function(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from onn_core.product import product, product_back
+
 IGNORED = -100  # a label that is not counted
 LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens
 
@@ -60,7 +62,7 @@ class OnlineCrossEntropy:
         column = self.labels[tokens] - first
         here = (column >= 0) & (column < len(weight))
         column = column.clamp(0, len(weight) - 1)
-        raw = F.linear(hidden, weight, bias)  # (n, v)
+        raw = product(hidden, weight, bias)  # (n, v)
         with torch.set_grad_enabled(self.with_grad):
             raw = raw.requires_grad_(self.with_grad)
             logits = self.post(raw)
@@ -83,7 +85,7 @@ class OnlineCrossEntropy:
             )
             (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
             slope = slopes.gather(-1, column[:, None]).float()
-        self._pull[tokens] += (pull @ weight).float()
+        self._pull[tokens] += product_back(pull, weight).float()
         rows = here.nonzero()[:, 0]
         push = weight[column[rows]].float()
         self._push[tokens.start + rows] = push if slope is None else push * slope[rows]

@@ -23,6 +23,7 @@ from onn_core.errors import ConfigError, OnnError
 from onn_core.head import EmbeddingRows, StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
+from onn_core.product import cast_in_cache, multiplies_fast, replace_forward
 from onn_core.session import Binding, Session
 from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
@@ -142,9 +143,11 @@ def from_pretrained(
     bindings, end_sources = _fill(model, layers, ends, sources, checkpoint, device)
 
     units = [list({binding.item: None for binding in layer}) for layer in bindings]
-    blocks = (
-        head_items(end_sources[head], *head.weight.shape, head.weight.dtype) if in_blocks else []
-    )
+    blocks = []
+    if in_blocks:
+        stored, dtype = end_sources[head].entry.dtype, head.weight.dtype
+        dtype = stored if cast_in_cache(stored, dtype, device) else dtype
+        blocks = head_items(end_sources[head], *head.weight.shape, dtype)
     head_units = [[item] for _, item in blocks]
     slots = plan_slots(
         units, head_units, chunk_size, parse_bytes(memory_budget), _held_bytes(model)
@@ -237,13 +240,6 @@ def _resolve_dtype(
     return dtype
 
 
-def multiplies_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix products of `dtype`; without, they take many times float32's."""
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype != torch.float16
-
-
 def _fill(
     model: PreTrainedModel,
     layers: list[nn.Module],
@@ -277,7 +273,9 @@ def _fill(
                 dtype = torch.float32 if kept else parameter.dtype
                 item = None
                 if parameter.ndim > 1 and number is not None:
-                    item = Item(source, tuple(parameter.shape), dtype)
+                    narrow = source.direct and cast_in_cache(source.entry.dtype, dtype, device)
+                    kept_as = source.entry.dtype if narrow and replace_forward(module) else dtype
+                    item = Item(source, tuple(parameter.shape), kept_as)
                 if item is not None or module in end_sources and name == "weight":
                     nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                     values = nan.expand(parameter.shape)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from the rows above its own.
 FLOORS = (
     ("errors",),
-    ("config", "record", "reader"),
+    ("config", "record", "reader", "product"),
     ("meter", "checkpoint", "data", "loss"),
     ("sources", "models"),
     ("items",),

@@ -1,0 +1,109 @@
+"""Products of activations with a matrix that is stored in another dtype, cast block by block.
+
+On a CPU without bfloat16 products the weights stay in bfloat16 in memory and are cast a few rows at
+a time, so that the float32 copy never leaves the processor's cache: half the traffic of a float32
+matrix. On one AVX2 machine (2 cores, a matrix of 17920 x 5120) that ran at 163 GFLOP/s where the
+whole matrix in float32 reached 145 and in bfloat16 11 (512 tokens), and at 90 against 33 and 13
+(16 tokens).
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
+FEW_TOKENS = 64  # up to here the block is the better left operand
+
+
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU has matrix products of `dtype`; without, they take many times float32's."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.float16
+
+
+def cast_in_cache(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
+    """Whether a matrix stays in memory as it is stored and is cast by `product`."""
+    narrow = stored in (torch.bfloat16, torch.float16)
+    return narrow and wanted == torch.float32 and device.type == "cpu"
+
+
+def replace_forward(module: nn.Module) -> bool:
+    """Let a plain linear layer take weights of any dtype; False for any other module."""
+    if type(module) is not nn.Linear:
+        return False
+    module.forward = functools.partial(_linear_forward, module)
+    return True
+
+
+def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight, module.bias)
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., C) times weight (V, C) transposed, plus bias (V,) -> (..., V), in the dtype of x."""
+    blocks = list(_row_blocks(weight))
+    if weight.dtype == x.dtype or len(blocks) == 1:
+        return F.linear(x, weight.to(x.dtype), bias)
+    flat = x.reshape(-1, x.shape[-1])  # (n, C)
+    few = len(flat) <= FEW_TOKENS
+    out = flat.new_empty((len(weight), len(flat)) if few else (len(flat), len(weight)))
+    buffer = flat.new_empty(blocks[0].stop, weight.shape[1])
+    turned = flat.t().contiguous() if few else None  # (C, n)
+    for rows in blocks:
+        block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
+        if few:
+            torch.mm(block, turned, out=out[rows])
+        else:
+            torch.mm(flat, block.t(), out=out[:, rows])
+    out = (out.t().contiguous() if few else out).view(*x.shape[:-1], len(weight))
+    return out if bias is None else out.add_(bias)
+
+
+def product_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """grad (..., V) times weight (V, C) -> (..., C), in the dtype of grad."""
+    blocks = list(_row_blocks(weight))
+    if weight.dtype == grad.dtype or len(blocks) == 1:
+        return grad @ weight.to(grad.dtype)
+    flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
+    total = flat.new_zeros(len(flat), weight.shape[1])
+    buffer = flat.new_empty(blocks[0].stop, weight.shape[1])
+    for rows in blocks:
+        total.addmm_(flat[:, rows], buffer[: rows.stop - rows.start].copy_(weight[rows]))
+    return total.view(*grad.shape[:-1], weight.shape[1])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` for a frozen weight (V, C) of any dtype: x (..., C), bias (V,) -> (..., V)."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    if bias is not None and bias.requires_grad:
+        return _Product.apply(x, weight, None) + bias
+    return _Product.apply(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product_back(grad, weight), None, None
+
+
+def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows whose float32 copy is at most BLOCK_BYTES."""
+    size = max(16, BLOCK_BYTES // (4 * weight.shape[1]) // 16 * 16)
+    for start in range(0, len(weight), size):
+        yield slice(start, min(start + size, len(weight)))
