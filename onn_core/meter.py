@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from onn_core.product import product
 from onn_core.reader import DirectFiles, host_buffer
 
 PIECE_BYTES = 8 << 20
@@ -90,20 +90,29 @@ def measure_flops(
     dtype: torch.dtype,
     device: torch.device,
     repeats: int = 5,
+    stored: torch.dtype | None = None,
 ) -> float:
-    """FLOP/s of the products (n_tokens, in) x (in, out) for `shapes` (out, in), one by one."""
-    weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
+    """FLOP/s of the products (n_tokens, in) x (in, out) for `shapes` (out, in), one by one.
+
+    stored: the matrices' dtype in memory; the faster of `product` on them and of `dtype` counts.
+    """
+    if stored not in (None, dtype):
+        rates = [measure_flops(shapes, n_tokens, dtype, device, repeats)]
+        weights = [torch.randn(shape, device=device).to(stored) for shape in shapes]
+    else:
+        rates = []
+        weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
     inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
     times_s = []
     for _ in range(repeats + 1):
         _synchronize(device)
         started = time.perf_counter()
         for values, weight in zip(inputs, weights, strict=True):
-            F.linear(values, weight)
+            product(values, weight)
         _synchronize(device)
         times_s.append(time.perf_counter() - started)
     flops = 2 * n_tokens * sum(out * size for out, size in shapes)
-    return flops / statistics.median(times_s[1:])
+    return max(*rates, flops / statistics.median(times_s[1:]), 0.0)
 
 
 def measure_copy(device: torch.device, n_bytes: int = 1 << 28, repeats: int = 5) -> float:

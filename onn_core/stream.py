@@ -54,6 +54,7 @@ class WeightStream:
                 item.unit = number
         self.slots = slots
         self.counts = StreamCounts()
+        self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self._checkpoint = checkpoint
         self._device = device
         self._files = DirectFiles()
@@ -215,12 +216,14 @@ class WeightStream:
                 if self._closed:
                     return
             item, start, stop = piece
-            n_read, error = 0, None
+            n_read, error, started = 0, None, time.perf_counter()
             try:
                 n_read = self._load(item, start, stop, staging)
             except Exception as problem:  # raised in the compute's thread, by acquire
                 error = problem
             with self._changed:
+                if self.trace is not None:
+                    self.trace.append(("read", item.unit, started, time.perf_counter()))
                 self.counts.bytes_read += n_read
                 item.pieces_left -= 1
                 if error is not None:

@@ -24,7 +24,8 @@ FLOORS = (
     ("model",),
     ("lora", "progress"),
     ("trainer",),
-    ("report", "tracking", "explore", "bench"),
+    ("report", "tracking", "explore", "peers"),
+    ("bench",),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))

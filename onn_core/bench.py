@@ -1,0 +1,236 @@
+"""Speed against the limit and against peers: each system in a process of its own, one cap for all.
+
+`python -m onn_core.bench MODEL_DIR --out record.json` measures this project and the systems of
+`peers.SYSTEMS` on random tokens with the report's LoRA configuration. The machine's ceilings are
+measured before and after.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onn_core.checkpoint import Checkpoint
+from onn_core.config import parse_bytes
+from onn_core.errors import ConfigError, OnnError
+from onn_core.meter import Ceilings, measure_copy, measure_flops, measure_read
+from onn_core.model import from_pretrained, resolve_device
+from onn_core.peers import SYSTEMS, run_steps
+from onn_core.record import describe_environment, write_json
+from onn_core.stream import N_READERS
+
+SCHEMA_VERSION = 1
+RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
+LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
+
+
+def measure_ceilings(
+    model_dir: str | os.PathLike, token_counts: list[int], device: str = "auto"
+) -> Ceilings:
+    """Reads of the model's own files, products of its first layer's own matrices."""
+    where = resolve_device(device)
+    checkpoint = Checkpoint.open(model_dir)
+    model = from_pretrained(model_dir, device=device)
+    items = model.session.stream.units[0]
+    shapes = [item.shape for item in items if len(item.shape) == 2]
+    stored, dtype = items[0].dtype, model.dtype
+    del model
+    paths = list(dict.fromkeys(entry.path for entry in checkpoint.tensors.values()))
+    checkpoint.close()
+    return Ceilings(
+        measure_read(paths, n_readers=N_READERS),
+        {n: measure_flops(shapes, n, dtype, where, stored=stored) for n in token_counts},
+        measure_copy(where) if where.type == "cuda" else None,
+    )
+
+
+def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -> None:
+    """The percent of the limit of each row: of its own traffic, and of the products it must do."""
+    checkpoint = Checkpoint.open(model_dir)
+    sizes = checkpoint.config
+    checkpoint.close()
+    hidden, head_dim = sizes.hidden_size, sizes.hidden_size // sizes.num_attention_heads
+    layer = hidden * (2 * hidden + 2 * sizes.num_key_value_heads * head_dim)
+    layer += 3 * hidden * sizes.intermediate_size
+    for row in rows:
+        n_tokens = row["batch_size"] * row["sequence"]
+        # forward, recompute, dL/dh: 6 P n; the head has no recompute: 4 P n
+        flops = n_tokens * (6 * layer * row["layers"] + 4 * hidden * sizes.vocab_size)
+        limits_s = {
+            "read": row["bytes_read"] / ceilings.read_bytes_per_s,
+            "compute": flops / ceilings.flops_per_s[n_tokens],
+        }
+        if ceilings.copy_bytes_per_s is not None:
+            limits_s["copy"] = row["bytes_read"] / ceilings.copy_bytes_per_s
+        row |= {f"limit_{what}_s": seconds for what, seconds in limits_s.items()}
+        row["limited_by"] = max(limits_s, key=limits_s.get)
+        row["percent_of_limit"] = 100 * max(limits_s.values()) / row["step_s"]
+
+
+@contextlib.contextmanager
+def memory_cap(n_bytes: int | None) -> Iterator[Path | None]:
+    """The file that takes a process into a control group of `n_bytes`; None where none can be."""
+    group = Path("/sys/fs/cgroup/memory") / f"onn-bench-{uuid.uuid4().hex[:8]}"
+    limit = group / "memory.limit_in_bytes"
+    if not group.parent.is_dir():
+        group = group.parents[1] / group.name
+        limit = group / "memory.max"
+    try:
+        if n_bytes is None:
+            raise OSError
+        group.mkdir()
+        limit.write_text(str(n_bytes))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def evict(model_dir: str | os.PathLike) -> None:
+    """Drop the model's pages from the page cache."""
+    if hasattr(os, "posix_fadvise"):
+        for path in Path(model_dir).glob("*.safetensors"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def parse_runs(text: str) -> list[tuple[str, int]]:
+    """ "onn:1,onn:32,mapped:1" -> systems and batch sizes; ConfigError for what is not known."""
+    runs = []
+    for part in text.split(","):
+        system, _, batch_size = part.partition(":")
+        if system not in SYSTEMS or not batch_size.isdigit() or int(batch_size) < 1:
+            known = ", ".join(SYSTEMS)
+            raise ConfigError(f"run {part!r} is not SYSTEM:BATCH with a system of {known}.")
+        runs.append((system, int(batch_size)))
+    return runs
+
+
+def benchmark(
+    model_dir: str | os.PathLike,
+    runs: Sequence[tuple[str, int]],
+    *,
+    cap: int | None = None,
+    budget: int | None = None,
+    sequence: int = 16,
+    n_steps: int = 3,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Each of `runs` (system, batch size) in a process of its own, inside one cap: the record.
+
+    cap: bytes of a process, on CUDA of the device's allocator. budget: what a system may fill of
+    them; None leaves LIBRARIES_BYTES of the cap.
+    """
+    where = resolve_device(device)
+    token_counts = sorted({batch_size * sequence for _, batch_size in runs})
+    before = measure_ceilings(model_dir, token_counts, device)
+    if budget is None and cap is not None:
+        budget = cap - LIBRARIES_BYTES
+    rows, failed, capped = [], {}, True
+    for system, batch_size in runs:
+        run = {"system": system, "batch_size": batch_size, "model_dir": str(model_dir)}
+        run |= {"sequence": sequence, "n_steps": n_steps, "device": device, "room_bytes": budget}
+        evict(model_dir)
+        own_cap = None if system == "in_memory" else cap
+        if where.type == "cuda":
+            run["device_cap"] = own_cap
+        with memory_cap(own_cap if where.type == "cpu" else None) as group:
+            capped &= group is not None or where.type == "cuda" or own_cap is None
+            command = [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(run)]
+            command += ["--group", str(group)] if group else []
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed[f"{system}:{batch_size}"] = f"ended with status {done.returncode}"
+            print(f"    {system}, batch {batch_size}: failed", file=sys.stderr)
+        else:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    after = measure_ceilings(model_dir, token_counts, device)
+    best = Ceilings(
+        max(before.read_bytes_per_s, after.read_bytes_per_s),
+        {n: max(before.flops_per_s[n], after.flops_per_s[n]) for n in token_counts},
+        max(before.copy_bytes_per_s, after.copy_bytes_per_s) if where.type == "cuda" else None,
+    )
+    add_limits(rows, best, str(model_dir))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "environment": describe_environment(where),
+        "cap_bytes": cap,
+        "capped": capped,
+        "budget_bytes": budget,
+        "ceilings": {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},
+        "disturbed": before.disturbed(after),
+        "failed": failed,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Measure this project, the report's baseline and peers on one model."""
+    parser = argparse.ArgumentParser(prog="python -m onn_core.bench", description=main.__doc__)
+    parser.add_argument("model_dir", nargs="?", help="see python -m onn_core.models")
+    parser.add_argument("--out", type=Path, help="the JSON record")
+    parser.add_argument("--runs", default=RUNS, help="SYSTEM:BATCH,...")
+    parser.add_argument("--sequence", type=int, default=16, help="tokens of a sample")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one more")
+    parser.add_argument("--cap", default="4GiB", help="memory of each process; none for no cap")
+    parser.add_argument("--budget", help="memory_budget of this project; the cap less 1 GiB")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        if arguments.worker:
+            return _work(json.loads(arguments.worker), arguments.group)
+        if arguments.model_dir is None or arguments.out is None:
+            parser.error("a model folder and --out FILE are needed")
+        record = benchmark(
+            arguments.model_dir,
+            parse_runs(arguments.runs),
+            cap=None if arguments.cap == "none" else parse_bytes(arguments.cap),
+            budget=None if arguments.budget is None else parse_bytes(arguments.budget),
+            sequence=arguments.sequence,
+            n_steps=arguments.steps,
+            device=arguments.device,
+        )
+    except OnnError as error:
+        parser.exit(1, f"{error}\n")
+    write_json(arguments.out, record)
+    if not record["rows"]:
+        parser.exit(1, "every run failed: see above\n")
+    from onn_core.report import ratio_table, speed_table
+
+    print(speed_table(record).to_string(), ratio_table(record).to_string(), sep="\n\n")
+    if record["disturbed"]:
+        print("disturbed: the ceilings before and after differ by more than a quarter")
+
+
+def _work(run: dict[str, Any], group: str | None) -> None:
+    if group:
+        Path(group).write_text(str(os.getpid()))
+    device_cap = run.pop("device_cap", None)
+    if device_cap is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, device_cap / total))
+    print(json.dumps(run_steps(**run)))
+
+
+if __name__ == "__main__":
+    main()
