@@ -45,6 +45,9 @@ class TrainConfig:
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or "4GB"; plans what is not given. None keeps `chunk_size` layers resident.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
+    checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
+        comes first; 0 is never, and both 0 writes none.
+    keep_checkpoints: how many of the last stay.
     loss_scale: None, a fixed factor, or "dynamic" (float16: halve and skip on overflow).
     """
 
@@ -81,6 +84,10 @@ class TrainConfig:
     eval_every: int = 0
     eval_samples: int = 64
     seed: int = 0
+    # checkpoints
+    checkpoint_every: int = 0
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
     progress: bool = True
 
     def __post_init__(self):
@@ -91,10 +98,10 @@ class TrainConfig:
             object.__setattr__(self, name, str(value))
         for name in (
             *("lora_rank", "chunk_size", "batch_size", "max_steps", "gradient_accumulation_steps"),
-            *("max_length", "eval_samples"),
+            *("max_length", "eval_samples", "keep_checkpoints"),
         ):
             _require_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "eval_every", "seed"):
+        for name in ("warmup_steps", "eval_every", "seed", "checkpoint_every"):
             _require_integer(name, getattr(self, name), 0)
         if self.micro_batch_size is not None:
             _require_integer("micro_batch_size", self.micro_batch_size, 1)
@@ -107,6 +114,7 @@ class TrainConfig:
         _require_number("lora_dropout", self.lora_dropout, 0, below=1)
         _require_number("learning_rate", self.learning_rate, 0)
         _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("checkpoint_minutes", self.checkpoint_minutes, 0)
         _require_number("held_out_fraction", self.held_out_fraction, 0, below=1)
         if self.max_grad_norm is not None:
             _require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True)

@@ -83,8 +83,8 @@ class RunRecord:
                     f"{path} has record schema {fields['schema_version']}, this version reads "
                     f"{SCHEMA_VERSION}: run it again."
                 )
-            fields["steps"] = [StepRecord(**step) for step in fields["steps"]]
-            fields["evals"] = [EvalRecord(**evaluation) for evaluation in fields["evals"]]
+            fields["steps"] = [StepRecord(**_numbers(step)) for step in fields["steps"]]
+            fields["evals"] = [EvalRecord(**_numbers(done)) for done in fields["evals"]]
             return cls(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OnnError(f"{path} is not a run record ({error}): run it again.") from error
@@ -140,6 +140,18 @@ def _processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` of numbers, with text such as "nan" as the float that it stands for."""
+    return {
+        key: _numbers(value)
+        if isinstance(value, dict)
+        else float(value)
+        if isinstance(value, str)
+        else value
+        for key, value in fields.items()
+    }
 
 
 def _plain(value: Any) -> Any:

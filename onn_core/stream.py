@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from onn_core.items import Item, Slot, Staging
 from onn_core.reader import DirectFiles, host_buffer
 
 N_READERS = 2
+CHECK_S = 0.2  # between two looks, while the compute waits, at whether to stop
 
 
 @dataclasses.dataclass
@@ -55,6 +56,7 @@ class WeightStream:
         self.slots = slots
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
+        self.check: Callable[[], None] = lambda: None  # may raise, to abandon a step
         self._checkpoint = checkpoint
         self._device = device
         self._files = DirectFiles()
@@ -77,6 +79,7 @@ class WeightStream:
         future: the units that will be visited, this one first. CheckpointError if a file fails,
         ConfigError if the memory for the slots cannot be had.
         """
+        self.check()
         items = self.units[future[0]]
         with self._changed:
             for item in self._entered:  # left behind by a visit that was interrupted
@@ -93,7 +96,8 @@ class WeightStream:
             self._changed.notify_all()
             started = time.perf_counter()
             while self._error is None and any(item.tensor is None for item in items):
-                self._changed.wait()
+                self._changed.wait(CHECK_S)
+                self.check()
             self.counts.wait_s += time.perf_counter() - started
             if self._error is not None:
                 raise self._error

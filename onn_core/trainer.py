@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -14,11 +13,14 @@ from transformers import AutoTokenizer
 from onn_core import data
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError, NonFiniteError
-from onn_core.lora import add_adapter, count_trainable, save_adapter, select_layers
+from onn_core.lora import add_adapter, count_trainable, select_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import from_pretrained
 from onn_core.progress import step_bar
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
+from onn_core.resume import RunKeeper, TrainingState, describe_run
+from onn_core.saved import require_writable
+from onn_core.stopping import Stop
 
 
 class ChunkedLoraTrainer:
@@ -26,7 +28,8 @@ class ChunkedLoraTrainer:
 
     config: all settings. on_step: called after each optimizer step with the record so far.
 
-    Files in `config.output_dir`: `adapter/`, a standard PEFT folder, and `record.json`.
+    Files in `config.output_dir`: `adapter/`, a standard PEFT folder, `record.json`, and
+    `checkpoints/`, from which `train(resume=True)` continues.
     """
 
     def __init__(
@@ -35,11 +38,12 @@ class ChunkedLoraTrainer:
         self.config = config
         self.on_step = on_step
         self.output_dir = Path(config.output_dir)
+        self.stop = Stop()
 
     def setup(self) -> None:
         """Open everything a run needs; raises OnnError before any long work."""
         config = self.config
-        _require_writable(self.output_dir)
+        require_writable(self.output_dir)
         memory_before = memory_bytes()
         self.base = from_pretrained(
             config.model_dir,
@@ -79,6 +83,9 @@ class ChunkedLoraTrainer:
             init_scale=config.loss_scale if isinstance(config.loss_scale, float | int) else 2.0**16,
             enabled=config.loss_scale is not None,
         )
+        state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
+        run = describe_run(config, self.base.checkpoint, [*self.train_set, *self.held_out])
+        self.keeper = RunKeeper(config, self.model, state, run)
         self.record = RunRecord(
             config=config.to_dict(),
             model={
@@ -104,36 +111,53 @@ class ChunkedLoraTrainer:
             self.record.config[name] = Path(self.record.config[name]).name
         self._memory_before = memory_before
 
-    def train(self) -> RunRecord:
-        """Run `max_steps` optimizer steps. NonFiniteError stops it, the last good adapter kept."""
-        config = self.config
+    def train(self, resume: bool = False) -> RunRecord:
+        """Run `max_steps` optimizer steps; `resume` continues from the newest whole checkpoint.
+
+        Whatever stops it, what the last finished step left is saved: the adapter, the record and
+        a checkpoint. Ctrl-C and SIGTERM abandon the step between two layers; a second one stops
+        at once. NonFiniteError names the layer.
+        """
         self.setup()
-        record, started = self.record, time.perf_counter()
+        record = self.record = self.keeper.begin(self.record, resume)
         reset_peak_memory(self.device)
-        batches = self._batches()
-        try:
-            with step_bar(self.base.session, config.max_steps, config.progress) as bar:
-                for step in range(1, config.max_steps + 1):
-                    if config.eval_every and step == 1:
-                        self._evaluate_into(record, 0, started)
-                    record.steps.append(self._step(step, next(batches)))
-                    done = step == config.max_steps
-                    if config.eval_every and (step % config.eval_every == 0 or done):
-                        self._evaluate_into(record, step, started)
-                    bar.update()
-                    bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
-                    record.wall_s = time.perf_counter() - started
-                    record.peak_memory_bytes = self._peak_memory_bytes()
-                    self.on_step(record)
-            record.status = "finished"
-        except BaseException as error:
-            record.status = f"stopped: {error or type(error).__name__}"
-            raise
-        finally:
-            save_adapter(self.model, self.output_dir / "adapter")
-            record.save(self.output_dir / "record.json")
-            self.base.close()
+        with self.stop:
+            try:
+                self._run(record)
+                record.status = "finished"
+                self.keeper.save(record)
+            except BaseException as error:
+                if not self.stop.at_once:
+                    self.keeper.save_stopped(record, error)
+                raise
+            finally:
+                if not self.stop.at_once:
+                    self.base.close()
         return record
+
+    def _run(self, record: RunRecord) -> None:
+        """The steps that are left, each with its evaluation and its checkpoint."""
+        config, n_done = self.config, len(record.steps)
+        started = time.perf_counter() - record.wall_s
+        batches = self._batches(n_done)
+        self.base.session.stream.check = self.stop.check
+        with step_bar(self.base.session, config.max_steps, config.progress) as bar:
+            bar.update(n_done)
+            for step in range(n_done, config.max_steps + 1):
+                if step > n_done:
+                    record.steps.append(self._step(step, next(batches)))
+                    self.keeper.step_finished()
+                self._evaluate_if_due(record, started)
+                record.wall_s = time.perf_counter() - started
+                if step == n_done:
+                    continue
+                bar.update()
+                bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
+                peak = peak_memory_bytes(self.device, self._memory_before)
+                record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
+                self.on_step(record)
+                self.keeper.save_if_due(record)
+                self.stop.check()
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -164,6 +188,7 @@ class ChunkedLoraTrainer:
             self.optimizer.zero_grad()
             raise NonFiniteError(self._explain(step, loss, by_layer, parts[0]))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        self.keeper.whole = False  # until the step is finished
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -214,16 +239,19 @@ class ChunkedLoraTrainer:
         self.model.train()
         return total / n_counted
 
-    def _evaluate_into(self, record: RunRecord, step: int, started: float) -> None:
-        loss = self.evaluate()
-        samples = sum(done.samples for done in record.steps)
-        record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, loss))
+    def _evaluate_if_due(self, record: RunRecord, started: float) -> None:
+        step, config = len(record.steps), self.config
+        due = config.eval_every and (step % config.eval_every == 0 or step == config.max_steps)
+        if due and all(done.step != step for done in record.evals):
+            samples, loss = sum(done.samples for done in record.steps), self.evaluate()
+            record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, loss))
 
-    def _batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """The batches of each optimizer step; number i depends on the seed and i alone."""
-        config = self.config
-        examples = data.batches(self.train_set, config.batch_size, config.seed)
-        while parts := list(islice(examples, config.gradient_accumulation_steps)):
+    def _batches(self, n_done: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """The batches of each step after `n_done`; number i depends on the seed and i alone."""
+        config, n_parts = self.config, self.config.gradient_accumulation_steps
+        first = n_done * n_parts
+        examples = data.batches(self.train_set, config.batch_size, config.seed, start_step=first)
+        while parts := list(islice(examples, n_parts)):
             yield [data.collate(part, self.tokenizer.pad_token_id) for part in parts]
 
     # --- what is told -----------------------------------------------------------------------
@@ -267,9 +295,6 @@ class ChunkedLoraTrainer:
             "is kept: lower learning_rate, or use bfloat16, float32 adapters or loss_scale."
         )
 
-    def _peak_memory_bytes(self) -> int:
-        return peak_memory_bytes(self.device, self._memory_before)
-
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine to 0."""
@@ -282,15 +307,3 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * done)),
     }[config.lr_schedule]
     return config.learning_rate * factor
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} cannot be written ({error.strerror}): choose another."
-        ) from error

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("config", "record", "reader", "product"),
-    ("meter", "checkpoint", "data", "loss"),
+    ("meter", "checkpoint", "data", "loss", "saved", "stopping"),
     ("sources", "models"),
     ("items",),
     ("stream", "sizing"),
@@ -23,6 +23,7 @@ FLOORS = (
     ("head",),
     ("model",),
     ("lora", "progress"),
+    ("resume",),
     ("trainer",),
     ("report", "tracking", "explore", "peers"),
     ("bench",),

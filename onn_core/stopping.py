@@ -1,0 +1,58 @@
+"""Stopping a run between two layers, where nothing is half done."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """While it is entered, the first SIGINT or SIGTERM is a request; a second acts at once.
+
+    Signals reach Python's main thread only: in another thread, `request` is the way.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.at_once = False
+        self._signal: int | None = None
+        self._before: dict[int, object] = {}
+
+    def request(self) -> None:
+        """Ask for a stop at the next layer; from any thread."""
+        self.requested = True
+
+    def check(self) -> None:
+        """KeyboardInterrupt if a stop was asked for; called where a step can be abandoned."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> "Stop":
+        self.requested = self.at_once = False
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._give_back()
+        if self._signal == signal.SIGTERM and not self.at_once:
+            print(error, file=sys.stderr, flush=True)
+            signal.raise_signal(signal.SIGTERM)  # what it would have done, now that all is saved
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            self.at_once = True
+            self._give_back()
+            signal.raise_signal(number)
+        self._signal = number
+        self.request()
+
+    def _give_back(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

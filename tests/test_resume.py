@@ -1,0 +1,335 @@
+"""A resumed run is equal, bit for bit, to one that was never stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import write_small
+
+import onn_core
+from onn_core.errors import NonFiniteError, OnnError
+from onn_core.saved import Checkpoints
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+# All that could go wrong on a resume, at once.
+EVERYTHING = {
+    "batch_size": 4,
+    "max_steps": 7,
+    "max_length": 80,
+    "learning_rate": 1e-2,
+    "lora_dropout": 0.3,
+    "gradient_accumulation_steps": 2,
+    "micro_batch_size": 3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "loss_scale": 2.0**127,  # overflows at first: steps are skipped and it is halved
+    "eval_every": 2,
+    "eval_samples": 3,
+    "checkpoint_every": 2,
+    "device": "cpu",
+    "progress": False,
+}
+TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
+TIMES += ("bytes_read", "layer_loads", "wall_s")
+
+
+class Ended(BaseException):
+    """Stands for the sudden end of the process."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a toy model, and text."""
+    return write_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """The folder of the run that was never stopped."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    record = trainer(small, output_dir).train()
+    assert record.steps[0].skipped and not record.steps[-1].skipped
+    return output_dir
+
+
+def trainer(small, output_dir, **changes):
+    model_dir, data = small
+    paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
+    return onn_core.ChunkedLoraTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
+
+
+def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
+    """A run in which `stop()` is called at the n-th visit of a layer: its trainer, its error."""
+    made = trainer(small, output_dir, **changes)
+    setup, n_visits = made.setup, 0
+
+    def setup_and_count():
+        setup()
+        stream = made.base.session.stream
+        acquire = stream.acquire
+
+        def count(future):
+            nonlocal n_visits
+            n_visits += 1
+            if n_visits == at_visit:
+                stop()
+            return acquire(future)
+
+        stream.acquire = count
+        if error is Ended:
+            made.keeper.save_stopped = lambda *_: None
+
+    made.setup = setup_and_count
+    with pytest.raises(error) as raised:
+        made.train()
+    return made, raised.value
+
+
+def end():
+    raise Ended
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def adapter(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def numbers(folder):
+    """All of a record that must be equal."""
+    record = json.loads((folder / "record.json").read_text())
+    for entry in record["steps"] + record["evals"]:
+        for name in TIMES:
+            entry.pop(name, None)
+    return record["steps"], record["evals"], record["status"]
+
+
+def require_equal(folder, other):
+    ours, theirs = adapter(folder), adapter(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert numbers(folder) == numbers(other)
+    states = [
+        load_file(Checkpoints(f, 1).paths()[-1] / "state.safetensors") for f in (folder, other)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# A step visits 3 layers, the head, 3 layers, twice (accumulation); an evaluation 3 and the head.
+@pytest.mark.parametrize("at_visit", [40, 51, 66, 98])
+def test_ended_anywhere_a_resumed_run_is_equal_bit_for_bit(at_visit, small, whole, tmp_path):
+    made, _ = stopped(small, tmp_path, at_visit, end)
+    assert 2 <= len(made.record.steps) < 7 and not (tmp_path / "record.json").exists()
+    trainer(small, tmp_path).train(resume=True)
+    require_equal(tmp_path, whole)
+
+
+def test_ended_before_the_first_checkpoint_a_run_starts_again(small, whole, tmp_path):
+    stopped(small, tmp_path, 9, end)
+    with pytest.warns(UserWarning, match="has no checkpoint: starts at step 1"):
+        trainer(small, tmp_path).train(resume=True)
+    require_equal(tmp_path, whole)
+
+
+def test_ended_twice_and_resumed_with_other_residency(small, whole, tmp_path):
+    stopped(small, tmp_path, 50, end)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "checkpoints").rename(moved / "checkpoints")
+    made = trainer(small, moved, chunk_size=2, checkpoint_every=1)
+    made.on_step = lambda record: end() if len(record.steps) == 5 else None
+    with pytest.raises(Ended):
+        made.train(resume=True)
+    trainer(small, moved, memory_budget="1GB").train(resume=True)
+    require_equal(moved, whole)
+
+
+@pytest.mark.parametrize("at_visit", [1, 24, 34])
+def test_ctrl_c_saves_the_last_finished_step_and_says_how_to_go_on(
+    at_visit, small, whole, tmp_path
+):
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored
+    try:
+        made, error = stopped(small, tmp_path, at_visit, interrupt, KeyboardInterrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    n_done = len(made.record.steps)
+    done = f"stopped after step {n_done} of 7"
+    assert str(error) == f"{done}: train(resume=True) continues from there"
+    assert made.keeper.checkpoints.paths()[-1].name == f"step-{n_done:08d}"
+    assert onn_core.RunRecord.load(tmp_path / "record.json").status == "stopped: KeyboardInterrupt"
+    resumed = trainer(small, tmp_path).train(resume=True)
+    assert len(resumed.steps) == 7
+    require_equal(tmp_path, whole)
+
+
+def test_a_stop_can_be_asked_for_from_another_thread(small, whole, tmp_path):
+    raised = []
+
+    def work():
+        made = trainer(small, tmp_path)
+        made.on_step = lambda record: made.stop.request() if len(record.steps) == 3 else None
+        try:
+            made.train()
+        except KeyboardInterrupt as error:
+            raised.append(str(error))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert raised == ["stopped after step 3 of 7: train(resume=True) continues from there"]
+    trainer(small, tmp_path).train(resume=True)
+    require_equal(tmp_path, whole)
+
+
+def test_an_error_also_saves_the_last_finished_step(small, whole, tmp_path):
+    def fail():
+        raise OSError("planted")
+
+    made, error = stopped(small, tmp_path, 52, fail, OSError)
+    assert error.__notes__ == ["stopped after step 3 of 7: train(resume=True) continues from there"]
+    trainer(small, tmp_path).train(resume=True)
+    require_equal(tmp_path, whole)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, flip) for name in ("state.safetensors", "record.json")),
+        ("state.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
+        ("SHA256SUMS", lambda path: path.write_bytes(b"\xff\n")),
+        ("state.safetensors", Path.unlink),
+    ],
+    ids=["flip", "flip", "cut", "sums", "gone"],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(name, damage, small, whole, tmp_path):
+    stopped(small, tmp_path, 78, end)
+    paths = Checkpoints(tmp_path, 2).paths()
+    assert [path.name for path in paths] == ["step-00000002", "step-00000004"]
+    damage(paths[1] / name)
+    with pytest.warns(UserWarning, match="checkpoints/step-00000004 is damaged .* the one before"):
+        trainer(small, tmp_path).train(resume=True)
+    require_equal(tmp_path, whole)
+
+
+def test_all_checkpoints_damaged_is_an_error(small, tmp_path):
+    stopped(small, tmp_path, 50, end)
+    for path in Checkpoints(tmp_path, 2).paths():
+        flip(path / "state.json")
+    with pytest.warns(UserWarning), pytest.raises(OnnError, match="every checkpoint"):
+        trainer(small, tmp_path).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01 and is 0.02"),
+        ({"batch_size": 8, "seed": 1}, "batch_size was 4 and is 8; seed was 0 and is 1"),
+        ({"max_steps": 9}, "max_steps was 7 and is 9"),
+        ({"micro_batch_size": None}, "micro_batch_size was 3 and is None"),
+    ],
+)
+def test_another_run_is_refused(changes, message, small, whole):
+    before = numbers(whole)
+    with pytest.raises(OnnError, match=f"cannot be resumed: {message}"):
+        trainer(small, whole, **changes).train(resume=True)
+    assert numbers(whole) == before
+
+
+def test_other_weights_and_other_text_are_refused(small, whole, tmp_path):
+    model_dir, data = small
+    lines = data.read_text().splitlines(keepends=True)
+    (tmp_path / "sums.jsonl").write_text("".join(lines[::-1]))
+    with pytest.raises(OnnError, match="the text is another"):
+        trainer((model_dir, tmp_path / "sums.jsonl"), whole).train(resume=True)
+    shutil.copytree(model_dir, tmp_path / "model")
+    trainer((tmp_path / "model", data), whole).train(resume=True)  # a copy is the same
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    header_bytes = int.from_bytes(content[:8], "little")
+    content[8 + header_bytes] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(OnnError, match="the weights are others"):
+        trainer((tmp_path / "model", data), whole).train(resume=True)
+
+
+def test_a_finished_run_resumes_to_itself_and_a_new_one_sets_it_aside(small, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    resumed = trainer(small, tmp_path)
+    record = resumed.train(resume=True)
+    assert len(record.steps) == 7 and resumed.base.session.stream.counts.bytes_read == 0
+    require_equal(tmp_path, whole)
+    trainer(small, tmp_path, seed=1, max_steps=1, checkpoint_every=0).train()
+    assert [path.name for path in Checkpoints(tmp_path, 2).paths()] == ["step-00000001"]
+    assert (tmp_path / "checkpoints-before/step-00000007/state.safetensors").is_file()
+
+
+def test_under_a_constant_rate_a_finished_run_can_be_made_longer(small, tmp_path):
+    constant = {"lr_schedule": "constant", "eval_every": 0}
+    trainer(small, tmp_path / "long", **constant).train()
+    trainer(small, tmp_path / "grown", max_steps=3, **constant).train()
+    trainer(small, tmp_path / "grown", **constant).train(resume=True)
+    require_equal(tmp_path / "grown", tmp_path / "long")
+
+
+def test_the_last_checkpoints_are_kept_and_their_sums_are_standard(small, tmp_path):
+    trainer(small, tmp_path, checkpoint_every=1, keep_checkpoints=3).train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (5, 6, 7)]
+    folder = tmp_path / "checkpoints" / names[-1]
+    assert sorted(path.suffix for path in folder.iterdir()) == [
+        "",
+        ".json",
+        ".json",
+        ".safetensors",
+    ]
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_checkpoints_by_time_follow_no_clock_that_can_be_set(small, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: saved.append(len(args[-1].steps)))
+    monkeypatch.setattr("time.time", lambda: 0.0)  # the clock was set back
+    trainer(small, tmp_path, checkpoint_every=0, checkpoint_minutes=1e-9).train()
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 7]
+    saved.clear()
+    trainer(small, tmp_path, checkpoint_every=0, checkpoint_minutes=1e9).train()
+    assert saved == [7]
+
+
+def test_a_run_that_became_nan_keeps_the_last_good_state(small, tmp_path):
+    bad = {"learning_rate": 1e30, "max_grad_norm": None, "loss_scale": None, "warmup_steps": 0}
+    made = trainer(small, tmp_path, **bad)
+    with pytest.raises(NonFiniteError):
+        made.train()
+    state = load_file(made.keeper.checkpoints.paths()[-1] / "state.safetensors")
+    assert all(torch.isfinite(values.float()).all() for values in state.values())
+
+
+def test_numbers_that_are_not_finite_survive_a_record(small, whole, tmp_path):
+    record = onn_core.RunRecord.load(whole / "record.json")
+    record.steps[0].grad_norm = float("inf")
+    record.steps[0].grad_norm_by_layer["0"] = float("-inf")
+    record.save(tmp_path / "record.json")
+    assert str(onn_core.RunRecord.load(tmp_path / "record.json")) == str(record)  # nan is not nan
