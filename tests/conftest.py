@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -11,6 +12,24 @@ def smollm2_dir():
     from onn_core.models import prepare_default_model
 
     return prepare_default_model()
+
+
+@pytest.fixture(scope="session")
+def toy_with_tokenizer(smollm2_dir, tmp_path_factory):
+    """A random three-layer model with the tokenizer of SmolLM2."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("toy")
+    for path in smollm2_dir.glob("*token*"):
+        shutil.copy(path, folder)
+    for path in smollm2_dir.glob("chat_template*"):
+        shutil.copy(path, folder)
+    sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=3, num_attention_heads=4, pad_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def pytest_runtest_setup(item):

@@ -7,27 +7,13 @@ import shutil
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import onn_core
 from onn_core.errors import NonFiniteError, OnnError
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
-@pytest.fixture(scope="session")
-def toy_with_tokenizer(smollm2_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    for path in smollm2_dir.glob("*token*"):
-        shutil.copy(path, folder)
-    for path in smollm2_dir.glob("chat_template*"):
-        shutil.copy(path, folder)
-    sizes = {"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64}
-    config = LlamaConfig(**sizes, num_hidden_layers=3, num_attention_heads=4, pad_token_id=2)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def settings(folder, output_dir, **changes):
