@@ -155,7 +155,7 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "TensorBoard is not installed: pip install 'onn-workbench[tensorboard]'."
+            "TensorBoard is not installed: pip install -e '.[tensorboard]'."
         ) from error
     new = []
     for run in runs:
@@ -228,7 +228,7 @@ def _import_aim() -> Any:
         import aim
     except ImportError as error:
         raise ConfigError(
-            "AIM is not installed: with Python 3.11 or 3.12, pip install 'onn-workbench[aim]'; "
+            "AIM is not installed: with Python 3.11 or 3.12, pip install -e '.[aim]'; "
             "newer Pythons have TensorBoard, make track TRACKER=tensorboard."
         ) from error
     return aim
