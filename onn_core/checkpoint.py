@@ -140,6 +140,16 @@ class Checkpoint:
             self.tensors[entry.name] = entry
 
 
+def read_tensor_index(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file in the order of their bytes; CheckpointError if none."""
+    with _reading(path):
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _read_header(descriptor, path, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
 def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
     path = model_dir / "config.json"
     if not os.path.isfile(path):

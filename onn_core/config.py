@@ -40,6 +40,8 @@ class TrainConfig:
     model_dir: Hugging Face folder with config.json and safetensors.
     data: "chatterbot", or the path of a .jsonl or .txt file.
     output_dir: where the adapter, the checkpoints and record.json go.
+    adapter: a PEFT folder to continue from; sparse_layers, target_modules and lora_rank, lora_alpha
+        and lora_dropout are then its own.
     sparse_layers: the decoder layers that get adapters: "all", "ends:4", "last:8" or numbers.
     target_modules: names of linear modules in a layer; None is all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
@@ -55,6 +57,7 @@ class TrainConfig:
     data: str
     output_dir: str
     # adapter
+    adapter: str | None = None
     sparse_layers: str | Sequence[int] = "all"
     lora_rank: int = 8
     lora_alpha: float = 16
@@ -91,8 +94,10 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self):
-        for name in ("model_dir", "data", "output_dir"):
+        for name in ("model_dir", "data", "output_dir", "adapter"):
             value = getattr(self, name)
+            if name == "adapter" and value is None:
+                continue
             if not isinstance(value, str | os.PathLike) or not str(value):
                 raise ConfigError(f"{name} must be a path, not {value!r}.")
             object.__setattr__(self, name, str(value))

@@ -22,13 +22,13 @@ class EmbeddingRows:
     """Takes the place of an embedding's forward: reads the rows that a batch needs."""
 
     def __init__(
-        self, module: nn.Embedding, checkpoint: Checkpoint, source: Source, device: torch.device
+        self, module: nn.Embedding, checkpoint: Checkpoint, source: Source, session: Session
     ):
         self.module = module
         self.forward = module.forward  # the class's own: some scale what they look up
         self.padding_idx, module.padding_idx = module.padding_idx, None
         self.absent = module.weight.data
-        self.checkpoint, self.name, self.device = checkpoint, source.entry.name, device
+        self.checkpoint, self.name, self.session = checkpoint, source.entry.name, session
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, T) -> (B, T, C)."""
@@ -36,7 +36,7 @@ class EmbeddingRows:
         if len(ids) and (ids[0] < 0 or ids[-1] >= self.absent.shape[0]):
             raise IndexError(f"token ids lie outside the vocabulary of {self.absent.shape[0]}.")
         rows = self.checkpoint.read_rows(self.name, ids.cpu())  # (U, C)
-        self.module.weight.data = rows.to(self.device, self.absent.dtype)
+        self.module.weight.data = rows.to(self.session.device, self.absent.dtype)
         try:
             return self.forward(places)
         finally:

@@ -41,6 +41,7 @@ class StreamedLayer:
         self._usual_calls: Counter = Counter()
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
+        self._settled: set[nn.Module] = set()  # DoRA's layers whose magnitudes are there
         for owner in {binding.module for binding in bindings}:
             owner.register_forward_pre_hook(self._enter_owner)
 
@@ -66,12 +67,28 @@ class StreamedLayer:
         with self.session.visit(phase, self.number, future):
             for binding in self.bindings:
                 binding.fill()
+            self._fill_magnitudes()
             self._previous = None
             try:
                 yield
             finally:
                 for item in self._by_item:
                     self.let_go(item)
+
+    @torch.no_grad()
+    def _fill_magnitudes(self) -> None:
+        """The first magnitudes of DoRA, which PEFT wanted from weights that were not there."""
+        for tuner in self.module.modules():
+            for name, part in getattr(tuner, "lora_magnitude_vector", {}).items():
+                if part in self._settled:
+                    continue
+                self._settled.add(part)
+                if part.weight.isnan().all():  # else loaded from an adapter
+                    base = tuner.get_base_layer()
+                    dtype = next(b.absent.dtype for b in self.bindings if b.module is base)
+                    weight = base.weight.to(dtype)
+                    a, b = tuner.lora_A[name].weight.to(dtype), tuner.lora_B[name].weight.to(dtype)
+                    part.weight.copy_(part.get_weight_norm(weight, b @ a, tuner.scaling[name]))
 
     def let_go(self, item: Item) -> None:
         for binding in self._by_item[item]:

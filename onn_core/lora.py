@@ -1,6 +1,5 @@
 """Which layers are trained, and their adapters through PEFT."""
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from onn_core.adapter import load_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
 from onn_core.model import decoder_layers
@@ -57,7 +57,16 @@ def linear_names(layers: Sequence[nn.Module]) -> list[str]:
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig) -> peft.PeftModel:
-    """`model` with LoRA adapters on the layers and modules of `config`; ConfigError if none."""
+    """`model` with LoRA adapters on the layers and modules of `config`; ConfigError if none.
+
+    With `config.adapter` they are those of that folder, to be trained further.
+    """
+    if config.adapter is not None:
+        wrapped = load_adapter(
+            model, config.adapter, trainable=True, float32=config.lora_dtype != "model"
+        )
+        wrapped.train()
+        return wrapped
     layers = decoder_layers(model)
     selected = select_layers(config.sparse_layers, len(layers))
     names = linear_names(layers)
@@ -87,6 +96,15 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> peft.PeftModel:
     return wrapped
 
 
+def trained_layers(model: PreTrainedModel) -> list[int]:
+    """The numbers of the decoder layers that have a parameter to train."""
+    return [
+        number
+        for number, layer in enumerate(decoder_layers(model))
+        if any(parameter.requires_grad for parameter in layer.parameters())
+    ]
+
+
 def count_trainable(model: nn.Module) -> int:
     """How many parameters are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -106,17 +124,3 @@ def save_adapter(model: peft.PeftModel, folder: str | os.PathLike) -> None:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike, trainable: bool = False):
-    """`model` with the adapter of a PEFT folder; ConfigError if the folder has none that fits."""
-    folder = Path(folder)
-    try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no adapter_config.json that can be read.") from error
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"{folder} has no adapter_model.safetensors; pickles are not loaded.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable)

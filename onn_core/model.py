@@ -1,8 +1,7 @@
 """`from_pretrained`: a transformers model whose decoder layers are streamed from disk.
 
-transformers owns the forward pass. What changes is how a decoder layer, the embedding and the head
-get their weights: matrices of decoder layers come and go with the visits of a layer; vectors
-(norms, biases) and everything outside the layers stay.
+transformers owns the forward pass; only how its parts get their weights changes: matrices of
+decoder layers come and go, the embedding and the head are read as needed, all else stays.
 """
 
 import functools
@@ -43,10 +42,12 @@ class StreamedModel:
         kwargs.update(zip(inspect.signature(plain).parameters, args, strict=False))
         self.session.lowest = self._lowest_trained()
         if self.session.lowest is not None:
+            self.session.check_trained(self)
             kwargs["use_cache"] = False  # a recompute must not fill it twice
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         own_loss = getattr(self, "loss_type", None) in (None, "ForCausalLM")
-        if (labels is None and shifted is None) or self.head is None or not own_loss:
+        own_loss &= self.head is not None and self.head.module is self.get_output_embeddings()
+        if (labels is None and shifted is None) or not own_loss:
             return plain(**kwargs)
         return self._forward_with_loss(plain, kwargs)
 
@@ -94,8 +95,7 @@ class StreamedModel:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise OnnError(
-            "a streamed model holds no weights to save: save its adapter with "
-            "PeftModel.save_pretrained, or merge it with onn_core.merge."
+            "a streamed model holds no weights to save: save its adapter, or use onn_core.merge."
         )
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ def from_pretrained(
     """
     checkpoint = Checkpoint.open(model_dir)
     device = resolve_device(device)
-    model = _skeleton(checkpoint, dtype, device)
+    model = skeleton(checkpoint, dtype, device)
     layers = decoder_layers(model)
     _require_integer("chunk_size", chunk_size, len(layers))
     if micro_batch_size is not None:
@@ -165,7 +165,7 @@ def from_pretrained(
         streamed.append(StreamedLayer(layer, number, own, session))
         layer.forward = streamed[-1]
     if by_rows:
-        embedding.forward = EmbeddingRows(embedding, checkpoint, end_sources[embedding], device)
+        embedding.forward = EmbeddingRows(embedding, checkpoint, end_sources[embedding], session)
     model.head = None
     if in_blocks:
         model.head = StreamedHead(head, blocks, session)
@@ -195,7 +195,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def _skeleton(
+def skeleton(
     checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real."""

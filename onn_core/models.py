@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from onn_core.errors import CheckpointError, ConfigError, OnnError
-from onn_core.record import write_json
+from onn_core.record import new_folder, write_json
 
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -82,7 +80,7 @@ def prepare_default_model() -> Path:
     gguf = _default_gguf()
     print(f"Converting SmolLM2-135M-Instruct to {folder}, once, about 15 seconds ...", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    with _new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         _convert_gguf(gguf, temporary)
         files = {path.name: _sha256(path) for path in temporary.iterdir()}
         write_json(temporary / "manifest.json", files)
@@ -124,7 +122,7 @@ def write_random_checkpoint(
         raise CheckpointError(f"{folder} holds something else: delete it or choose another folder.")
 
     tensors = _stored_tensors(model)
-    with _new_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
         needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
         free_bytes = shutil.disk_usage(temporary).free
         if needed_bytes > free_bytes:
@@ -233,30 +231,6 @@ def _is_intact(folder: Path) -> bool:
         return all(_sha256(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, whole or not at all.
-
-    When another process has made `folder` in the meantime, that one is kept.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_configs(config: Any, folder: Path) -> None:

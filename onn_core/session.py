@@ -5,10 +5,12 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from onn_core.errors import ConfigError
 from onn_core.items import Item
 from onn_core.stream import WeightStream
 
@@ -42,6 +44,7 @@ class Session:
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None
     trace: list[tuple[str, int, float, float]] | None = None  # phase, unit, start, stop
+    checked: set[int] = dataclasses.field(default_factory=set)  # ids of trained parameters
 
     def forward_pass(self) -> list[int]:
         """The units of a step from its first."""
@@ -58,6 +61,26 @@ class Session:
         if self.device.type == "cuda" and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4:
             return torch.autograd.graph.save_on_cpu(pin_memory=True)
         return contextlib.nullcontext()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        raise ConfigError(
+            "a streamed module has no weights to copy: train it with LoRA (target_modules), not "
+            "whole (modules_to_save)."
+        )
+
+    def check_trained(self, model: nn.Module) -> None:
+        """ConfigError if a trained parameter was made from weights that were not there."""
+        visited = {id(p) for layer in model.streamed_layers for p in layer.module.parameters()}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or id(parameter) in self.checked:
+                continue
+            self.checked.add(id(parameter))
+            later = "lora_magnitude_vector" in name and id(parameter) in visited
+            if not later and parameter.isnan().any():
+                raise ConfigError(
+                    f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
+                    "DoRA with init_lora_weights True, and no trainable tokens."
+                )
 
     @contextlib.contextmanager
     def visit(self, phase: str, unit: int, future: list[int]):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from onn_core import data
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError, NonFiniteError
-from onn_core.lora import add_adapter, count_trainable, select_layers
+from onn_core.lora import add_adapter, count_trainable, trained_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import from_pretrained
 from onn_core.progress import step_bar
@@ -92,7 +92,7 @@ class ChunkedLoraTrainer:
                 "name": Path(config.model_dir).name,
                 "type": self.base.config.model_type,
                 "layers": self.base.session.n_layers,
-                "trained_layers": select_layers(config.sparse_layers, self.base.session.n_layers),
+                "trained_layers": trained_layers(self.base),
                 "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
                 "dtype": str(self.base.dtype).removeprefix("torch."),
@@ -107,8 +107,9 @@ class ChunkedLoraTrainer:
             },
             environment=describe_environment(self.device),
         )
-        for name in ("model_dir", "data", "output_dir"):  # a record carries no path of its machine
-            self.record.config[name] = Path(self.record.config[name]).name
+        for name in ("model_dir", "data", "output_dir", "adapter"):  # no path of this machine
+            if self.record.config[name] is not None:
+                self.record.config[name] = Path(self.record.config[name]).name
         self._memory_before = memory_before
 
     def train(self, resume: bool = False) -> RunRecord:

@@ -22,9 +22,10 @@ FLOORS = (
     ("layer",),
     ("head",),
     ("model",),
-    ("lora", "progress"),
+    ("adapter",),
+    ("lora", "merging", "progress"),
     ("resume",),
-    ("trainer",),
+    ("trainer", "merge"),
     ("report", "tracking", "explore", "peers"),
     ("bench",),
 )

@@ -61,6 +61,23 @@ def test_same_seed_same_adapter_and_it_loads_in_memory(toy_with_tokenizer, tmp_p
     assert str(tmp_path) not in json.dumps(record.to_dict())
 
 
+def test_training_continues_from_an_adapter(toy_with_tokenizer, tmp_path):
+    """Its held-out loss before the first step is the one that the first run ended with."""
+    short = {"max_steps": 1, "eval_every": 1, "eval_samples": 4}
+    first = run(toy_with_tokenizer, tmp_path / "a", lora_rank=3, sparse_layers=[1], **short)
+    more = {"adapter": str(tmp_path / "a/adapter")} | short
+    second = run(toy_with_tokenizer, tmp_path / "b", **more)
+    assert second.evals[0].loss == first.evals[-1].loss != second.evals[-1].loss
+    assert second.model["trained_layers"] == [1]
+    assert second.model["trainable"] == first.model["trainable"]
+    assert second.config["adapter"] == "adapter"
+    frozen = run(toy_with_tokenizer, tmp_path / "c", learning_rate=0.0, **more)
+    assert frozen.evals[-1].loss == first.evals[-1].loss
+    before, after = adapter(tmp_path / "a"), adapter(tmp_path / "c")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_loss_is_the_mean_over_all_counted_tokens(toy_with_tokenizer, tmp_path):
     """Two accumulated batches of 4, in micro-batches of 3, are one batch of 8."""
     accumulated = run(
