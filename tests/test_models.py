@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from onn_core import models
 from onn_core.errors import CheckpointError, ConfigError
+from onn_core.record import new_folder
 
 ENGLISH = (
     "Water moves around the Earth in a cycle. The heat of the sun makes water evaporate from seas, "
@@ -185,9 +186,9 @@ def test_damaged_default_model_is_noticed(smollm2_dir, tmp_path):
 
 
 def test_second_of_two_writers_keeps_the_first(tmp_path):
-    with models._new_folder(tmp_path / "model") as slow:
+    with new_folder(tmp_path / "model") as slow:
         (slow / "file").write_text("slow")
-        with models._new_folder(tmp_path / "model") as fast:
+        with new_folder(tmp_path / "model") as fast:
             (fast / "file").write_text("fast")
     assert (tmp_path / "model" / "file").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
