@@ -50,7 +50,8 @@ class TrainConfig:
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never, and both 0 writes none.
     keep_checkpoints: how many of the last stay.
-    loss_scale: None, a fixed factor, or "dynamic" (float16: halve and skip on overflow).
+    loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
+        overflows, doubled after 2000 that do not). A step that overflows is skipped.
     """
 
     model_dir: str

@@ -136,7 +136,8 @@ class _HeadLoss(torch.autograd.Function):
         loss_function: Callable,
     ) -> torch.Tensor:
         with_grad = ctx.needs_input_grad[1]
-        whole_in_one = len(head.blocks) == 1
+        # float16 goes by blocks: their gradient stays in float32 until a loss scale has lifted it
+        whole_in_one = len(head.blocks) == 1 and hidden.dtype != torch.float16
         n_vocabulary = head.module.weight.shape[0]
         chunks = token_chunks(labels.numel(), n_vocabulary)
         if n_counted is None and not (whole_in_one and len(chunks) == 1):

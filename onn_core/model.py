@@ -22,7 +22,7 @@ from onn_core.errors import ConfigError, OnnError
 from onn_core.head import EmbeddingRows, StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
-from onn_core.product import cast_in_cache, multiplies_fast, replace_forward
+from onn_core.product import cast_in_cache, keep_as, multiplies_fast
 from onn_core.session import Binding, Session
 from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
@@ -273,8 +273,8 @@ def _fill(
                 dtype = torch.float32 if kept else parameter.dtype
                 item = None
                 if parameter.ndim > 1 and number is not None:
-                    narrow = source.direct and cast_in_cache(source.entry.dtype, dtype, device)
-                    kept_as = source.entry.dtype if narrow and replace_forward(module) else dtype
+                    stored = source.entry.dtype if source.direct else dtype
+                    kept_as = keep_as(module, stored, dtype, device)
                     item = Item(source, tuple(parameter.shape), kept_as)
                 if item is not None or module in end_sources and name == "weight":
                     nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)

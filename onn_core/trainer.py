@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environm
 from onn_core.resume import RunKeeper, TrainingState, describe_run
 from onn_core.saved import require_writable
 from onn_core.stopping import Stop
+
+MAX_SKIPS = 20  # steps in a row that loss scaling may skip; from 2^16 it has then tried 2^-3
 
 
 class ChunkedLoraTrainer:
@@ -71,6 +73,12 @@ class ChunkedLoraTrainer:
             raise ConfigError(
                 "eval_every needs held-out rows, but all rows share one prompt or "
                 "held_out_fraction is 0: raise it, give more rows, or set eval_every to 0."
+            )
+        narrow = config.lora_dtype == "model" and self.base.dtype == torch.float16
+        if narrow and config.loss_scale is not None:
+            raise ConfigError(
+                "float16 adapters cannot take loss_scale, because their gradients would be "
+                'rounded again when it is taken out: set lora_dtype to "float32".'
             )
         n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
@@ -185,13 +193,15 @@ class ChunkedLoraTrainer:
         clip = math.inf if config.max_grad_norm is None else config.max_grad_norm
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.trained, clip))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if not finite and not self.scaler.is_enabled():
+        skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
             self.optimizer.zero_grad()
             raise NonFiniteError(self._explain(step, loss, by_layer, parts[0]))
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.keeper.whole = False  # until the step is finished
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update(None if config.loss_scale == "dynamic" else scale)
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -26,8 +26,8 @@ FLOORS = (
     ("lora", "merging", "progress"),
     ("resume",),
     ("trainer", "merge"),
-    ("report", "tracking", "explore", "peers"),
-    ("bench",),
+    ("report", "tracking", "explore", "peers", "stability"),
+    ("bench", "stability_report"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))

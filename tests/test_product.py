@@ -32,6 +32,20 @@ def test_linear(stored, n_tokens, n_rows, trained_bias, monkeypatch):
     assert all(difference(*pair) < 1e-14 for pair in zip(*pairs, strict=True))
 
 
+@pytest.mark.parametrize("n_tokens", [3, 200])
+def test_float16_is_float32_rounded_once(n_tokens, monkeypatch):
+    monkeypatch.setattr(product, "BLOCK_BYTES", 16 * 4 * 48)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(40, *n, generator=generator).half() for n in ((48,), ()))
+    x = torch.randn(2, n_tokens, 48, generator=generator).half().requires_grad_()
+    towards = torch.randn(2, n_tokens, 40, generator=generator).half()
+    found = product.linear(x, weight, bias)
+    (grad,) = torch.autograd.grad(found, x, towards)
+    assert found.dtype == grad.dtype == torch.float16
+    assert difference(found, F.linear(x.double(), weight.double(), bias.double())) < 2**-11
+    assert difference(grad, towards.double() @ weight.double()) < 2**-11
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi"])
 @pytest.mark.parametrize(("block_bytes", "tolerance"), [(product.BLOCK_BYTES, None), (2048, 3e-6)])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import onn_core
 from onn_core.errors import NonFiniteError, OnnError
-from onn_core.trainer import ChunkedLoraTrainer, learning_rate
+from onn_core.trainer import MAX_SKIPS, ChunkedLoraTrainer, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -115,10 +115,41 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_adapter(toy_with_tokeni
     assert record.status.startswith("stopped: step") and 0 < len(record.steps) < 9
 
 
-def test_dynamic_loss_scale_skips_and_records(toy_with_tokenizer, tmp_path):
-    record = run(toy_with_tokenizer, tmp_path, loss_scale=2.0**127, max_steps=3)
-    assert record.steps[0].skipped and record.steps[0].nonfinite
-    assert record.steps[1].loss_scale < record.steps[0].loss_scale
+def test_a_skipped_step_leaves_the_optimizer_bit_equal(toy_with_tokenizer, tmp_path):
+    """float16: the second step overflows for real, because its scale was raised."""
+    states = []
+
+    def raise_scale(record):
+        own = trainer.optimizer.state_dict()["state"].values()
+        tensors = [value for state in own for value in state.values()] + trainer.trained
+        states.append([tensor.detach().clone() for tensor in tensors])
+        if record.steps[-1].step == 1:
+            trainer.scaler.update(2.0**40)
+        if record.steps[-1].step == 2:
+            assert trainer.scaler.get_scale() == 2.0**39
+            trainer.scaler.update(2.0**10)
+
+    config = settings(toy_with_tokenizer, tmp_path, dtype="float16", loss_scale="dynamic")
+    trainer = ChunkedLoraTrainer(config, raise_scale)
+    record = trainer.train()
+    assert [step.skipped for step in record.steps] == [False, True, False]
+    assert [step.nonfinite for step in record.steps] == [0, 1, 0]
+    assert [step.loss_scale for step in record.steps] == [2.0**16, 2.0**40, 2.0**10]
+    assert len(states[0]) == 4 * len(trainer.trained)  # step, two moments, and the adapter
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not any(map(torch.equal, states[1], states[2]))
+    assert onn_core.RunRecord.load(tmp_path / "record.json").steps[1].skipped
+
+
+def test_a_fixed_loss_scale_stays_and_ends_the_run_when_nothing_is_left(
+    toy_with_tokenizer, tmp_path
+):
+    fixed = {"dtype": "float16", "loss_scale": 2.0**8, "max_steps": 2, "max_length": 40}
+    steps = run(toy_with_tokenizer, tmp_path, **fixed).steps
+    assert [(step.loss_scale, step.skipped) for step in steps] == [(2.0**8, False)] * 2
+    with pytest.raises(NonFiniteError, match=f"step {MAX_SKIPS}: the gradient of layer"):
+        run(toy_with_tokenizer, tmp_path, **fixed | {"loss_scale": 2.0**40, "max_steps": 99, "batch_size": 1})
+    assert len(onn_core.RunRecord.load(tmp_path / "record.json").steps) == MAX_SKIPS - 1
 
 
 def test_schedules():
@@ -167,6 +198,7 @@ def test_progress_shows_step_layer_rate_and_time_left(
         ({"data": "nowhere.jsonl"}, "cannot be read"),
         ({"held_out_fraction": 0.0, "eval_every": 1}, "held-out"),
         ({"model_dir": "nowhere"}, "nowhere"),
+        ({"dtype": "float16", "lora_dtype": "model", "loss_scale": "dynamic"}, "lora_dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_step(

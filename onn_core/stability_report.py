@@ -1,0 +1,113 @@
+"""Outcomes of the stability study: a table, a figure, JSON out and in."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from onn_core.errors import OnnError
+from onn_core.record import describe_environment, write_json
+from onn_core.report import COLOURS, DASHES
+from onn_core.stability import Event, Outcome
+
+SCHEMA_VERSION = 1
+MARKERS = (("circle", "o"), ("square", "s"), ("triangle-up", "^"), ("diamond", "D"))
+
+
+def outcome_table(outcomes: dict[str, Outcome]) -> Any:
+    """One row a variant: the first NaN or Inf, loss, and how large values became."""
+    import pandas as pd
+
+    rows = []
+    for label, outcome in outcomes.items():
+        first, last = outcome.steps[0], outcome.steps[-1]
+        fell = f"{first['cross_entropy']:.3f} to {outcome.cross_entropy_after:.3f}"
+        rows.append(
+            {
+                "configuration": label,
+                "first NaN or Inf": str(outcome.first[0]) if outcome.first else "none",
+                "loss, step 1": f"{first['loss']:.4g}",
+                "cross-entropy": fell,
+                "largest activation": f"{max(s['largest_activation'] for s in outcome.steps):,.0f}",
+                "gradient norm, step 1": f"{first['grad_norm']:.3g}",
+                "skipped": f"{outcome.steps_skipped} of {len(outcome.steps)}",
+                "adapters": "finite"
+                if outcome.adapter_finite
+                else f"NaN after step {last['step']}",
+                "learned": "YES" if outcome.learned else "NO",
+            }
+        )
+    return pd.DataFrame(rows).set_index("configuration")
+
+
+def headroom(curves: dict[str, dict[int, float]]) -> tuple[dict[str, Any], bytes]:
+    """Largest values by layer against the range of float16: a plotly figure and its picture."""
+    from matplotlib.figure import Figure
+
+    limits = {"float16, largest": 65504.0, "float16, smallest normal": 2.0**-14}
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    axes, traces = figure.subplots(), []
+    for number, (label, values) in enumerate(curves.items()):
+        x, colour = sorted(values), COLOURS[number]
+        y, (dash, style) = [values[layer] for layer in x], DASHES[number]
+        axes.plot(x, y, style, color=colour, marker=MARKERS[number][1], label=label)
+        traces.append({"type": "scatter", "x": x, "y": y, "name": label, "mode": "lines+markers"})
+        traces[-1]["line"] = {"color": colour, "dash": dash}
+        traces[-1]["marker"] = {"symbol": MARKERS[number][0]}
+    last = max(max(values) for values in curves.values())
+    for label, value in limits.items():
+        axes.axhline(value, color="black", linewidth=1)
+        axes.annotate(label, (0, value), (0, 3), textcoords="offset points", fontsize=9)
+        traces.append({"type": "scatter", "x": [0, last], "y": [value] * 2, "mode": "lines"})
+        traces[-1] |= {"name": label, "line": {"color": "black", "width": 1}, "showlegend": False}
+    notes = [
+        {"text": label, "x": 0, "y": math.log10(value), "showarrow": False, "xanchor": "left"}
+        | {"yanchor": "bottom"}
+        for label, value in limits.items()
+    ]
+    axes.set(xlabel="decoder layer", ylabel="largest absolute value", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    layout = {"height": 460, "template": "plotly_white", "annotations": notes}
+    layout["xaxis"] = {"title": {"text": "decoder layer"}}
+    layout["yaxis"] = {"title": {"text": "largest absolute value"}, "type": "log"}
+    layout["yaxis"]["exponentformat"] = "power"
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    return {"data": traces, "layout": layout}, buffer.getvalue()
+
+
+def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> None:
+    """Write the study as JSON; `more` are further JSON values."""
+    runs = {label: dataclasses.asdict(outcome) for label, outcome in outcomes.items()}
+    content = {"schema_version": SCHEMA_VERSION, "environment": describe_environment()}
+    write_json(path, content | {"runs": runs} | more)
+
+
+def load(path: str | os.PathLike) -> dict[str, Outcome]:
+    """The outcomes that `save` wrote; OnnError if the file holds none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {content['schema_version']}, not {SCHEMA_VERSION}")
+        return {label: _outcome(fields) for label, fields in content["runs"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OnnError(f"{path} is not a stability study ({error}): run it again.") from error
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    """An outcome from JSON, whose non-finite numbers are text and whose layers are text."""
+    fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
+    fields["first"] = [Event(**event) for event in fields["first"]]
+    for step in fields["steps"]:
+        step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
+    fields["largest_by_layer"] = {
+        phase: {int(layer): value for layer, value in book.items()}
+        for phase, book in fields["largest_by_layer"].items()
+    }
+    return Outcome(**fields)
