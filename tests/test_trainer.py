@@ -148,7 +148,11 @@ def test_a_fixed_loss_scale_stays_and_ends_the_run_when_nothing_is_left(
     steps = run(toy_with_tokenizer, tmp_path, **fixed).steps
     assert [(step.loss_scale, step.skipped) for step in steps] == [(2.0**8, False)] * 2
     with pytest.raises(NonFiniteError, match=f"step {MAX_SKIPS}: the gradient of layer"):
-        run(toy_with_tokenizer, tmp_path, **fixed | {"loss_scale": 2.0**40, "max_steps": 99, "batch_size": 1})
+        run(
+            toy_with_tokenizer,
+            tmp_path,
+            **fixed | {"loss_scale": 2.0**40, "max_steps": 99, "batch_size": 1},
+        )
     assert len(onn_core.RunRecord.load(tmp_path / "record.json").steps) == MAX_SKIPS - 1
 
 
