@@ -19,3 +19,11 @@ class DataError(OnnError):
 
 class NonFiniteError(OnnError):
     """A loss or a gradient became NaN or Inf; the last good adapter was kept."""
+
+
+def frozen(what: str) -> ConfigError:
+    """Someone wants to train, change or copy weights that are streamed."""
+    return ConfigError(
+        f"the {what} of a streamed model cannot change: they stay on disk, and adapters "
+        "(target_modules) are trained, not modules_to_save or the weights themselves."
+    )

@@ -1,83 +1,70 @@
-"""The two ends of a model: embedding rows by number, and a head that passes by in blocks."""
+"""A head that passes by in blocks, and its logits and loss, which never need it whole."""
 
-import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from onn_core.checkpoint import Checkpoint
 from onn_core.items import Item
+from onn_core.lazy import LazyTensor, changes_its_tensor
 from onn_core.loss import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
 from onn_core.product import linear, product, product_back
 from onn_core.session import Session
 from onn_core.sources import Source
 
 HEAD_BLOCK_BYTES = 128 << 20
-
-
-class EmbeddingRows:
-    """Takes the place of an embedding's forward: reads the rows that a batch needs."""
-
-    def __init__(
-        self, module: nn.Embedding, checkpoint: Checkpoint, source: Source, session: Session
-    ):
-        self.module = module
-        self.forward = module.forward  # the class's own: some scale what they look up
-        self.padding_idx, module.padding_idx = module.padding_idx, None
-        self.absent = module.weight.data
-        self.checkpoint, self.name, self.session = checkpoint, source.entry.name, session
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids (B, T) -> (B, T, C)."""
-        ids, places = input_ids.unique(return_inverse=True)
-        if len(ids) and (ids[0] < 0 or ids[-1] >= self.absent.shape[0]):
-            raise IndexError(f"token ids lie outside the vocabulary of {self.absent.shape[0]}.")
-        rows = self.checkpoint.read_rows(self.name, ids.cpu())  # (U, C)
-        self.module.weight.data = rows.to(self.session.device, self.absent.dtype)
-        try:
-            return self.forward(places)
-        finally:
-            self.module.weight.data = self.absent
+# Elementwise functions of logits, with numbers at most, that wait until the logits are made.
+ELEMENTWISE = {
+    *("float", "to", "type", "contiguous", "clone", "neg", "__neg__", "tanh", "mul", "__mul__"),
+    *("__rmul__", "multiply", "div", "true_divide", "__truediv__"),
+}
+Op = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StreamedHead:
     """Takes the place of the head's forward.
 
     module: the output projection (V, C). blocks: its weight in items of rows, in order, each with
-    its first row.
+    its first row. While it `defers`, its logits wait until they are used: a loss that takes them
+    as they are never has them all at once.
     """
 
     def __init__(self, module: nn.Linear, blocks: list[tuple[int, Item]], session: Session):
         self.module = module
-        self.forward = module.forward
         self.blocks = blocks
         self.session = session
-        self.bias = module.bias
-        self._replaced: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.n_rows = len(module.weight)
+        self.defers = False
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.module.bias
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        if self._replaced is not None:
-            return self._replaced(hidden)
-        return _HeadLogits.apply(self, hidden)
+        if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
+            return _HeadLogits.apply(self, hidden, False) + self.bias
+        return Logits.of(self, hidden) if self.defers else _HeadLogits.apply(self, hidden, True)
 
-    @contextlib.contextmanager
-    def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor]):
-        """Inside, `forward` is what the model takes for its head."""
-        before, self._replaced = self._replaced, forward
-        try:
-            yield
-        finally:
-            self._replaced = before
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """A copy of rows start:stop of the weight (V, C)."""
+        parts = [
+            weight[max(start - first, 0) : stop - first].to(self.module.weight.dtype, copy=True)
+            for first, weight, _ in self.resident_blocks(start, stop)
+        ]
+        return torch.cat(parts) if parts else self.module.weight.data[:0]
 
-    def resident_blocks(self):
-        """Visits the blocks in order: yields the first row, weight (v, C) and bias (v,) of each."""
+    def resident_blocks(self, start: int = 0, stop: int | None = None):
+        """Visits the blocks of rows start:stop: the first row, weight (v, C), bias (v,) of each."""
         session = self.session
         units = session.head_units
         for index, (first, item) in enumerate(self.blocks):
+            if first + item.shape[0] <= start or stop is not None and first >= stop:
+                continue
             future = units[index:] + session.backward_pass(session.n_layers - 1)
             with session.visit("head", units[index], future + session.forward_pass()):
                 weight = item.tensor
@@ -87,30 +74,104 @@ class StreamedHead:
                 finally:
                     session.stream.release(item)
 
+
+class Logits(LazyTensor):
+    """Logits (..., V) of hidden (..., C) that wait until they are used.
+
+    ops: elementwise functions that the model applied to them (scaling, soft cap, cast).
+    """
+
+    head: StreamedHead
+    hidden: torch.Tensor
+    ops: tuple[Op, ...]
+    made: torch.Tensor | None
+    changed: bool  # by an operation in place
+
+    @staticmethod
+    def of(head: StreamedHead, hidden: torch.Tensor, ops: tuple[Op, ...] = ()) -> "Logits":
+        device, dtype = hidden.device, hidden.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        one = apply(ops, torch.zeros(1, dtype=dtype, device=device))
+        graph = hidden.requires_grad and torch.is_grad_enabled()
+        shape = (*hidden.shape[:-1], head.n_rows)
+        tensor = Logits.absent(shape, one.dtype, device, graph)
+        tensor.head, tensor.hidden, tensor.ops = head, hidden, ops
+        tensor.made, tensor.changed = None, False
+        return tensor
+
+    def values(self) -> torch.Tensor:
+        lacks_graph = torch.is_grad_enabled() and self.requires_grad
+        lacks_graph = lacks_graph and self.made is not None and not self.made.requires_grad
+        if self.made is None or lacks_graph and not self.changed:
+            self.made = apply(self.ops, _HeadLogits.apply(self.head, self.hidden, True))
+        return self.made
+
+    def answer(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        if changes_its_tensor(name):
+            self.values()
+            self.changed = True
+        if name not in ELEMENTWISE or self.changed:
+            return NotImplemented
+        others = [*args[1:], *kwargs.values()]
+        if any(isinstance(x, torch.Tensor) and (x.ndim or x.requires_grad) for x in others):
+            return NotImplemented
+
+        def op(logits: torch.Tensor) -> torch.Tensor:
+            return func(logits, *args[1:], **kwargs)
+
+        one = op(torch.zeros((1,) * self.ndim, dtype=self.dtype, device=self.device))
+        if one.ndim != self.ndim or one.device != self.device:
+            return NotImplemented
+        return Logits.of(self.head, self.hidden, (*self.ops, op))
+
     def cross_entropy(
         self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        shifted: bool,
+        shifted_labels: torch.Tensor,
         n_counted: torch.Tensor | float | None,
-        tail: Callable[[torch.Tensor], torch.Tensor],
         loss_function: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """Mean cross-entropy of hidden (B, T, C) against labels (B, T): a scalar.
+        """Mean cross-entropy against labels (...): a scalar.
 
-        n_counted: what the sum is divided by; None counts the labels here. tail: the model's
-        forward after its layers, hidden (1, n, C) -> logits (1, n, V). loss_function: the model's.
+        n_counted: what the sum is divided by; None counts the labels here. loss_function: the
+        model's.
         """
-        if not shifted:
-            labels = shift_labels(labels)
-        return _HeadLoss.apply(self, hidden, labels, n_counted, tail, loss_function)
+        args = (shifted_labels, n_counted, self.ops, loss_function)
+        return _HeadLoss.apply(self.head, self.hidden, *args)
+
+
+def apply(ops: tuple[Op, ...], logits: torch.Tensor) -> torch.Tensor:
+    for op in ops:
+        logits = op(logits)
+    return logits
+
+
+def causal_lm_loss(loss_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any):
+    """`loss_function`, in blocks where it is the usual one and the logits still wait."""
+    if loss_function is ForCausalLMLoss:
+        bound = inspect.signature(loss_function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        logits, labels, shifted = given["logits"], given["labels"], given["shift_labels"]
+        if isinstance(logits, Logits) and not logits.changed:
+            labels = shift_labels(labels) if shifted is None else shifted
+            fits = labels.shape == logits.shape[:-1] and given["vocab_size"] == logits.head.n_rows
+            if fits and given["ignore_index"] == IGNORED:
+                labels = labels.to(logits.device)
+                return logits.cross_entropy(labels, given["num_items_in_batch"], loss_function)
+    return loss_function(*args, **kwargs)
 
 
 class _HeadLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, head: StreamedHead, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, head: StreamedHead, hidden: torch.Tensor, with_bias: bool
+    ) -> torch.Tensor:
         ctx.head = head
-        parts = [product(hidden, weight, bias) for _, weight, bias in head.resident_blocks()]
+        parts = [
+            product(hidden, weight, bias if with_bias else None)
+            for _, weight, bias in head.resident_blocks()
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
@@ -119,7 +180,7 @@ class _HeadLogits(torch.autograd.Function):
         for first, weight, _ in ctx.head.resident_blocks():
             part = product_back(grad[..., first : first + len(weight)], weight)
             total = part if total is None else total.add_(part)
-        return None, total
+        return None, total, None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -132,7 +193,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         labels: torch.Tensor,
         n_counted: torch.Tensor | float | None,
-        tail: Callable,
+        ops: tuple[Op, ...],
         loss_function: Callable,
     ) -> torch.Tensor:
         with_grad = ctx.needs_input_grad[1]
@@ -145,7 +206,7 @@ class _HeadLoss(torch.autograd.Function):
         flat_labels = labels.reshape(-1)  # (n,)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (n, C)
         if not whole_in_one:
-            total, grad = _in_blocks(head, flat, flat_labels, tail, with_grad)
+            total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad)
             loss = total / n_counted
             grad = None if grad is None else grad.div_(n_counted)
         else:
@@ -153,11 +214,10 @@ class _HeadLoss(torch.autograd.Function):
             for _, weight, bias in head.resident_blocks():
                 for tokens in chunks:
                     part = flat[tokens].detach()
-                    whole_head = functools.partial(linear, weight=weight, bias=bias)
-                    with head.replaced(whole_head), torch.set_grad_enabled(with_grad):
+                    with torch.set_grad_enabled(with_grad):
                         part.requires_grad_(with_grad)
                         loss = loss_function(
-                            logits=tail(part[None]),
+                            logits=apply(ops, linear(part, weight, bias)),
                             labels=None,
                             vocab_size=n_vocabulary,
                             num_items_in_batch=n_counted,
@@ -185,17 +245,11 @@ def _in_blocks(
     head: StreamedHead,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    tail: Callable[[torch.Tensor], torch.Tensor],
+    ops: tuple[Op, ...],
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and gradient (n, C) of hidden (n, C), one block of the vocabulary at a time."""
-    like = hidden[:1].detach()[None]
-
-    def post(raw: torch.Tensor) -> torch.Tensor:  # what the model does to logits: (n, v) -> (n, v)
-        with head.replaced(lambda _: raw[None]):
-            return tail(like)[0]
-
-    entropy = OnlineCrossEntropy(hidden, labels, post, with_grad)
+    entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad)
     for first, weight, bias in head.resident_blocks():
         entropy.add(first, weight, bias)
     return entropy.result()

@@ -4,8 +4,6 @@ transformers owns the forward pass; only how its parts get their weights changes
 decoder layers come and go, the embedding and the head are read as needed, all else stays.
 """
 
-import functools
-import inspect
 import os
 import re
 from typing import Any
@@ -18,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.checkpoint import Checkpoint
 from onn_core.config import parse_bytes
-from onn_core.errors import ConfigError, OnnError
-from onn_core.head import EmbeddingRows, StreamedHead, head_items
+from onn_core.embedding import EmbeddingRows
+from onn_core.errors import ConfigError
+from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
@@ -27,80 +26,7 @@ from onn_core.session import Binding, Session
 from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
 from onn_core.stream import WeightStream, close_with
-
-
-class StreamedModel:
-    """Mixed into a transformers model class; `self.session` is shared by the streamed layers."""
-
-    session: Session
-    checkpoint: Checkpoint
-    head: StreamedHead | None
-    streamed_layers: list[StreamedLayer]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plain = super().forward
-        kwargs.update(zip(inspect.signature(plain).parameters, args, strict=False))
-        self.session.lowest = self._lowest_trained()
-        if self.session.lowest is not None:
-            self.session.check_trained(self)
-            kwargs["use_cache"] = False  # a recompute must not fill it twice
-        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
-        own_loss = getattr(self, "loss_type", None) in (None, "ForCausalLM")
-        own_loss &= self.head is not None and self.head.module is self.get_output_embeddings()
-        if (labels is None and shifted is None) or not own_loss:
-            return plain(**kwargs)
-        return self._forward_with_loss(plain, kwargs)
-
-    def _forward_with_loss(self, plain: Any, kwargs: dict[str, Any]) -> Any:
-        """The model's own forward without its head; then the loss, in chunks."""
-        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        n_counted = kwargs.pop("num_items_in_batch", None)
-        return_dict = kwargs.pop("return_dict", None)
-        base = getattr(self, self.base_model_prefix)
-        found = []
-        hook = base.register_forward_hook(lambda _, __, output: found.append(output))
-        try:
-            with self.head.replaced(lambda hidden: hidden[..., :1]):
-                outputs = plain(**kwargs, return_dict=True)
-        finally:
-            hook.remove()
-        hidden = found[0][0]  # (B, T, C)
-
-        def tail(part: torch.Tensor) -> torch.Tensor:  # (1, n, C) -> logits (1, n, V)
-            base.forward = lambda *_, **__: type(found[0])(last_hidden_state=part)
-            try:
-                return plain(inputs_embeds=part, use_cache=False, return_dict=True).logits
-            finally:
-                del base.forward
-
-        outputs.loss = self.head.cross_entropy(
-            hidden,
-            labels if shifted is None else shifted,
-            shifted is not None,
-            n_counted,
-            tail,
-            self.loss_function,
-        )
-        outputs.logits = None
-        return outputs if return_dict is not False else outputs.to_tuple()
-
-    def _lowest_trained(self) -> int | None:
-        """The lowest layer that backward reaches, or None without gradients."""
-        if not torch.is_grad_enabled():
-            return None
-        for layer in self.streamed_layers:
-            if any(parameter.requires_grad for parameter in layer.module.parameters()):
-                return layer.number
-        return None
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise OnnError(
-            "a streamed model holds no weights to save: save its adapter, or use onn_core.merge."
-        )
-
-    def close(self) -> None:
-        """Give back the weights' memory and stop the readers; the next forward starts them."""
-        self.session.stream.close()
+from onn_core.streamed import become_streamed
 
 
 def from_pretrained(
@@ -164,16 +90,14 @@ def from_pretrained(
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         streamed.append(StreamedLayer(layer, number, own, session))
         layer.forward = streamed[-1]
+    rows = None
     if by_rows:
-        embedding.forward = EmbeddingRows(embedding, checkpoint, end_sources[embedding], session)
-    model.head = None
+        rows = EmbeddingRows(embedding, checkpoint, end_sources[embedding], session)
+        embedding.forward = rows
+    streamed_head = None
     if in_blocks:
-        model.head = StreamedHead(head, blocks, session)
-        head.forward = model.head
-    plain = type(model)
-    model.__class__ = type(f"Streamed{plain.__name__}", (StreamedModel, plain), {})
-    functools.update_wrapper(model.__class__.forward, plain.forward)
-    model.session, model.checkpoint, model.streamed_layers = session, checkpoint, streamed
+        head.forward = streamed_head = StreamedHead(head, blocks, session)
+    become_streamed(model, session, checkpoint, streamed, streamed_head, rows)
     close_with(model, stream)
     return model.eval()
 

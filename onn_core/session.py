@@ -79,7 +79,7 @@ class Session:
             if not later and parameter.isnan().any():
                 raise ConfigError(
                     f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
-                    "DoRA with init_lora_weights True, and no trainable tokens."
+                    "DoRA with init_lora_weights True."
                 )
 
     @contextlib.contextmanager

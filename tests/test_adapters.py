@@ -180,13 +180,18 @@ def test_continued_adapter_equals_peft_in_memory(kind, tmp_path):
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1]}, "no trainable tokens"),
-        ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, "is NaN"),
     ],
 )
 def test_what_needs_weights_in_memory_is_refused(settings, message):
     with pytest.raises(OnnError, match=message):
         step(with_lora(streamed(toy_dir("llama")), **settings), toy_batch())
+
+
+def test_an_adapter_that_begins_as_nan_is_refused():
+    model = with_lora(streamed(toy_dir("llama")))
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+    with pytest.raises(OnnError, match="is NaN"):
+        step(model, toy_batch())
 
 
 # ---- adapter folders that cannot be used

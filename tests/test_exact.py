@@ -208,7 +208,7 @@ def test_head_in_many_blocks(family, n_counted, monkeypatch):
     monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 10 * 32 * 4)  # 10 rows
     monkeypatch.setattr("onn_core.loss.LOGITS_BYTES", 4 * 10 * 7)  # 7 tokens of a block at once
     model = streamed(toy_dir(family))
-    assert len(model.head.blocks) == 10
+    assert len(model.streamed_head.blocks) == 10
     settings = {"num_items_in_batch": n_counted}
     got = step(with_lora(model), toy_batch(), **settings)
     want = step(with_lora(in_memory(toy_dir(family))), toy_batch(), **settings)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from the rows above its own.
 FLOORS = (
     ("errors",),
-    ("config", "record", "reader", "product"),
+    ("config", "record", "reader", "product", "lazy"),
     ("meter", "checkpoint", "data", "loss", "saved", "stopping"),
     ("sources", "models"),
     ("items",),
@@ -20,7 +20,8 @@ FLOORS = (
     ("session",),
     ("visit",),
     ("layer",),
-    ("head",),
+    ("head", "embedding"),
+    ("streamed",),
     ("model",),
     ("adapter",),
     ("lora", "merging", "progress"),

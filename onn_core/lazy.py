@@ -1,0 +1,100 @@
+"""Tensors that are not there until something uses their values.
+
+Until then they are one NaN seen as the whole shape: code that cannot be intercepted reads NaN,
+never a wrong number.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from onn_core.errors import frozen
+
+# What a tensor tells, or takes, without its values.
+METADATA = {
+    *("shape", "dtype", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "data", "layout"),
+    *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "is_mkldnn"),
+    *("is_mps", "is_xpu", "is_xla", "is_vulkan", "is_mtia", "is_maia", "is_ipu", "retains_grad"),
+    *("ndim", "nbytes", "itemsize", "size", "dim", "numel", "nelement", "element_size", "stride"),
+    *("storage_offset", "untyped_storage", "data_ptr", "is_floating_point", "is_complex"),
+    *("is_contiguous", "requires_grad_", "_version", "__hash__", "__len__"),
+}
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor whose `values` are asked for when something uses them."""
+
+    @classmethod
+    def absent(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool = False,
+    ) -> "LazyTensor":
+        nan = torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device)
+        return torch.Tensor._make_subclass(cls, nan.expand(shape), requires_grad)
+
+    def values(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def answer(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        """What `func` gives without the values, or NotImplemented; args[0] is this tensor."""
+        return NotImplemented
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "__delete__"):  # a property
+            name = func.__self__.__name__
+        if name in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if args and isinstance(args[0], LazyTensor):
+            answer = args[0].answer(func, name, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
+        args, kwargs = pytree.tree_map_only(LazyTensor, lambda x: x.values(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class LazyWeight(LazyTensor):
+    """A weight (V, C) on disk, for code that reads it past its module: rows as they are sliced."""
+
+    rows: Callable[[int, int], torch.Tensor]
+    _is_param = True  # an nn.Parameter for isinstance
+
+    @staticmethod
+    def of(like: torch.Tensor, rows: Callable[[int, int], torch.Tensor]) -> "LazyWeight":
+        tensor = LazyWeight.absent(like.shape, like.dtype, like.device)
+        tensor.rows = rows
+        return tensor
+
+    def values(self) -> torch.Tensor:
+        return self.rows(0, len(self))
+
+    def answer(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        if name == "__getitem__" and isinstance(args[1], slice):
+            start, stop, step = args[1].indices(len(self))
+            return self.rows(start, stop) if step == 1 else NotImplemented
+        if name in ("detach", "__repr__"):
+            return func(self.data, **kwargs)
+        if name == "__deepcopy__" or changes_its_tensor(name):
+            raise frozen("vocabulary rows")
+        return NotImplemented
+
+
+def changes_its_tensor(name: str) -> bool:
+    """Whether a function of tensors writes into its first argument."""
+    single = name.endswith("_") and not name.endswith("__")
+    return single or name == "__setitem__" or name[:3] == "__i" and name != "__invert__"
+
+
+def is_absent(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a placeholder: fewer bytes than it shows."""
+    return tensor.untyped_storage().nbytes() < tensor.nbytes
