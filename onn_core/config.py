@@ -52,6 +52,7 @@ class TrainConfig:
     keep_checkpoints: how many of the last stay.
     loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
+    eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
     """
 
     model_dir: str
@@ -87,6 +88,7 @@ class TrainConfig:
     shuffle_targets: bool = False
     eval_every: int = 0
     eval_samples: int = 64
+    eval_batch_size: int | None = None
     seed: int = 0
     # checkpoints
     checkpoint_every: int = 0
@@ -109,6 +111,8 @@ class TrainConfig:
             _require_integer(name, getattr(self, name), 1)
         for name in ("warmup_steps", "eval_every", "seed", "checkpoint_every"):
             _require_integer(name, getattr(self, name), 0)
+        if self.eval_batch_size is not None:
+            _require_integer("eval_batch_size", self.eval_batch_size, 1)
         if self.micro_batch_size is not None:
             _require_integer("micro_batch_size", self.micro_batch_size, 1)
             if self.micro_batch_size > self.batch_size:

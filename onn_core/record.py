@@ -77,6 +77,13 @@ class RunRecord:
         write_json(path, self.to_dict())
 
     @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "RunRecord":
+        """The record whose `to_dict` gave `fields`."""
+        steps = [StepRecord(**_numbers(step)) for step in fields["steps"]]
+        evals = [EvalRecord(**_numbers(done)) for done in fields["evals"]]
+        return cls(**fields | {"steps": steps, "evals": evals})
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> "RunRecord":
         """Read a record that `save` wrote; OnnError if it is not one."""
         try:
@@ -86,9 +93,7 @@ class RunRecord:
                     f"{path} has record schema {fields['schema_version']}, this version reads "
                     f"{SCHEMA_VERSION}: run it again."
                 )
-            fields["steps"] = [StepRecord(**_numbers(step)) for step in fields["steps"]]
-            fields["evals"] = [EvalRecord(**_numbers(done)) for done in fields["evals"]]
-            return cls(**fields)
+            return cls.from_dict(fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OnnError(f"{path} is not a run record ({error}): run it again.") from error
 

@@ -158,8 +158,9 @@ def answers(
 class LiveLine:
     """An `on_step` that keeps one line of output up to date."""
 
-    def __init__(self, n_steps: int):
-        self.n_steps = n_steps
+    def __init__(self, n_steps: int | None = None, label: str = ""):
+        self.of = f" of {n_steps}" if n_steps else ""
+        self.label = label and f"{label}: "
         self.handle = None
 
     def __call__(self, record: RunRecord) -> None:
@@ -167,7 +168,7 @@ class LiveLine:
 
         step = record.steps[-1]
         held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
-        text = f"step {step.step} of {self.n_steps}: loss {step.loss:.3f}{held_out}"
+        text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"
         bundle = {"text/plain": f"{text}, {record.wall_s:.0f} s"}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)

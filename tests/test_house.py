@@ -27,8 +27,8 @@ FLOORS = (
     ("lora", "merging", "progress"),
     ("resume",),
     ("trainer", "merge"),
-    ("report", "tracking", "explore", "peers", "stability"),
-    ("bench", "stability_report"),
+    ("report", "tracking", "explore", "peers", "stability", "study", "pages"),
+    ("bench", "stability_report", "curves"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))

@@ -1,0 +1,289 @@
+"""A study -> tables, and learning curves with a band over the seeds."""
+
+import io
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onn_core import pages
+from onn_core.record import RunRecord, write_atomic
+from onn_core.report import COLOURS, DASHES
+from onn_core.study import (
+    RULE,
+    Runs,
+    Study,
+    between_evaluations,
+    compare,
+    fall,
+    in_memory_difference,
+    verdict,
+)
+
+AXES = {
+    "samples": "samples seen",
+    "steps": "optimizer steps",
+    "seconds": "training time (s)",
+}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
+
+
+def verdict_table(runs: Runs) -> Any:
+    """One row a configuration: held-out loss before and after, and what the rule says."""
+    import pandas as pd
+
+    rows = []
+    for label, records in runs.items():
+        found = verdict(records)
+        norms = f"{found['grad_norm_least']:.2g} to {found['grad_norm_most']:.2g}"
+        rows.append(
+            {
+                "configuration": label,
+                "seeds": found["seeds"],
+                "steps": len(records[0].steps),
+                "held-out loss before": f"{found['loss_before']:.3f}",
+                "after": f"{found['loss_after']:.3f}",
+                "fall (%)": f"{100 * found['fall']:.1f}",
+                "noise: 2 sd (%)": f"{100 * found['noise']:.1f}",
+                "gradient norms": norms,
+                "NaN or Inf": found["nonfinite"],
+                "learned": found["learned"],
+            }
+        )
+    return pd.DataFrame(rows, dtype=object).set_index("configuration")
+
+
+def comparison_table(runs: Runs) -> Any:
+    """Final held-out loss of each configuration against the first, seed by seed."""
+    import pandas as pd
+
+    first, *others = runs
+    rows = []
+    for label in others:
+        mean, noise, words = compare(runs[first], runs[label])
+        rows.append(
+            {
+                "configuration": label,
+                f"final held-out loss against {first}": f"{mean:+.3f}",
+                "noise: 2 sd": f"{noise:.3f}",
+                "reading": words,
+            }
+        )
+    return pd.DataFrame(rows, dtype=object).set_index("configuration")
+
+
+def layout_table(layouts: Runs) -> Any:
+    """One row a choice of layers, all trained for the same time."""
+    import pandas as pd
+
+    rows = []
+    for label, records in layouts.items():
+        falls = [100 * fall(record) for record in records]
+        steps = [step for record in records for step in record.steps]
+        spread = f"{min(falls):.1f} to {max(falls):.1f}" if len(falls) > 1 else "one seed"
+        rows.append(
+            {
+                "layers with adapters": label,
+                "trained parameters": f"{records[0].model['trainable']:,}",
+                "training time (s)": f"{sum(s.step_s for s in steps) / len(records):.1f}",
+                "steps": f"{len(steps) / len(records):.1f}",
+                "samples": f"{sum(step.samples for step in steps) / len(records):.0f}",
+                "fall of held-out loss (%)": f"{statistics.fmean(falls):.1f}",
+                "over the seeds (%)": spread,
+            }
+        )
+    return pd.DataFrame(rows, dtype=object).set_index("layers with adapters")
+
+
+def layout_reading(layouts: Runs) -> str:
+    """Which choice of layers lowered held-out loss most, and whether that passes the noise."""
+    ranked = sorted(layouts, key=lambda label: -statistics.fmean(map(fall, layouts[label])))
+    best, second = ranked[:2]
+    _, noise, words = compare(layouts[second], layouts[best])
+    if noise == float("inf"):
+        settled = "one seed cannot tell whether that is more than chance"
+    elif words == "lower":
+        settled = "by more than the noise over the seeds"
+    else:
+        settled = "but not by more than the noise over the seeds"
+    return f"Lowest held-out loss at equal time: {best}, before {second}; {settled}."
+
+
+def norm_table(runs: Runs) -> Any:
+    """Median gradient norm of each trained layer, over all steps and seeds."""
+    import pandas as pd
+
+    columns = {}
+    for label, records in runs.items():
+        steps = [step for record in records for step in record.steps]
+        columns[label] = {
+            int(layer): f"{statistics.median(s.grad_norm_by_layer[layer] for s in steps):.2g}"
+            for layer in steps[0].grad_norm_by_layer
+        }
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def answer_table(study: Study) -> Any:
+    """The model's answers before and after, side by side."""
+    import pandas as pd
+
+    return pd.DataFrame(study.answers).set_index("prompt")
+
+
+def held_out_curve(records: Sequence[RunRecord], against: str) -> Curve:
+    """Held-out loss at each evaluation."""
+    runs = [
+        [
+            (_progress(record, evaluation.step, against), evaluation.loss)
+            for evaluation in record.evals
+        ]
+        for record in records
+    ]
+    return _band(runs)
+
+
+def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
+    """Mean training loss between two evaluations, in the middle of the stretch."""
+    runs = []
+    for record in records:
+        points = []
+        for loss, steps in between_evaluations(record):
+            ends = (steps[0].step - 1, steps[-1].step)
+            points.append((statistics.fmean(_progress(record, n, against) for n in ends), loss))
+        runs.append(points)
+    return _band(runs)
+
+
+def study_figure(runs: Runs, controls: Runs) -> tuple[dict[str, Any], bytes]:
+    """(plotly, PNG): held-out and training loss against samples, steps and time."""
+    panels = []  # row, column, curves by label
+    for column, against in enumerate(AXES):
+        shown = runs | controls if against == "samples" else runs
+        panels.append((0, column, {name: held_out_curve(r, against) for name, r in shown.items()}))
+        panels.append((1, column, {name: training_curve(r, against) for name, r in runs.items()}))
+    labels = [*runs, *controls]
+    return _plotly(panels, labels), _png(panels, labels)
+
+
+def exactness(study: Study) -> str:
+    """In words, how far the streamed losses are from those of in-memory PEFT."""
+    lines = []
+    for label, difference in in_memory_difference(study).items():
+        n_steps = len(study.in_memory[label])
+        found = "equal to the last bit" if difference == 0 else f"{difference:.1g} apart at most"
+        lines.append(f"{label}, {n_steps} steps: streamed and in-memory losses are {found}.")
+    return "\n".join(lines)
+
+
+def write_files(study: Study, folder: str | Path) -> None:
+    """learning_results.json, learning_curves.png and learning_validation.html, in `folder`."""
+    folder = Path(folder)
+    picture = study_figure(study.runs, study.controls)[1]
+    study.save(folder / "learning_results.json")
+    write_atomic(folder / "learning_curves.png", picture)
+    record = next(iter(study.runs.values()))[0]
+    parts = [
+        pages.paragraph(
+            f"{record.model['name']}, {record.model['parameters']:,} parameters, "
+            f"{record.model['trainable']:,} trained, on {record.data['name']}: "
+            f"{record.data['train']} training and {record.data['held_out']} held-out samples. "
+            f"{record.environment['processor']}, {record.environment['cores']} cores, device "
+            f"{record.environment['device']}, {record.environment['date']}."
+        ),
+        pages.heading("Verdicts"),
+        pages.paragraph(RULE),
+        pages.table(verdict_table(study.runs | study.controls)),
+        pages.heading("Learning curves"),
+        pages.picture(picture, "held-out and training loss"),
+        pages.paragraph("Line: mean over the seeds. Band: lowest to highest seed."),
+        pages.heading("Against the baseline"),
+        pages.table(comparison_table(study.runs)),
+        pages.heading("Against PEFT in memory"),
+        pages.code(exactness(study)),
+        pages.heading("Gradient norms: median of each trained layer"),
+        pages.table(norm_table(study.runs)),
+        pages.heading("Which layers, at equal training time"),
+        pages.table(layout_table(study.layouts)),
+        pages.heading("Answers"),
+        pages.table(answer_table(study)),
+    ]
+    pages.write_page(folder / "learning_validation.html", "Learning validation", parts)
+
+
+def _progress(record: RunRecord, n_steps: int, against: str) -> float:
+    done = itertools.islice(record.steps, n_steps)
+    if against == "steps":
+        return n_steps
+    return sum(step.samples if against == "samples" else step.step_s for step in done)
+
+
+def _band(runs: list[list[tuple[float, float]]]) -> Curve:
+    curve = []
+    for points in zip(*runs, strict=False):  # a run that stopped ends the band
+        xs, losses = zip(*points, strict=True)
+        curve.append((statistics.fmean(xs), statistics.fmean(losses), min(losses), max(losses)))
+    return curve
+
+
+def _plotly(panels: list[tuple], labels: list[str]) -> dict[str, Any]:
+    traces, layout = [], {"height": 640, "template": "plotly_white", "hovermode": "closest"}
+    layout |= {"grid": {"rows": 2, "columns": 3, "pattern": "independent"}}
+    layout |= {"legend": {"orientation": "h", "y": -0.15}}
+    titles = list(AXES.values())
+    for row, column, curves in panels:
+        number = 3 * row + column + 1
+        axis = "" if number == 1 else str(number)
+        layout[f"xaxis{axis}"] = {"title": {"text": titles[column]}}
+        kind = "training" if row else "held-out"
+        layout[f"yaxis{axis}"] = {"title": {"text": f"{kind} loss (nats/token)"}}
+        for label, curve in curves.items():
+            place = labels.index(label)
+            colour, dash = COLOURS[place % 6], DASHES[place % 4][0]
+            x, mean, low, high = (list(values) for values in zip(*curve, strict=True))
+            common = {"type": "scatter", "xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+            common |= {"legendgroup": label, "name": label}
+            traces.append(
+                common
+                | {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "mode": "none"}
+                | {"fillcolor": colour, "opacity": 0.2, "hoverinfo": "skip", "showlegend": False}
+            )
+            traces.append(
+                common
+                | {"x": x, "y": mean, "mode": "lines+markers", "showlegend": number == 1}
+                | {"line": {"color": colour, "dash": dash}}
+            )
+    return {"data": traces, "layout": layout}
+
+
+def _png(panels: list[tuple], labels: list[str]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
+    titles = list(AXES.values())
+    for row, column, curves in panels:
+        panel = axes[row][column]
+        for label, curve in curves.items():
+            place = labels.index(label)
+            colour, dash = COLOURS[place % 6], DASHES[place % 4][1]
+            x, mean, low, high = zip(*curve, strict=True)
+            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            style = {"color": colour, "linestyle": dash, "marker": MARKERS[place % 6]}
+            panel.plot(x, mean, markersize=4, label=label, **style)
+        if titles[column] == AXES["steps"]:
+            panel.set_xscale("symlog", linthresh=1)
+            panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_xlim(left=0)
+        if row:
+            panel.set_xlabel(titles[column])
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("held-out loss\n(nats per counted token)")
+    axes[1][0].set_ylabel("training loss\n(nats per counted token)")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,88 @@
+"""Self-contained HTML pages: no script, no link to another host, readable offline and in print."""
+
+import base64
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onn_core.record import write_atomic
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1a1a1a; background: #fff }
+h1 { font-size: 1.7rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem }
+th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.7rem; text-align: left;
+         vertical-align: top }
+thead th { border-bottom: 2px solid #444 }
+img { max-width: 100% } .wide { overflow-x: auto } a { color: #00568a }
+pre { background: #f4f4f4; padding: 0.6rem; overflow-x: auto }
+"""
+CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
+    "05_report.html": "the summary: every claim, what was measured, the verdict",
+    "comparison.html": "the summary's tables on one page",
+    "00_quickstart.html": "a LoRA in about a minute, answers before and after",
+    "01_sizing.html": "will it fit, how long will a step take",
+    "02_learning_curves.html": "does it learn, as well in large batches",
+    "learning_validation.html": "the learning study's verdicts and curves on one page",
+    "learning_curves.png": "the learning curves as a picture",
+    "03_stability.html": "where NaN comes from and which mend matters",
+    "04_speed.html": "time per sample, memory, percent of the limit",
+    "learning_results.json": "every run of the learning study, step by step",
+    "stability.json": "every run of the stability study",
+    "training_benchmark.json": "every row of the speed benchmark",
+}
+
+
+def write_page(path: str | os.PathLike, title: str, parts: Sequence[str]) -> None:
+    """Write a page of HTML `parts`, whole or not at all."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
+    text = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    write_atomic(path, text.encode())
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def code(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def table(frame: Any) -> str:
+    """A pandas frame as a table whose index is a column like the others."""
+    return f'<div class="wide">{frame.reset_index().to_html(index=False, border=0)}</div>'
+
+
+def picture(png: bytes, text: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def write_index(folder: str | os.PathLike, title: str) -> None:
+    """Write index.html: links to all results in `folder`, what each is, the summary first."""
+    folder = Path(folder)
+    names = {
+        path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    } - {"index.html"}
+    known = [name for name in CONTENTS if name in names]
+    rows = []
+    for name in known + sorted(names - {*known}):
+        said = CONTENTS.get(name, "")
+        if name.endswith(".ipynb"):
+            said = "the executed notebook"
+        elif name.endswith(".jsonl"):
+            said = "metrics, one a line: name, value, step, epoch, context"
+        rows.append(f'<tr><td><a href="{html.escape(name)}">{html.escape(name)}</a></td>')
+        rows[-1] += f"<td>{html.escape(said)}</td></tr>"
+    body = "\n".join(rows)
+    write_page(folder / "index.html", title, [f"<table><tbody>\n{body}\n</tbody></table>"])
