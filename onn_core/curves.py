@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,11 +179,15 @@ def exactness(study: Study) -> str:
 
 
 def write_files(study: Study, folder: str | Path) -> None:
-    """learning_results.json, learning_curves.png and learning_validation.html, in `folder`."""
+    """learning_results.json, learning_curves.png, learning_validation.html and, for trackers, the
+    record of each configuration's first seed, in `folder`."""
     folder = Path(folder)
     picture = study_figure(study.runs, study.controls)[1]
     study.save(folder / "learning_results.json")
     write_atomic(folder / "learning_curves.png", picture)
+    for label, records in (study.runs | study.controls).items():
+        name = re.sub(r"\W+", "_", label)
+        records[0].save(folder / f"02_{name}.json")
     record = next(iter(study.runs.values()))[0]
     parts = [
         pages.paragraph(

@@ -240,8 +240,7 @@ class ChunkedLoraTrainer:
     def evaluate(self, examples: Sequence[data.Example] | None = None) -> float:
         """Mean loss over the counted tokens of held-out (or given) examples; no graph."""
         examples = self.held_out[: self.config.eval_samples] if examples is None else examples
-        size = self.config.eval_batch_size or self.config.batch_size
-        total, n_counted = 0.0, 0
+        size, total, n_counted = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(examples), size):
