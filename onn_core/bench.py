@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -27,9 +29,9 @@ from onn_core.meter import Ceilings, measure_copy, measure_flops, measure_read
 from onn_core.model import from_pretrained, resolve_device
 from onn_core.peers import SYSTEMS, run_steps
 from onn_core.record import describe_environment, write_json
+from onn_core.speed import SCHEMA_VERSION, ratio_table, speed_table
 from onn_core.stream import N_READERS
 
-SCHEMA_VERSION = 1
 RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
@@ -112,56 +114,78 @@ def evict(model_dir: str | os.PathLike) -> None:
             os.close(descriptor)
 
 
-def parse_runs(text: str) -> list[tuple[str, int]]:
-    """ "onn:1,onn:32,mapped:1" -> systems and batch sizes; ConfigError for what is not known."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one process measures."""
+
+    system: str  # of SYSTEMS
+    batch_size: int
+    sequence: int  # tokens of a sample
+    layers: int | None = None  # the model's first layers; None is all of them
+
+    def __str__(self) -> str:
+        depth = "" if self.layers is None else f"@{self.layers}"
+        return f"{self.system}:{self.batch_size}x{self.sequence}{depth}"
+
+
+def parse_runs(text: str, sequence: int) -> list[Run]:
+    """ "onn:1,mapped:32,onn:1x512,onn:1@4" -> runs; ConfigError for what is not understood.
+
+    SYSTEM:BATCH, then perhaps xTOKENS of a sample (default: `sequence`), then perhaps @LAYERS.
+    """
     runs = []
     for part in text.split(","):
-        system, _, batch_size = part.partition(":")
-        if system not in SYSTEMS or not batch_size.isdigit() or int(batch_size) < 1:
-            known = ", ".join(SYSTEMS)
-            raise ConfigError(f"run {part!r} is not SYSTEM:BATCH with a system of {known}.")
-        runs.append((system, int(batch_size)))
+        match = re.fullmatch(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?", part.strip())
+        if not match or match[1] not in SYSTEMS:
+            raise ConfigError(
+                f"run {part!r} is not SYSTEM:BATCH, perhaps xTOKENS and @LAYERS, with a system of "
+                f"{', '.join(SYSTEMS)}."
+            )
+        layers = int(match[4]) if match[4] else None
+        runs.append(Run(match[1], int(match[2]), int(match[3] or sequence), layers))
     return runs
 
 
 def benchmark(
     model_dir: str | os.PathLike,
-    runs: Sequence[tuple[str, int]],
+    runs: Sequence[Run],
     *,
     cap: int | None = None,
     budget: int | None = None,
-    sequence: int = 16,
     n_steps: int = 3,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Each of `runs` (system, batch size) in a process of its own, inside one cap: the record.
+    """Each of `runs` in a process of its own, inside one cap: the record.
 
     cap: bytes of a process, on CUDA of the device's allocator. budget: what a system may fill of
     them; None leaves LIBRARIES_BYTES of the cap.
     """
     where = resolve_device(device)
-    token_counts = sorted({batch_size * sequence for _, batch_size in runs})
+    token_counts = sorted({run.batch_size * run.sequence for run in runs})
     before = measure_ceilings(model_dir, token_counts, device)
     if budget is None and cap is not None:
         budget = cap - LIBRARIES_BYTES
     rows, failed, capped = [], {}, True
-    for system, batch_size in runs:
-        run = {"system": system, "batch_size": batch_size, "model_dir": str(model_dir)}
-        run |= {"sequence": sequence, "n_steps": n_steps, "device": device, "room_bytes": budget}
+    for run in runs:
+        print(run, flush=True)
         evict(model_dir)
-        own_cap = None if system == "in_memory" else cap
-        if where.type == "cuda":
-            run["device_cap"] = own_cap
-        with memory_cap(own_cap if where.type == "cpu" else None) as group:
-            capped &= group is not None or where.type == "cuda" or own_cap is None
-            command = [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(run)]
+        own_cap = None if run.system == "in_memory" else cap
+        host_cap = own_cap if where.type == "cpu" else None
+        with first_layers(model_dir, run.layers) as folder, memory_cap(host_cap) as group:
+            capped &= group is not None or host_cap is None
+            settings = {"system": run.system, "batch_size": run.batch_size}
+            settings |= {"model_dir": str(folder), "sequence": run.sequence, "n_steps": n_steps}
+            settings |= {"device": device, "room_bytes": budget}
+            if where.type == "cuda":
+                settings["device_cap"] = own_cap
+            command = [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(settings)]
             command += ["--group", str(group)] if group else []
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            failed[f"{system}:{batch_size}"] = f"ended with status {done.returncode}"
-            print(f"    {system}, batch {batch_size}: failed", file=sys.stderr)
+            row, why = _measure(command)
+        if row is None:
+            failed[str(run)] = why
+            print(f"    failed: {why}", flush=True)
         else:
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(row)
     after = measure_ceilings(model_dir, token_counts, device)
     best = Ceilings(
         max(before.read_bytes_per_s, after.read_bytes_per_s),
@@ -182,12 +206,45 @@ def benchmark(
     }
 
 
+def _measure(command: list[str]) -> tuple[dict[str, Any] | None, str]:
+    """The row that a worker prints, or None and its last words; its steps are shown as they end."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as worker:
+        last = ""
+        for line in worker.stdout:
+            if line.startswith("    step"):
+                print(line, end="", flush=True)
+            last = line.strip() or last
+    if worker.returncode:
+        return None, f"status {worker.returncode}: {last[:300]}"
+    return json.loads(last), ""
+
+
+@contextlib.contextmanager
+def first_layers(model_dir: str | os.PathLike, n_layers: int | None) -> Iterator[Path]:
+    """A folder that shows the model with its first layers only; its files are links."""
+    if n_layers is None:
+        yield Path(model_dir)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in Path(model_dir).resolve().iterdir():
+            if path.name != "config.json":
+                (Path(scratch) / path.name).symlink_to(path)
+        settings = json.loads((Path(model_dir) / "config.json").read_text())
+        settings["num_hidden_layers"] = n_layers
+        if settings.get("layer_types"):
+            settings["layer_types"] = settings["layer_types"][:n_layers]
+        (Path(scratch) / "config.json").write_text(json.dumps(settings))
+        yield Path(scratch)
+
+
 def main() -> None:
     """Measure this project, the report's baseline and peers on one model."""
     parser = argparse.ArgumentParser(prog="python -m onn_core.bench", description=main.__doc__)
     parser.add_argument("model_dir", nargs="?", help="see python -m onn_core.models")
     parser.add_argument("--out", type=Path, help="the JSON record")
-    parser.add_argument("--runs", default=RUNS, help="SYSTEM:BATCH,...")
+    parser.add_argument("--runs", default=RUNS, help="SYSTEM:BATCH[xTOKENS][@LAYERS],...")
     parser.add_argument("--sequence", type=int, default=16, help="tokens of a sample")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one more")
     parser.add_argument("--cap", default="4GiB", help="memory of each process; none for no cap")
@@ -203,10 +260,9 @@ def main() -> None:
             parser.error("a model folder and --out FILE are needed")
         record = benchmark(
             arguments.model_dir,
-            parse_runs(arguments.runs),
+            parse_runs(arguments.runs, arguments.sequence),
             cap=None if arguments.cap == "none" else parse_bytes(arguments.cap),
             budget=None if arguments.budget is None else parse_bytes(arguments.budget),
-            sequence=arguments.sequence,
             n_steps=arguments.steps,
             device=arguments.device,
         )
@@ -215,9 +271,9 @@ def main() -> None:
     write_json(arguments.out, record)
     if not record["rows"]:
         parser.exit(1, "every run failed: see above\n")
-    from onn_core.report import ratio_table, speed_table
-
-    print(speed_table(record).to_string(), ratio_table(record).to_string(), sep="\n\n")
+    print(speed_table(record).to_string())
+    if {row["system"] for row in record["rows"]} > {"onn"}:
+        print(ratio_table(record).to_string())
     if record["disturbed"]:
         print("disturbed: the ceilings before and after differ by more than a quarter")
 

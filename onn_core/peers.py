@@ -1,7 +1,6 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -94,7 +93,7 @@ def run_steps(
             step["wait_s"] = session.stream.counts.wait_s - wait_before
             step["optimizer_s"] = stopped - optimizer_started
         steps.append(step)
-        print(f"    {system}, batch {batch_size}: {step['step_s']:.2f} s", file=sys.stderr)
+        print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
     middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step_s, n_tokens = middle["step_s"], batch_size * sequence
     return {

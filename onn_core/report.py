@@ -36,67 +36,6 @@ def summary_table(records: dict[str, RunRecord]) -> Any:
     return pd.DataFrame(rows, dtype=object).set_index("run")  # counts stay whole when transposed
 
 
-def speed_table(record: dict[str, Any]) -> Any:
-    """One row a measurement of `onn_core.bench`: time, throughput, memory, percent of the limit."""
-    import pandas as pd
-
-    rows = [
-        {
-            "system": row["system"],
-            "batch": row["batch_size"],
-            "s per step": round(row["step_s"], 2),
-            "ms per sample": round(row["ms_per_sample"]),
-            "tokens per s": round(row["tokens_per_s"], 1),
-            "peak GiB": round(row["peak_memory_bytes"] / 2**30, 2),
-            "GB read per step": round(row["bytes_read"] / 1e9, 2),
-            "percent of limit": round(row["percent_of_limit"]),
-            "limited by": row["limited_by"],
-        }
-        for row in record["rows"]
-    ]
-    return pd.DataFrame(rows, dtype=object).set_index(["system", "batch"])
-
-
-def ledger_table(record: dict[str, Any]) -> Any:
-    """Where the time of a step of this project goes, in seconds; the median of its timed steps."""
-    import pandas as pd
-
-    columns = {"wait_s": "waiting for weights", "forward_s": "forward", "head_s": "head"}
-    columns |= {"backward_s": "backward", "optimizer_s": "optimizer", "step_s": "whole step"}
-    rows = [
-        {"system": row["system"], "batch": row["batch_size"]}
-        | {title: round(row[name], 2) for name, title in columns.items()}
-        for row in record["rows"]
-        if "wait_s" in row
-    ]
-    return pd.DataFrame(rows, dtype=object).set_index(["system", "batch"])
-
-
-def ratio_table(record: dict[str, Any]) -> Any:
-    """How many times faster a sample is in this project than elsewhere, with the range of steps."""
-    import pandas as pd
-
-    def per_sample(row: dict[str, Any]) -> list[float]:
-        return [step_s / row["batch_size"] for step_s in row["step_s_all"]]
-
-    rows = []
-    for other in (row for row in record["rows"] if row["system"] != "onn"):
-        for own in (row for row in record["rows"] if row["system"] == "onn"):
-            if own["batch_size"] < other["batch_size"]:
-                continue
-            times, others = per_sample(own), per_sample(other)
-            rows.append(
-                {
-                    "this project": f"batch {own['batch_size']}",
-                    "against": f"{other['system']}, batch {other['batch_size']}",
-                    "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
-                    "least": round(min(others) / max(times), 2),
-                    "most": round(max(others) / min(times), 2),
-                }
-            )
-    return pd.DataFrame(rows, dtype=object).set_index(["this project", "against"])
-
-
 def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
     """Whether held-out loss fell, in every run, by more than `least_fall` of where it began."""
     falls = [1 - record.evals[-1].loss / record.evals[0].loss for record in records]

@@ -28,7 +28,8 @@ FLOORS = (
     ("resume",),
     ("trainer", "merge"),
     ("report", "tracking", "explore", "peers", "stability", "study", "pages"),
-    ("bench", "stability_report", "curves"),
+    ("speed", "stability_report", "curves"),
+    ("bench",),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))
