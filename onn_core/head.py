@@ -208,7 +208,9 @@ class _HeadLoss(torch.autograd.Function):
         if not whole_in_one:
             total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad)
             loss = total / n_counted
-            grad = None if grad is None else grad.div_(n_counted)
+            if grad is not None:
+                on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
+                grad = grad.div_(on_home)
         else:
             losses, grads = [], []
             for _, weight, bias in head.resident_blocks():
@@ -229,7 +231,7 @@ class _HeadLoss(torch.autograd.Function):
             loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             grad = torch.cat(grads) if with_grad else None
         ctx.shape = hidden.shape
-        ctx.dtype = hidden.dtype
+        ctx.dtype, ctx.device = hidden.dtype, hidden.device
         if with_grad:
             ctx.save_for_backward(grad)
         return loss
@@ -237,7 +239,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        grad = (grad * grad_loss.to(grad.dtype)).to(ctx.dtype).view(ctx.shape)
+        grad = (grad * grad_loss.to(grad)).to(ctx.dtype).to(ctx.device).view(ctx.shape)
         return None, grad, None, None, None, None
 
 

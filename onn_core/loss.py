@@ -10,6 +10,7 @@ from onn_core.product import product, product_back
 
 IGNORED = -100  # a label that is not counted
 LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens
+GRADIENT_BYTES = 256 << 20  # float32 sums for the gradient; beyond, they stay on the host
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -47,8 +48,11 @@ class OnlineCrossEntropy:
         self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
         self._target = new(n_tokens, dtype=torch.float32)  # logit of the label
         if self.with_grad:
-            self._pull = new((n_tokens, hidden_size), dtype=torch.float32)  # sum exp * weight
-            self._push = new((n_tokens, hidden_size), dtype=torch.float32)  # weight of the label
+            large = 8 * n_tokens * hidden_size > GRADIENT_BYTES
+            home = torch.device("cpu") if large else self.hidden.device
+            shape = (n_tokens, hidden_size)
+            self._pull = new(shape, dtype=torch.float32, device=home)  # sum of exp * weight
+            self._push = new(shape, dtype=torch.float32, device=home)  # weight of the label
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
@@ -76,7 +80,6 @@ class OnlineCrossEntropy:
         self._top[tokens] = top
         if not self.with_grad:
             return
-        self._pull[tokens] *= shrink[:, None]
         if logits is raw:
             pull, slope = exponentials.to(raw.dtype), None
         else:
@@ -85,17 +88,23 @@ class OnlineCrossEntropy:
             )
             (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
             slope = slopes.gather(-1, column[:, None]).float()
-        self._pull[tokens] += product_back(pull, weight).float()
+        so_far = self._pull[tokens].to(pull.device)  # a copy only where it stays on the host
+        so_far.mul_(shrink[:, None]).add_(product_back(pull, weight).float())
+        if self._pull.device != pull.device:
+            self._pull[tokens] = so_far.to(self._pull.device)
         rows = here.nonzero()[:, 0]
         push = weight[column[rows]].float()
-        self._push[tokens.start + rows] = push if slope is None else push * slope[rows]
+        push = push if slope is None else push * slope[rows]
+        home = self._push.device
+        self._push[tokens.start + rows.to(home)] = push.to(home)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The summed loss over counted tokens, and its gradient (n, C) in float32."""
+        """The summed loss over counted tokens; its gradient (n, C) in float32, or on the host."""
         counted = self.labels != IGNORED
         losses = self._top + torch.log(self._sum) - self._target
         loss = torch.where(counted, losses, 0.0).sum()
         if not self.with_grad:
             return loss, None
-        grad = self._pull.div_(self._sum[:, None]).sub_(self._push)
-        return loss, grad.masked_fill_(~counted[:, None], 0.0)
+        home = self._pull.device
+        grad = self._pull.div_(self._sum[:, None].to(home)).sub_(self._push)
+        return loss, grad.masked_fill_(~counted[:, None].to(home), 0.0)

@@ -52,3 +52,11 @@ def test_boundaries_on_the_host(monkeypatch):
     want = step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
     assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
+
+
+def test_sums_of_the_head_on_the_host(monkeypatch):
+    batch = on_device(toy_batch())
+    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 1 << 10)
+    want = step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch)
+    monkeypatch.setattr("onn_core.loss.GRADIENT_BYTES", 0)
+    assert_same(step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch), want, 1e-6)
