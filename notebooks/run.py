@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
+
+from onn_core import pages, tracking
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -36,12 +39,19 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
             config=Config(KernelManager={"transport": "ipc"}),  # no port that another may take
         )
         notebook = without_traces(nbformat.read(temporary, as_version=4))
-        page = HTMLExporter().from_notebook_node(notebook)[0]
+        page = self_contained(notebook, path.stem)
         temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         output.with_suffix(".html").write_text(page, encoding="utf-8")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def self_contained(notebook: nbformat.NotebookNode, title: str) -> str:
+    """The notebook as a page without scripts: they would be fetched from other hosts."""
+    resources = {"metadata": {"name": title}}
+    page = HTMLExporter().from_notebook_node(notebook, resources=resources)[0]
+    return re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
 
 
 def without_traces(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -79,8 +89,10 @@ def main() -> None:
             sys.exit(f"{name} failed in the cell {cell!r}: {error.ename}: {error.evalue}")
         except DeadKernelError:
             sys.exit(f"{name}: its Python was ended, perhaps for memory: lower batch_size")
+        tracking.write_metrics(folder)
+        pages.write_index(folder, f"Results of the {profile} profile")
         print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
-    print(f"see results/{profile}/*.html")
+    print(f"see results/{profile}/index.html")
 
 
 if __name__ == "__main__":

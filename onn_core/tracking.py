@@ -64,24 +64,41 @@ def metric_rows(record: RunRecord) -> Iterator[dict[str, Any]]:
         yield row(name, getattr(record, name), last, samples_seen)
 
 
+def benchmark_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every number of a speed benchmark; the context tells which system, and its sizes."""
+    sizes = ("layers", "batch_size", "sequence")
+    return [
+        {"name": name, "value": float(value), "step": 0, "epoch": 0}
+        | {"context": {"system": row["system"]} | {size: row[size] for size in sizes}}
+        for row in record["rows"]
+        for name, value in row.items()
+        if name not in sizes and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
 def write_metrics(folder: str | os.PathLike) -> list[Path]:
     """Write the rows of every record in `folder` beside it; the files' paths.
 
-    learning_NAME.jsonl, or benchmark_NAME.jsonl where the record's NAME begins with "04". A NaN
-    becomes the text "NaN", which float() reads.
+    learning_NAME.jsonl, or benchmark_NAME.jsonl where the record's NAME begins with "04", and
+    benchmark_training.jsonl of training_benchmark.json. A NaN becomes the text "NaN", which
+    float() reads.
     """
-    written = []
+    files = {}
     for path in find_records(folder):
         kind = "benchmark" if path.stem.startswith("04") else "learning"
         target = path.with_name(f"{kind}_{path.stem}.jsonl")
+        files[target] = list(metric_rows(RunRecord.load(path)))
+    for path in sorted(Path(folder).rglob("training_benchmark.json")):
+        rows = benchmark_rows(json.loads(path.read_text(encoding="utf-8")))
+        files[path.with_name("benchmark_training.jsonl")] = rows
+    for target, rows in files.items():
         lines = []
-        for row in metric_rows(RunRecord.load(path)):
+        for row in rows:
             finite = math.isfinite(row["value"])
             row |= {} if finite else {"value": str(row["value"])}
             lines.append(json.dumps(row, allow_nan=False) + "\n")
         write_atomic(target, "".join(lines).encode())
-        written.append(target)
-    return written
+    return list(files)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ FLOORS = (
     ("trainer", "merge"),
     ("report", "tracking", "explore", "peers", "stability", "study", "pages"),
     ("speed", "stability_report", "curves"),
-    ("bench",),
+    ("bench", "summary"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))

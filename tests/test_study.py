@@ -6,8 +6,17 @@ import math
 
 import pytest
 
-from onn_core import OnnError, TrainConfig, curves, pages, study
-from onn_core.record import EvalRecord, RunRecord, StepRecord
+from onn_core import (
+    OnnError,
+    TrainConfig,
+    curves,
+    pages,
+    stability,
+    stability_report,
+    study,
+    summary,
+)
+from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -132,3 +141,111 @@ def test_a_nan_ends_a_run_with_a_no(toy_with_tokenizer, tmp_path):
     record = study.train(settings(toy_with_tokenizer, tmp_path, **changes))
     found = study.verdict([record, record])
     assert found["learned"] == "NO" and found["nonfinite"] == 2
+
+
+def made_benchmark(baseline_ms=8000.0, **changes):
+    def row(system, batch_size, ms):
+        fields = {"system": system, "batch_size": batch_size, "layers": 40, "sequence": 16}
+        fields |= {"step_s": ms * batch_size / 1e3, "ms_per_sample": ms, "bytes_read": 10**9}
+        fields |= {"samples_per_s": 1e3 / ms, "tokens_per_s": 16e3 / ms, "limited_by": "reading"}
+        return fields | {"peak_memory_bytes": 10**9, "percent_of_limit": 90.0} | changes
+
+    rows = [row("onn", 1, 7000.0), row("onn", 32, 800.0), row("baseline", 1, baseline_ms)]
+    return {
+        "schema_version": 1,
+        "environment": describe_environment(),
+        "cap_bytes": 4 << 30,
+        "disturbed": False,
+        "rows": rows,
+    }
+
+
+def made_outcomes(*learned):
+    """Outcomes of all variants; only the `learned` ones stay finite and learn."""
+    step = {"step": 1, "loss": 3.0, "grad_norm": 1.0, "largest_activation": 9.0, "skipped": False}
+    step["cross_entropy"] = 3.0
+    event = stability.Event(1, "loss", None, "sum loss", "Inf", 1.0, 0.0)
+    return {
+        label: stability.Outcome(
+            dataclasses.asdict(variant),
+            [step],
+            [] if label in learned else [event],
+            {},
+            label in learned,
+            2.0 if label in learned else math.nan,
+        )
+        for label, variant in stability.variants().items()
+    }
+
+
+def verdicts(records):
+    return {claim.claim: claim.verdict for claim in summary.claims(records)}
+
+
+def test_what_was_not_measured_has_no_verdict():
+    found = verdicts(summary.Records())
+    assert set(found.values()) == {"none", "confirmed", "refuted"}
+    assert found.pop("trained parameters of phi-4") == "confirmed"
+    assert found.pop("all parameters of phi-4") == "refuted"
+    assert set(found.values()) == {"none"}
+
+
+def test_claims_of_speed_can_be_confirmed_differ_or_be_refuted():
+    claim = "time per sample, batch 32 to 128 against batch 1"
+    for baseline_ms, verdict in ((8000.0, "confirmed"), (3000.0, "different"), (700.0, "refuted")):
+        records = summary.Records(benchmark=made_benchmark(baseline_ms))
+        assert verdicts(records)[claim] == verdict
+    assert verdicts(records)["samples per second, batch 32 to 128"] == "confirmed"
+    short = summary.Records(benchmark=made_benchmark(layers=8))
+    assert verdicts(short)["samples per second, batch 32 to 128"] == "different"
+
+
+def test_claims_of_stability_can_be_confirmed_differ_or_be_refuted():
+    sure, claim = ["sound"], "four mends make it sound"
+    spare = "sound - inputs cast to float32"
+    for learned, verdict in (
+        (sure, "confirmed"),
+        ([*sure, spare], "different"),
+        ([spare], "refuted"),
+    ):
+        records = summary.Records(stability=made_outcomes(*learned))
+        assert verdicts(records)[claim] == verdict
+    assert verdicts(records)["float16 weights with LoRA become NaN"] == "confirmed"
+    fine = summary.Records(stability=made_outcomes("broken"))
+    assert verdicts(fine)["float16 weights with LoRA become NaN"] == "refuted"
+
+
+def test_claims_of_learning_can_be_confirmed_differ_or_be_refuted(real):
+    falls = [made_run(3, 2.7), made_run(3, 2.6)]
+    rises = [made_run(3, 3.2), made_run(3, 3.3)]
+    noisy = [made_run(3, 2.7), made_run(3, 2.99)]
+    still = {"control": [made_run(3, 3), made_run(3, 3)]}
+    cases = (falls, falls, "confirmed"), (falls, noisy, "different"), (falls, rises, "refuted")
+    for baseline, optimised, expected in cases:
+        runs = {"baseline, batch 1": baseline, "optimised, batch 32": optimised}
+        found = verdicts(summary.Records(study.Study(runs, still, {}, {})))
+        assert found["learning, optimised (batch 32)"] == expected
+        assert found["learning, baseline (batch 1)"] == "confirmed"
+
+
+def test_the_comparison_page_shows_all_records_and_what_is_missing(real, tmp_path):
+    labels = {"baseline, batch 4": "batch 4", "optimised, batch 4": "again"}
+    named = dataclasses.replace(
+        real, runs={label: real.runs[old] for label, old in labels.items()}, in_memory={}
+    )
+    curves.write_files(named, tmp_path)
+    outcomes = made_outcomes("sound")
+    stability_report.save(tmp_path / "stability.json", outcomes)
+    write_json(tmp_path / "training_benchmark.json", made_benchmark())
+    records = summary.read(tmp_path)
+    assert records.learning == named and records.benchmark == made_benchmark()
+    assert records.stability.keys() == outcomes.keys()
+    summary.write_comparison(records, tmp_path / "comparison.html")
+    page = (tmp_path / "comparison.html").read_text()
+    assert summary.NOT_MEASURED not in page and "<td>confirmed</td>" in page
+    (tmp_path / "stability.json").unlink()
+    summary.write_comparison(summary.read(tmp_path), tmp_path / "comparison.html")
+    assert summary.NOT_MEASURED in (tmp_path / "comparison.html").read_text()
+    (tmp_path / "training_benchmark.json").write_text("{}")
+    with pytest.raises(OnnError, match="measure again"):
+        summary.read(tmp_path)
