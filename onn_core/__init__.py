@@ -2,6 +2,7 @@
 
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
+from onn_core.evaluate import answers, perplexity
 from onn_core.merging import merge
 from onn_core.model import from_pretrained
 from onn_core.record import RunRecord
@@ -12,6 +13,8 @@ __all__ = [
     "OnnError",
     "RunRecord",
     "TrainConfig",
+    "answers",
     "from_pretrained",
     "merge",
+    "perplexity",
 ]

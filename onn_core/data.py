@@ -254,8 +254,7 @@ def _conversation_ids(messages: list[Message], tokenizer: Any) -> tuple[list[int
     """
     ids: list[int] = []
     counted: list[bool] = []
-    segments = _template_segments if tokenizer.chat_template else _plain_segments
-    for text, is_answer in segments(messages, tokenizer):
+    for text, is_answer in conversation_segments(messages, tokenizer):
         segment = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer_tokens = len(segment) if is_answer else 0
         if is_answer and tokenizer.eos_token_id in segment:  # no newline after the end token
@@ -265,6 +264,12 @@ def _conversation_ids(messages: list[Message], tokenizer: Any) -> tuple[list[int
     while counted and not counted[-1]:
         counted.pop()
     return ids[: len(counted)], counted
+
+
+def conversation_segments(messages: list[Message], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """(text, is it an answer) of the parts that are tokenized one by one."""
+    segments = _template_segments if tokenizer.chat_template else _plain_segments
+    return segments(messages, tokenizer)
 
 
 def _template_segments(messages: list[Message], tokenizer: Any) -> Iterator[tuple[str, bool]]:

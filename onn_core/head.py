@@ -139,6 +139,13 @@ class Logits(LazyTensor):
         args = (shifted_labels, n_counted, self.ops, loss_function)
         return _HeadLoss.apply(self.head, self.hidden, *args)
 
+    def token_losses(self, shifted_labels: torch.Tensor) -> torch.Tensor:
+        """The loss of each token (...), 0 where it is not counted; no gradient."""
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])  # (n, C)
+        labels = shifted_labels.reshape(-1)
+        entropy = _in_blocks(self.head, hidden, labels, self.ops, with_grad=False)
+        return entropy.token_losses().view(shifted_labels.shape)
+
 
 def apply(ops: tuple[Op, ...], logits: torch.Tensor) -> torch.Tensor:
     for op in ops:
@@ -206,7 +213,7 @@ class _HeadLoss(torch.autograd.Function):
         flat_labels = labels.reshape(-1)  # (n,)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (n, C)
         if not whole_in_one:
-            total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad)
+            total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad).result()
             loss = total / n_counted
             if grad is not None:
                 on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
@@ -249,12 +256,12 @@ def _in_blocks(
     labels: torch.Tensor,
     ops: tuple[Op, ...],
     with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss and gradient (n, C) of hidden (n, C), one block of the vocabulary at a time."""
+) -> OnlineCrossEntropy:
+    """The cross-entropy of hidden (n, C), counted one block of the vocabulary at a time."""
     entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad)
     for first, weight, bias in head.resident_blocks():
         entropy.add(first, weight, bias)
-    return entropy.result()
+    return entropy
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:

@@ -98,13 +98,16 @@ class OnlineCrossEntropy:
         home = self._push.device
         self._push[tokens.start + rows.to(home)] = push.to(home)
 
+    def token_losses(self) -> torch.Tensor:
+        """The loss of each token (n,) in float32, 0 where it is not counted."""
+        losses = self._top + torch.log(self._sum) - self._target
+        return torch.where(self.labels != IGNORED, losses, 0.0)
+
     def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The summed loss over counted tokens; its gradient (n, C) in float32, or on the host."""
-        counted = self.labels != IGNORED
-        losses = self._top + torch.log(self._sum) - self._target
-        loss = torch.where(counted, losses, 0.0).sum()
+        loss = self.token_losses().sum()
         if not self.with_grad:
             return loss, None
         home = self._pull.device
         grad = self._pull.div_(self._sum[:, None].to(home)).sub_(self._push)
-        return loss, grad.masked_fill_(~counted[:, None].to(home), 0.0)
+        return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)

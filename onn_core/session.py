@@ -40,6 +40,7 @@ class Session:
     head_units: list[int]
     device: torch.device
     micro_batch_size: int | None = None
+    cache_rows: int | None = None  # rows that share a key-value cache; None is the whole batch
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None

@@ -87,6 +87,9 @@ def become_streamed(
         given = dict(zip(inspect.signature(plain.forward).parameters, (self, *args), strict=False))
         given |= kwargs
         with_loss = given.get("labels") is not None or given.get("shift_labels") is not None
+        takes_cache = "use_cache" in inspect.signature(plain.forward).parameters
+        if with_loss and takes_cache and "use_cache" not in given:
+            kwargs["use_cache"] = False  # nothing is generated
         if head is not None:
             head.defers = with_loss
         try:

@@ -24,8 +24,8 @@ class Call:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.batch_size = tensors[0].shape[0]
         size = self.session.micro_batch_size or self.batch_size
-        if any(map(is_cache, leaves)):  # generation: a cache is filled for the whole batch
-            size = self.batch_size
+        if any(map(is_cache, leaves)):  # generation: a cache is filled in one go
+            size = self.session.cache_rows or self.batch_size
         self.slices = [
             slice(start, min(start + size, self.batch_size))
             for start in range(0, self.batch_size, size)

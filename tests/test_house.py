@@ -24,7 +24,7 @@ FLOORS = (
     ("streamed",),
     ("model",),
     ("adapter",),
-    ("lora", "merging", "progress"),
+    ("lora", "merging", "evaluate", "progress"),
     ("resume",),
     ("trainer", "merge"),
     ("report", "tracking", "explore", "peers", "stability", "study", "pages"),

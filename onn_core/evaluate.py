@@ -1,0 +1,230 @@
+"""Perplexity and answers of a streamed model, with and without its adapter in one pass.
+
+Each batch holds its rows twice. A layer that is resident runs the first half with its adapters and
+the second without, each in micro-batches of its own, so the numbers are those of two passes over
+the weights for the reading of one.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from onn_core import data
+from onn_core.errors import ConfigError
+from onn_core.head import Logits
+from onn_core.loss import IGNORED, shift_labels
+from onn_core.streamed import StreamedModel
+from onn_core.visit import is_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """What `perplexity` found: mean losses in nats a token, and their exponentials.
+
+    base_loss, base_perplexity: of the model without its adapter; None if it has none.
+    """
+
+    tokens: int  # that were predicted
+    loss: float
+    perplexity: float
+    base_loss: float | None = None
+    base_perplexity: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model generated; base_answer: without its adapter, None if it has none."""
+
+    prompt: str
+    answer: str
+    base_answer: str | None = None
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str | os.PathLike,
+    *,
+    max_length: int = 128,
+    batch_size: int = 32,
+) -> Perplexity:
+    """The perplexity of a streamed model, or a PeftModel of one, on what `TrainConfig.data` takes.
+
+    Of a conversation the answers count, of plain text every token but the first of each piece of
+    `max_length` tokens.
+    """
+    examples = data.tokenize(data.load_rows(str(text)), tokenizer, max_length).examples
+    examples.sort(key=lambda example: -len(example.input_ids))  # little padding
+    totals, n_tokens = 0.0, 0
+    with _evaluating(model) as (base, n_ways):
+        size = base.session.micro_batch_size or batch_size
+        while examples:
+            n_rows = min(len(examples), batch_size)
+            n_rows -= n_rows % size if n_rows > size else 0  # whole micro-batches, or one
+            part, examples = examples[:n_rows], examples[n_rows:]
+            batch = data.collate(part, tokenizer.pad_token_id)
+            with _halves(base, n_ways, n_rows, min(n_rows, size)):
+                losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
+            totals = totals + losses.double().view(n_ways, -1).sum(-1).cpu()  # (n_ways,)
+            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
+    losses = (totals / n_tokens).tolist()
+    return Perplexity(n_tokens, *(x for loss in losses for x in (loss, _exponential(loss))))
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> list[Answer]:
+    """What a streamed model, or a PeftModel of one, answers: the likeliest token each time.
+
+    Each prompt is a user's turn in the tokenizer's chat template; without one, a line. The whole
+    batch goes through a layer at once: a pass over the weights gives one token to every answer.
+    """
+    asked = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+    pad_id, found = tokenizer.pad_token_id or 0, []
+    with _evaluating(model) as (base, n_ways):
+        for start in range(0, len(asked), batch_size):
+            part = asked[start : start + batch_size]
+            length, n_rows = max(map(len, part)), len(part)
+            n_pads = [length - len(ids) for ids in part]
+            padded = [[pad_id] * n + ids for n, ids in zip(n_pads, part, strict=True)]
+            mask = [[0] * n + [1] * (length - n) for n in n_pads]
+            batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+            with _halves(base, n_ways, n_rows, n_rows):
+                ids = model.generate(
+                    **_repeated(batch, n_ways, base.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad_id,
+                )  # (n_ways * B, T)
+            texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
+            found += [texts[row::n_rows] for row in range(n_rows)]
+    return [Answer(prompt, *texts) for prompt, texts in zip(prompts, found, strict=True)]
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[tuple[Any, int]]:
+    """The streamed model inside `model`, and 2 if it has an adapter to compare with, else 1."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if not isinstance(base, StreamedModel):
+        raise ConfigError(
+            f"{type(model).__name__} is not streamed: give a model of onn_core.from_pretrained, or "
+            "a PeftModel of one."
+        )
+    inside = {tuner for layer in base.streamed_layers for tuner in _tuners(layer.module)}
+    if any(tuner not in inside for tuner in _tuners(base)):
+        raise ConfigError(
+            "an adapter outside the decoder layers cannot be switched off within a pass: evaluate "
+            "with model.disable_adapter() and without."
+        )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield base, 2 if inside else 1
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _halves(base: Any, n_ways: int, n_rows: int, micro_batch_size: int) -> Iterator[None]:
+    """Inside, each layer runs the first `n_rows` of a batch with its adapters, the rest without."""
+    session, twins = base.session, {}
+    n_calls = n_ways * n_rows // micro_batch_size  # of a layer in one visit
+    before = session.micro_batch_size, session.cache_rows
+    session.micro_batch_size, session.cache_rows = micro_batch_size, n_rows
+
+    def by_half(own: Callable, tuners: list[BaseTunerLayer]) -> Callable:
+        calls = itertools.count()
+
+        def twin(value: Any) -> Any:  # the cache of the half without adapters
+            return twins[value] if is_cache(value) else value
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
+                if cache not in twins:
+                    twins[cache] = copy.deepcopy(cache)  # still empty
+            adapted = next(calls) % n_calls < n_calls // n_ways
+            for tuner in tuners:  # PEFT's own switch would change requires_grad as well
+                tuner._disable_adapters = not adapted
+            if not adapted:
+                args, kwargs = pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
+            return own(*args, **kwargs)
+
+        return forward
+
+    owns = [layer.forward for layer in base.streamed_layers]
+    switches = {
+        t: t._disable_adapters for layer in base.streamed_layers for t in _tuners(layer.module)
+    }
+    try:
+        for layer, own in zip(base.streamed_layers, owns, strict=True):
+            layer.forward = by_half(own, _tuners(layer.module))
+        yield
+    finally:
+        session.micro_batch_size, session.cache_rows = before
+        for layer, own in zip(base.streamed_layers, owns, strict=True):
+            layer.forward = own
+        for tuner, disabled in switches.items():
+            tuner._disable_adapters = disabled
+
+
+def _token_losses(model: Any, base: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The cross-entropy of each label, 0 where it is not counted: (B, T)."""
+    labels, found = shift_labels(batch["labels"]), []
+
+    def loss_function(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(logits, Logits) and not logits.changed:
+            found.append(logits.token_losses(labels))
+        return torch.zeros(())
+
+    own = vars(base).pop("_loss_function", None)
+    base.loss_function = loss_function
+    try:
+        outputs = model(**batch)
+    finally:
+        del base._loss_function
+        if own is not None:
+            base.loss_function = own
+    if found:
+        return found[0]
+    logits = outputs.logits.float().transpose(1, 2)  # (B, V, T)
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+
+
+def _tuners(module: nn.Module) -> list[BaseTunerLayer]:
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
+def _repeated(
+    batch: dict[str, torch.Tensor], n_ways: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    return {name: values.repeat(n_ways, 1).to(device) for name, values in batch.items()}
+
+
+def _exponential(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """What the model is given before it answers, as in training."""
+    asked = {"role": "user", "content": prompt}
+    segments = data.conversation_segments([asked, {"role": "assistant", "content": ""}], tokenizer)
+    texts = itertools.takewhile(lambda segment: not segment[1], segments)
+    return [i for text, _ in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]

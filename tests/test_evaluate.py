@@ -1,0 +1,132 @@
+"""Perplexity and answers, with and without the adapter in one pass over the weights."""
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from toy import in_memory, streamed, toy_dir, with_lora
+from transformers import AutoTokenizer
+
+import onn_core
+from onn_core import data
+from onn_core.errors import OnnError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture
+def folder(toy_with_tokenizer):
+    return toy_with_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Eleven rows of uneven length."""
+    rows = [{"prompt": f"Count to {n}.", "response": "one two three " * n} for n in range(1, 11)]
+    rows.append({"text": "A line of plain text, of which every token counts but the first."})
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def mean_loss(model, tokenizer, path):
+    """The definition: one row at a time, summed over the counted tokens."""
+    examples = data.tokenize(data.load_rows(str(path)), tokenizer, 40).examples
+    total = n_tokens = 0
+    with torch.no_grad():
+        for example in examples:
+            batch = data.collate([example])
+            total += float(model(**batch, num_items_in_batch=1).loss)
+            n_tokens += int((batch["labels"] != -100).sum())
+    return total / n_tokens, n_tokens
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"layers_to_transform": [1]}], ids=str
+)
+@pytest.mark.parametrize(("micro_batch_size", "batch_size"), [(None, 32), (2, 5), (3, 4)])
+def test_perplexity_equals_two_passes_in_memory(
+    folder, text, settings, micro_batch_size, batch_size
+):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = with_lora(streamed(folder, micro_batch_size=micro_batch_size), **settings)
+    expected = with_lora(in_memory(folder), **settings).eval()
+    found = onn_core.perplexity(model, tokenizer, text, max_length=40, batch_size=batch_size)
+    loss, n_tokens = mean_loss(expected, tokenizer, text)
+    with expected.disable_adapter():
+        base_loss, _ = mean_loss(expected, tokenizer, text)
+    assert abs(loss - base_loss) > 1e-3
+    assert found.tokens == n_tokens
+    assert found.loss == pytest.approx(loss, rel=1e-6)
+    assert found.base_loss == pytest.approx(base_loss, rel=1e-6)
+    assert found.perplexity == math.exp(found.loss)
+    assert found.base_perplexity == math.exp(found.base_loss)
+    assert model.training and not any(
+        module.disable_adapters for module in model.modules() if hasattr(module, "lora_A")
+    )
+
+
+def test_with_and_without_adapter_is_one_pass_over_the_weights(folder, text):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    visits = []
+    for wrap in (lambda model: model, with_lora):
+        base = streamed(folder)
+        base.session.trace = []
+        found = onn_core.perplexity(wrap(base), tokenizer, text, max_length=40)
+        visits.append([(phase, unit) for phase, unit, _, _ in base.session.trace])
+    assert visits[0] == visits[1] == [("forward", 0), ("forward", 1), ("forward", 2), ("head", 3)]
+    assert found.base_loss is not None
+
+
+def test_perplexity_without_adapter(folder, text):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = onn_core.perplexity(streamed(folder), tokenizer, text, max_length=40, batch_size=3)
+    loss, _ = mean_loss(in_memory(folder).eval(), tokenizer, text)
+    assert found.loss == pytest.approx(loss, rel=1e-6)
+    assert found.base_loss is None and found.base_perplexity is None
+
+
+def generate_in_memory(model, tokenizer, prompt):
+    turns = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_answers_equal_generation_in_memory(smollm2_dir):
+    """A real model: each prompt alone, with the adapter and without it."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    prompts = ["What is the capital of France?", "Name a colour.", "Say hello to my old friend."]
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    models = []
+    for load in (streamed, in_memory):
+        torch.manual_seed(0)
+        model = load(smollm2_dir, dtype=torch.float32)
+        models.append(peft.get_peft_model(model, peft.LoraConfig(**lora)).eval())
+    found = onn_core.answers(models[0], tokenizer, prompts, max_new_tokens=8, batch_size=2)
+    assert [answer.prompt for answer in found] == prompts
+    assert "Paris" in found[0].base_answer
+    assert [a.answer for a in found] == [
+        generate_in_memory(models[1], tokenizer, prompt) for prompt in prompts
+    ]
+    with models[1].disable_adapter():
+        expected = [generate_in_memory(models[1], tokenizer, prompt) for prompt in prompts]
+    assert [a.base_answer for a in found] == expected
+    assert all(a.answer != a.base_answer for a in found)
+    assert onn_core.answers(models[0], tokenizer, []) == []
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "embed_tokens"]}])
+def test_adapter_outside_the_layers_is_refused(settings, text, folder):
+    model = with_lora(streamed(toy_dir("llama")), **settings)
+    with pytest.raises(OnnError, match="outside the decoder layers"):
+        onn_core.perplexity(model, AutoTokenizer.from_pretrained(folder), text)
+
+
+def test_model_in_memory_is_refused(folder, text):
+    with pytest.raises(OnnError, match="not streamed"):
+        onn_core.perplexity(in_memory(folder), AutoTokenizer.from_pretrained(folder), text)
