@@ -48,8 +48,10 @@ class TrainConfig:
     memory_budget: bytes or "4GB"; plans what is not given. None keeps `chunk_size` layers resident.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
-        comes first; 0 is never, and both 0 writes none.
+        comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
     keep_checkpoints: how many of the last stay.
+    verify_weights: hash every streamed piece and compare it with what it was at first; else a
+        changed shard is told by its size and modification time alone.
     loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
     eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
@@ -94,6 +96,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
+    verify_weights: bool = False
     progress: bool = True
 
     def __post_init__(self):

@@ -23,11 +23,11 @@ from onn_core.data import Example
 from onn_core.errors import OnnError
 from onn_core.lora import save_adapter
 from onn_core.record import RunRecord
-from onn_core.saved import Checkpoints
+from onn_core.saved import Checkpoints, remove_left
 
 # These change where a run is and how fast it goes, not its numbers.
 MAY_DIFFER = {"model_dir", "data", "output_dir", "chunk_size", "memory_budget", "progress"}
-MAY_DIFFER |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
+MAY_DIFFER |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"}
 
 
 class TrainingState:
@@ -91,16 +91,23 @@ class TrainingState:
 class RunKeeper:
     """Saves a run after any finished step, and takes it up again.
 
-    run: what `describe_run` says. whole: whether the state is that of a finished step.
+    run: what `describe_run` says. digests: the stream's, if it keeps them.
+    whole: whether the state is that of a finished step.
     """
 
     def __init__(
-        self, config: TrainConfig, model: peft.PeftModel, state: TrainingState, run: dict[str, Any]
+        self,
+        config: TrainConfig,
+        model: peft.PeftModel,
+        state: TrainingState,
+        run: dict[str, Any],
+        digests: dict[str, str] | None = None,
     ):
         self.config = config
         self.model = model
         self.state = state
         self.run = run
+        self.digests = digests
         self.whole = True
         self.output_dir = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, config.keep_checkpoints)
@@ -108,6 +115,7 @@ class RunKeeper:
 
     def begin(self, fresh: RunRecord, resume: bool) -> RunRecord:
         """The record to go on with: `fresh`, or that of the newest whole checkpoint, restored."""
+        remove_left(self.output_dir)
         if not resume:
             self.checkpoints.set_aside()
             return fresh
@@ -117,6 +125,8 @@ class RunKeeper:
             return fresh
         require_same_run(saved.state, self.run, len(saved.record.steps))
         self.state.restore(saved.tensors, saved.state["scaler"])
+        if self.digests is not None:
+            self.digests.update(saved.state["digests"])
         ours, theirs = ({**r.environment, "date": ""} for r in (fresh, saved.record))
         if ours != theirs:
             warnings.warn(
@@ -165,7 +175,8 @@ class RunKeeper:
 
     def _save_checkpoint(self, record: RunRecord) -> None:
         try:
-            state = {**self.run, "scaler": self.state.scaler.state_dict()}
+            digests = dict(self.digests or {})  # readers add to it
+            state = {**self.run, "scaler": self.state.scaler.state_dict(), "digests": digests}
             self.checkpoints.save(self.state.tensors(), state, record)
         except (OSError, SafetensorError) as error:
             raise self._cannot_write(error) from error
@@ -212,8 +223,8 @@ def require_same_run(saved: dict[str, Any], now: dict[str, Any], n_steps: int) -
         for name in names
         if before.get(name) != after.get(name)
     ]
-    changed += ["the weights are others"] if saved["weights"] != now["weights"] else []
-    changed += ["the text is another"] if saved["text"] != now["text"] else []
+    changed += ["the weights are others"] if saved.get("weights") != now["weights"] else []
+    changed += ["the text is another"] if saved.get("text") != now["text"] else []
     if changed:
         raise OnnError(
             f"the run cannot be resumed: {'; '.join(changed)}. Set it back, or train without "

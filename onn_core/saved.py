@@ -58,9 +58,7 @@ class Checkpoints:
         if path.is_dir():  # of this run, so of the same numbers
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*"):  # by a run that was killed
-            shutil.rmtree(left)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix="."))
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".step-"))
         try:
             _write(temporary / FILES[0], safetensors.torch.save(tensors))
             state = {"schema_version": SCHEMA_VERSION, **state}
@@ -119,8 +117,10 @@ class Checkpoints:
             if sums.get(name) != _sha256(path / name):
                 raise ValueError(f"the hash of {name} is not the one in {SUMS}")
         state = json.loads((path / FILES[1]).read_bytes())
-        if state.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema {state.get('schema_version')}, not {SCHEMA_VERSION}")
+        if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"{FILES[1]} has not schema {SCHEMA_VERSION}")
+        if not all(isinstance(state.get(k), dict) for k in ("settings", "scaler", "digests")):
+            raise ValueError(f"{FILES[1]} lacks settings, scaler or digests")
         tensors = safetensors.torch.load((path / FILES[0]).read_bytes())
         return Saved(path, tensors, state, RunRecord.load(path / FILES[2]))
 
@@ -136,6 +136,13 @@ def require_writable(folder: Path) -> None:
         raise ConfigError(
             f"output_dir {str(folder)!r} cannot be written ({error.strerror}): choose another."
         ) from error
+
+
+def remove_left(output_dir: Path) -> None:
+    """Remove what a run that was killed left behind under temporary names."""
+    for left in [*output_dir.glob(".*"), *(output_dir / FOLDER).glob(".*")]:
+        if left.name.startswith((".adapter.", ".record.json.", ".write-test-", ".step-")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -9,6 +9,7 @@ resident at both turns of the step, and a model that fits whole is read once.
 """
 
 import dataclasses
+import hashlib
 import math
 import threading
 import time
@@ -18,13 +19,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from onn_core.checkpoint import Checkpoint
-from onn_core.errors import ConfigError
+from onn_core.checkpoint import Checkpoint, TensorEntry
+from onn_core.errors import CheckpointError, ConfigError
 from onn_core.items import Item, Slot, Staging
 from onn_core.reader import DirectFiles, host_buffer
 
 N_READERS = 2
 CHECK_S = 0.2  # between two looks, while the compute waits, at whether to stop
+CLOSE_S = 10.0  # until a reader whose read does not return is left behind
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ class WeightStream:
         self.slots = slots
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
+        self.digests: dict[str, str] | None = None  # piece -> hash of its bytes; None checks none
         self.check: Callable[[], None] = lambda: None  # may raise, to abandon a step
         self._checkpoint = checkpoint
         self._device = device
@@ -67,7 +70,7 @@ class WeightStream:
         self._pieces: list[tuple[Item, int, int]] = []  # of the item being fetched, last first
         self._error: Exception | None = None
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._hangs = False
         self._readers: list[threading.Thread] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -116,16 +119,31 @@ class WeightStream:
             item.in_use = False
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Stop the readers and give all memory back; `acquire` starts afresh."""
+    def check_files(self) -> None:
+        """CheckpointError if a shard is not what it was when the model was loaded."""
+        self._checkpoint.check_unchanged()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Stop the readers and give all memory back; `acquire` starts afresh.
+
+        A reader whose read does not return in time keeps its memory; `acquire` is then an error.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() in self._readers:  # its garbage collection found the owner
             threading.Thread(target=self.close).start()
             return
+        deadline = time.monotonic() + (0 if self._hangs else timeout_s)
+        self._hangs = True  # until all have ended: who interrupts this does not wait again
         for reader in self._readers:
-            reader.join()
+            reader.join(max(0, deadline - time.monotonic()))
+        self._hangs = any(reader.is_alive() for reader in self._readers)
+        if self._hangs:
+            self._error = CheckpointError(
+                "a read of the weights does not return: check the disk and load the model again."
+            )
+            return
         self._readers.clear()
         self._held.clear()
         self._pieces.clear()
@@ -242,14 +260,19 @@ class WeightStream:
         """Bring bytes start:stop of the item's file into its slot; returns the bytes read."""
         source, memory = item.source, item.slot.memory
         if not source.direct:
-            staging.copy(item.view(memory), source.read(self._checkpoint), item.slot)
+            values = source.read(self._checkpoint)
+            self._verify(source.entry, 0, values)
+            staging.copy(item.view(memory), values, item.slot)
             return source.n_bytes
         entry = source.entry
         into = memory[start - item.first_page :]
         if item.in_place and self._copies is None:
-            return self._files.read(entry.path, start, stop, into)
+            n_read = self._files.read(entry.path, start, stop, into)
+            self._verify(entry, start, into[: stop - start])
+            return n_read
         buffer = staging.buffer()
         n_read = self._files.read(entry.path, start, stop, buffer)
+        self._verify(entry, start, buffer[: stop - start])
         if item.in_place:
             staging.copy(into[: stop - start], buffer[: stop - start], item.slot)
         else:
@@ -259,6 +282,18 @@ class WeightStream:
             target = item.view(memory).view(-1)[first : first + len(values)]
             staging.copy(target, values, item.slot)
         return n_read
+
+    def _verify(self, entry: TensorEntry, start: int, values: torch.Tensor) -> None:
+        """CheckpointError if a piece is not what it was when it was first read."""
+        if self.digests is None:
+            return
+        content = values.contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if self.digests.setdefault(f"{entry.name} {start}", digest) != digest:
+            raise CheckpointError(
+                f"{entry.path.name} is not what it was ({entry.name} has other values): restore "
+                "the model folder and load it again."
+            )
 
 
 def close_with(owner: object, stream: WeightStream) -> None:

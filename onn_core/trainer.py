@@ -21,6 +21,7 @@ from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environm
 from onn_core.resume import RunKeeper, TrainingState, describe_run
 from onn_core.saved import require_writable
 from onn_core.stopping import Stop
+from onn_core.stream import CLOSE_S
 
 MAX_SKIPS = 20  # steps in a row that loss scaling may skip; from 2^16 it has then tried 2^-3
 
@@ -55,6 +56,7 @@ class ChunkedLoraTrainer:
             device=config.device,
             dtype=config.dtype,
         )
+        digests = self.base.session.stream.digests = {} if config.verify_weights else None
         self.device = self.base.session.device
         self.tokenizer = AutoTokenizer.from_pretrained(config.model_dir, local_files_only=True)
         context = getattr(self.base.config, "max_position_embeddings", None)
@@ -93,7 +95,7 @@ class ChunkedLoraTrainer:
         )
         state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
         run = describe_run(config, self.base.checkpoint, [*self.train_set, *self.held_out])
-        self.keeper = RunKeeper(config, self.model, state, run)
+        self.keeper = RunKeeper(config, self.model, state, run, digests)
         self.record = RunRecord(
             config=config.to_dict(),
             model={
@@ -140,8 +142,7 @@ class ChunkedLoraTrainer:
                     self.keeper.save_stopped(record, error)
                 raise
             finally:
-                if not self.stop.at_once:
-                    self.base.close()
+                self.base.session.stream.close(0 if self.stop.at_once else CLOSE_S)
         return record
 
     def _run(self, record: RunRecord) -> None:
@@ -248,6 +249,7 @@ class ChunkedLoraTrainer:
                 total += float(self._loss(batch, 1))
                 n_counted += int((batch["labels"] != data.IGNORED).sum())
         self.model.train()
+        self.base.session.stream.check_files()
         return total / n_counted
 
     def _evaluate_if_due(self, record: RunRecord, started: float) -> None:

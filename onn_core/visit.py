@@ -196,6 +196,8 @@ class Visit(torch.autograd.Function):
                         total = trained_grads[index]
                         trained_grads[index] = grad if total is None else total.add_(grad)
                 del graph, found, grad_of
+        if layer.number == session.lowest:  # before any optimizer step can use these gradients
+            session.stream.check_files()
         return None, None, *input_grads, *trained_grads
 
 

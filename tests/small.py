@@ -4,8 +4,34 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+import onn_core
+from onn_core.saved import Checkpoints
+
+# All that could go wrong on a resume, at once.
+EVERYTHING = {
+    "batch_size": 4,
+    "max_steps": 7,
+    "max_length": 80,
+    "learning_rate": 1e-2,
+    "lora_dropout": 0.3,
+    "gradient_accumulation_steps": 2,
+    "micro_batch_size": 3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "loss_scale": 2.0**127,  # overflows at first: steps are skipped and it is halved
+    "eval_every": 2,
+    "eval_samples": 3,
+    "checkpoint_every": 2,
+    "device": "cpu",
+    "progress": False,
+}
+TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
+TIMES += ("bytes_read", "layer_loads", "wall_s")
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -46,3 +72,34 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(model_dir, max_shard_size="50KB")
     return model_dir, data
+
+
+def trainer(small, output_dir, **changes):
+    model_dir, data = small
+    paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
+    return onn_core.ChunkedLoraTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
+
+
+def adapter(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def numbers(folder):
+    """All of a record that must be equal."""
+    record = json.loads((folder / "record.json").read_text())
+    for entry in record["steps"] + record["evals"]:
+        for name in TIMES:
+            entry.pop(name, None)
+    return record["steps"], record["evals"], record["status"]
+
+
+def require_equal(folder, other):
+    ours, theirs = adapter(folder), adapter(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert numbers(folder) == numbers(other)
+    states = [
+        load_file(Checkpoints(f, 1).paths()[-1] / "state.safetensors") for f in (folder, other)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

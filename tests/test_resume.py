@@ -1,7 +1,7 @@
 """A resumed run is equal, bit for bit, to one that was never stopped."""
 
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,35 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import write_small
+from small import numbers, require_equal, trainer, write_small
 
 import onn_core
 from onn_core.errors import NonFiniteError, OnnError
 from onn_core.saved import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-# All that could go wrong on a resume, at once.
-EVERYTHING = {
-    "batch_size": 4,
-    "max_steps": 7,
-    "max_length": 80,
-    "learning_rate": 1e-2,
-    "lora_dropout": 0.3,
-    "gradient_accumulation_steps": 2,
-    "micro_batch_size": 3,
-    "lr_schedule": "cosine",
-    "warmup_steps": 2,
-    "weight_decay": 0.1,
-    "loss_scale": 2.0**127,  # overflows at first: steps are skipped and it is halved
-    "eval_every": 2,
-    "eval_samples": 3,
-    "checkpoint_every": 2,
-    "device": "cpu",
-    "progress": False,
-}
-TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
-TIMES += ("bytes_read", "layer_loads", "wall_s")
 
 
 class Ended(BaseException):
@@ -59,12 +37,6 @@ def whole(small, tmp_path_factory):
     record = trainer(small, output_dir).train()
     assert record.steps[0].skipped and not record.steps[-1].skipped
     return output_dir
-
-
-def trainer(small, output_dir, **changes):
-    model_dir, data = small
-    paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
-    return onn_core.ChunkedLoraTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
 
 
 def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
@@ -100,31 +72,6 @@ def end():
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
-
-
-def adapter(folder):
-    return load_file(folder / "adapter/adapter_model.safetensors")
-
-
-def numbers(folder):
-    """All of a record that must be equal."""
-    record = json.loads((folder / "record.json").read_text())
-    for entry in record["steps"] + record["evals"]:
-        for name in TIMES:
-            entry.pop(name, None)
-    return record["steps"], record["evals"], record["status"]
-
-
-def require_equal(folder, other):
-    ours, theirs = adapter(folder), adapter(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert numbers(folder) == numbers(other)
-    states = [
-        load_file(Checkpoints(f, 1).paths()[-1] / "state.safetensors") for f in (folder, other)
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 # A step visits 3 layers, the head, 3 layers, twice (accumulation); an evaluation 3 and the head.
@@ -333,3 +280,51 @@ def test_numbers_that_are_not_finite_survive_a_record(small, whole, tmp_path):
     record.steps[0].grad_norm_by_layer["0"] = float("-inf")
     record.save(tmp_path / "record.json")
     assert str(onn_core.RunRecord.load(tmp_path / "record.json")) == str(record)  # nan is not nan
+
+
+def change(path, keep_time=False):
+    """One byte of the last tensor becomes another."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte ^ 0x40]))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes", "message"),
+    [
+        (change, {}, "was changed while it was in use"),
+        (Path.unlink, {}, "cannot be read"),
+        (lambda path: os.truncate(path, 4096), {}, "became shorter|was changed"),
+        (lambda path: change(path, True), {"verify_weights": True}, "has other values"),
+    ],
+    ids=["changed", "deleted", "cut", "changed-with-time-kept"],
+)
+def test_a_shard_that_changes_under_the_run_is_noticed_before_the_step(
+    fault, changes, message, small, whole, tmp_path
+):
+    """In the forward pass of step 4; restored, the run goes on from step 3."""
+    model_dir, data = small
+    shutil.copytree(model_dir, tmp_path / "model")
+    shard = tmp_path / "model/model-00003-of-00005.safetensors"
+    shutil.copy2(shard, tmp_path / "shard")
+    moved, out = (tmp_path / "model", data), tmp_path / "out"
+    made, error = stopped(moved, out, 52, lambda: fault(shard), OnnError, **changes)
+    assert re.search(message, str(error)) and "after step 3 of 7" in error.__notes__[0]
+    shutil.copy2(tmp_path / "shard", shard)
+    trainer(moved, out, **changes).train(resume=True)
+    require_equal(out, whole)
+
+
+def test_a_shard_that_changed_between_two_runs_is_noticed_where_asked(small, tmp_path):
+    model_dir, data = small
+    shutil.copytree(model_dir, tmp_path / "model")
+    moved, out, asked = (tmp_path / "model", data), tmp_path / "out", {"verify_weights": True}
+    stopped(moved, out, 40, end, **asked)
+    change(tmp_path / "model/model-00003-of-00005.safetensors")
+    with pytest.raises(OnnError, match="has other values"):
+        trainer(moved, out, **asked).train(resume=True)
