@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 
 from onn_core.errors import ConfigError, OnnError
-from onn_core.record import RunRecord
+from onn_core.record import RunRecord, new_folder
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoints"
@@ -57,24 +56,16 @@ class Checkpoints:
         path = self.folder / f"step-{len(record.steps):08d}"
         if path.is_dir():  # of this run, so of the same numbers
             return path
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=".step-"))
-        try:
-            _write(temporary / FILES[0], safetensors.torch.save(tensors))
+        with new_folder(path) as temporary:
+            (temporary / FILES[0]).write_bytes(safetensors.torch.save(tensors))
             state = {"schema_version": SCHEMA_VERSION, **state}
-            _write(temporary / FILES[1], json.dumps(state, indent=1).encode())
+            (temporary / FILES[1]).write_text(json.dumps(state, indent=1))
             record.save(temporary / FILES[2])
             sums = [f"{_sha256(temporary / name)}  {name}\n" for name in FILES]
-            _write(temporary / SUMS, "".join(sums).encode())
-            _sync_folder(temporary)
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            (temporary / SUMS).write_text("".join(sums))
         _sync_folder(self.folder)
         for old in self.paths()[: -self.keep]:
-            hidden = old.with_name(f".{old.name}")  # no half-removed checkpoint is ever seen
+            hidden = old.with_name(f"{old.name}.partial-")  # none is ever seen half-removed
             os.replace(old, hidden)
             shutil.rmtree(hidden)
         return path
@@ -140,16 +131,9 @@ def require_writable(folder: Path) -> None:
 
 def remove_left(output_dir: Path) -> None:
     """Remove what a run that was killed left behind under temporary names."""
-    for left in [*output_dir.glob(".*"), *(output_dir / FOLDER).glob(".*")]:
-        if left.name.startswith((".adapter.", ".record.json.", ".write-test-", ".step-")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    names = (".adapter.*", ".record.json.*", ".write-test-*", f"{FOLDER}/step-*.partial-*")
+    for left in [path for name in names for path in output_dir.glob(name)]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
