@@ -26,7 +26,15 @@ from onn_core.record import RunRecord
 from onn_core.saved import Checkpoints, remove_left
 
 # These change where a run is and how fast it goes, not its numbers.
-MAY_DIFFER = {"model_dir", "data", "output_dir", "chunk_size", "memory_budget", "progress"}
+MAY_DIFFER = {
+    "model_dir",
+    "data",
+    "output_dir",
+    "adapter",
+    "chunk_size",
+    "memory_budget",
+    "progress",
+}
 MAY_DIFFER |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"}
 
 

@@ -1,6 +1,7 @@
 """`ChunkedLoraTrainer`: read this first. A whole training run, from settings to a record."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.lora import add_adapter, count_trainable, trained_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import from_pretrained
+from onn_core.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.progress import step_bar
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
 from onn_core.resume import RunKeeper, TrainingState, describe_run
@@ -190,7 +192,7 @@ class ChunkedLoraTrainer:
 
         optimizer_started = time.perf_counter()
         self.scaler.unscale_(self.optimizer)
-        by_layer = self._grad_norm_by_layer()
+        by_layer = grad_norm_by_layer(self.base.streamed_layers)
         clip = math.inf if config.max_grad_norm is None else config.max_grad_norm
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.trained, clip))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -198,7 +200,13 @@ class ChunkedLoraTrainer:
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
             self.optimizer.zero_grad()
-            raise NonFiniteError(self._explain(step, loss, by_layer, parts[0]))
+            run = functools.partial(self._loss, parts[0], 1)
+            where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
+            raise NonFiniteError(
+                f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step "
+                f"{step - 1} is kept: lower learning_rate, or use bfloat16, float32 adapters or "
+                "loss_scale."
+            )
         self.keeper.whole = False  # until the step is finished
         if finite:
             self.scaler.step(self.optimizer)
@@ -266,47 +274,6 @@ class ChunkedLoraTrainer:
         examples = data.batches(self.train_set, config.batch_size, config.seed, start_step=first)
         while parts := list(islice(examples, n_parts)):
             yield [data.collate(part, self.tokenizer.pad_token_id) for part in parts]
-
-    # --- what is told -----------------------------------------------------------------------
-
-    def _grad_norm_by_layer(self) -> dict[str, float]:
-        norms = {}
-        for layer in self.base.streamed_layers:
-            grads = [p.grad for p in layer.module.parameters() if p.grad is not None]
-            if grads:
-                norms[str(layer.number)] = float(torch.nn.utils.get_total_norm(grads))
-        return norms
-
-    def _explain(
-        self, step: int, loss: float, by_layer: dict[str, float], batch: dict[str, torch.Tensor]
-    ) -> str:
-        """Where a loss or a gradient first became NaN or Inf."""
-        found: list[int] = []
-        hooks = [
-            layer.module.register_forward_hook(
-                lambda _, __, output, number=layer.number: (
-                    found.append(number)
-                    if not torch.isfinite(output[0] if isinstance(output, tuple) else output).all()
-                    else None
-                )
-            )
-            for layer in self.base.streamed_layers
-        ]
-        with torch.no_grad():
-            self._loss(batch, 1)
-        for hook in hooks:
-            hook.remove()
-        bad = [layer for layer, norm in by_layer.items() if not math.isfinite(norm)]
-        if found:
-            where = f"the output of layer {found[0]}"
-        elif math.isfinite(loss):
-            where = f"the gradient of layer {bad[-1] if bad else '?'}"
-        else:
-            where = "the head"
-        return (
-            f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step {step - 1} "
-            "is kept: lower learning_rate, or use bfloat16, float32 adapters or loss_scale."
-        )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -23,7 +23,7 @@ EVERYTHING = {
     "lr_schedule": "cosine",
     "warmup_steps": 2,
     "weight_decay": 0.1,
-    "loss_scale": 2.0**127,  # overflows at first: steps are skipped and it is halved
+    "loss_scale": "dynamic",
     "eval_every": 2,
     "eval_samples": 3,
     "checkpoint_every": 2,
@@ -74,10 +74,19 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
     return model_dir, data
 
 
+class OverflowingTrainer(onn_core.ChunkedLoraTrainer):
+    """Its gradient scale overflows at first: steps are skipped and it is halved."""
+
+    def setup(self):
+        super().setup()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": 2.0**127})
+
+
 def trainer(small, output_dir, **changes):
     model_dir, data = small
     paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
-    return onn_core.ChunkedLoraTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
+    return OverflowingTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
 
 
 def adapter(folder):

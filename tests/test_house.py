@@ -24,7 +24,7 @@ FLOORS = (
     ("streamed",),
     ("model",),
     ("adapter",),
-    ("lora", "merging", "evaluate", "progress"),
+    ("lora", "merging", "evaluate", "progress", "nonfinite"),
     ("resume",),
     ("trainer", "merge"),
     ("report", "tracking", "explore", "peers", "stability", "study", "pages"),
