@@ -44,6 +44,7 @@ class Forks:
     def close(self) -> None:
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
 
 def serve() -> None:
