@@ -111,9 +111,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def find_records(folder: str | os.PathLike) -> list[Path]:
-    """The run records anywhere under `folder`; other JSON files are passed over."""
+    """The run records anywhere under `folder`, but for those inside checkpoints."""
     found = []
     for path in sorted(Path(folder).rglob("*.json")):
+        if "checkpoints" in path.relative_to(folder).parts:
+            continue
         with contextlib.suppress(OSError, ValueError):
             fields = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(fields, dict) and fields.keys() >= RECORD_FIELDS:

@@ -27,9 +27,9 @@ FLOORS = (
     ("lora", "merging", "evaluate", "progress", "nonfinite"),
     ("resume",),
     ("trainer", "merge"),
-    ("report", "tracking", "explore", "peers", "stability", "study", "pages"),
-    ("speed", "stability_report", "curves"),
-    ("bench", "summary"),
+    ("background", "outline", "report", "tracking", "peers", "stability", "study", "pages"),
+    ("speed", "stability_report", "curves", "live"),
+    ("bench", "summary", "explore"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))
