@@ -63,7 +63,7 @@ class Explorer:
         )
         self.picture = w.HBox(layout={"flex_flow": "row wrap", "align_items": "center"})
         self.prediction, self.status = w.HTML(), w.HTML()
-        self.past = w.Dropdown(description="Beside it", tooltip="A past run", **wide)
+        self.past = w.Dropdown(description="Compare with", tooltip="A past run", **wide)
         self.past.observe(lambda _: self._draw(), "value")
         self.figure = w.HTML()
         self.buttons = {}
@@ -240,12 +240,12 @@ class Explorer:
 
     def _refresh_past(self) -> None:
         found = [path for folder in self.records for path in find_records(folder)]
-        options = {"nothing": None}
+        options = {"nothing": ""}
         for path in found:
             options["/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")] = str(path)
         chosen = self.past.value
         self.past.options = options
-        self.past.value = chosen if chosen in options.values() else None
+        self.past.value = chosen if chosen in options.values() else ""
 
     # --- the picture ------------------------------------------------------------------------
 
@@ -263,9 +263,8 @@ class Explorer:
             self.png = figure(shown, run.events if run is not None else [])
             text = ", ".join(f"{label}: loss {r.steps[-1].loss:.3f}" for label, r in shown.items())
             data = base64.b64encode(self.png).decode()
-            self.figure.value = (
-                f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-            )
+            source = f'src="data:image/png;base64,{data}"'
+            self.figure.value = f'<img {source} alt="{html.escape(text)}" style="max-width:100%">'
 
     def show(self) -> None:
         """The figure as a picture."""
