@@ -72,10 +72,11 @@ class Slot:
 def lookahead(items: Sequence[Item]) -> list[Item]:
     """The items of a layer that are fetched while the one before computes: up to the largest.
 
-    The current layer lets its matrices go one by one, so the rest find room in time.
+    The current layer lets its matrices go one by one, so the largest finds room in time, and the
+    layer begins when its first matrix is there.
     """
     largest = max(range(len(items)), key=lambda i: items[i].n_bytes)
-    return list(items[: largest + 1])
+    return list(items[: max(1, largest)])
 
 
 def count_slots(units: Sequence[Sequence[Item]], n_resident: int) -> Counter:

@@ -35,20 +35,29 @@ class StreamedLayer:
         self.bindings = bindings
         self.forward = module.forward  # the class's own
         self._by_item: dict[Item, list[Binding]] = {}
+        self._items_of: dict[nn.Module, list[Item]] = {}
+        self.item_at: dict[int, Item] = {}  # address of memory -> the item that is there now
         for binding in bindings:
             self._by_item.setdefault(binding.item, []).append(binding)
+            self._items_of.setdefault(binding.module, []).append(binding.item)
         self._calls: Counter = Counter()  # of each owner, in this micro-batch
         self._usual_calls: Counter = Counter()
+        self._wrapped: set[nn.Module] = set()  # others take their weights before they are called
+        self._n_parameters = 0
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._settled: set[nn.Module] = set()  # DoRA's layers whose magnitudes are there
-        for owner in {binding.module for binding in bindings}:
+        for owner in self._items_of:
             owner.register_forward_pre_hook(self._enter_owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
         call = Call(self, leaves, spec)
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        parameters = list(self.module.parameters())
+        if len(parameters) != self._n_parameters:  # adapters came or went: learn the calls anew
+            self._n_parameters = len(parameters)
+            self._usual_calls.clear()
+        trained = [p for p in parameters if p.requires_grad]
         inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         if not torch.is_grad_enabled() or not (trained or inputs):
             outputs = call.run_forward()
@@ -63,17 +72,28 @@ class StreamedLayer:
 
     @contextlib.contextmanager
     def visiting(self, phase: str, future: list[int]):
-        """The layer's weights are there inside."""
-        with self.session.visit(phase, self.number, future):
-            for binding in self.bindings:
-                binding.fill()
-            self._fill_magnitudes()
+        """Inside, each weight is there when its module is called.
+
+        Those of modules that are not known to be called are there from the beginning.
+        """
+        with self.session.visit(phase, self.number, future, wait=False):
             self._previous = None
             try:
+                for item, bindings in self._by_item.items():
+                    owners = {binding.module for binding in bindings}
+                    if not all(map(self._usual_calls.get, owners)) or owners & self._wrapped:
+                        self._bring(item)
+                self._fill_magnitudes()
                 yield
             finally:
                 for item in self._by_item:
                     self.let_go(item)
+
+    def _bring(self, item: Item) -> None:
+        memory = self.session.stream.wait(item).untyped_storage()
+        self.item_at[memory.data_ptr()] = item
+        for binding in self._by_item[item]:
+            binding.fill()
 
     @torch.no_grad()
     def _fill_magnitudes(self) -> None:
@@ -85,6 +105,8 @@ class StreamedLayer:
                 self._settled.add(part)
                 if part.weight.isnan().all():  # else loaded from an adapter
                     base = tuner.get_base_layer()
+                    for item in self._items_of.get(base, ()):
+                        self._bring(item)
                     dtype = next(b.absent.dtype for b in self.bindings if b.module is base)
                     weight = base.weight.to(dtype)
                     a, b = tuner.lora_A[name].weight.to(dtype), tuner.lora_B[name].weight.to(dtype)
@@ -93,6 +115,8 @@ class StreamedLayer:
     def let_go(self, item: Item) -> None:
         for binding in self._by_item[item]:
             binding.clear()
+        if item.tensor is not None:
+            self.item_at.pop(item.tensor.untyped_storage().data_ptr(), None)
         self.session.stream.release(item)
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -103,12 +127,19 @@ class StreamedLayer:
         self._last_micro_batch = last
 
     def _enter_owner(self, owner: nn.Module, args: Any) -> None:
-        """Let the matrices of the module before go, if it is done in this visit."""
+        """Let the matrices of the module before go, if it is done in this visit; bring its own."""
         self._calls[owner] += 1
         before, self._previous = self._previous, owner
-        if torch.is_grad_enabled() or not self._last_micro_batch or before in (None, owner):
-            return
-        if self._calls[before] == self._usual_calls[before]:
-            for item, bindings in self._by_item.items():
-                if [binding.module for binding in bindings] == [before]:
+        last = self._last_micro_batch and not torch.is_grad_enabled()
+        if last and before not in (None, owner) and self._is_done(before):
+            for item in self._items_of[before]:
+                if all(binding.module is before for binding in self._by_item[item]):
                     self.let_go(item)
+        if any(b.name not in owner._parameters for b in self.bindings if b.module is owner):
+            self._wrapped.add(owner)
+            return
+        for item in self._items_of[owner]:
+            self._bring(item)
+
+    def _is_done(self, owner: nn.Module) -> bool:
+        return self._calls[owner] == self._usual_calls[owner]

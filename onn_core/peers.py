@@ -30,7 +30,7 @@ PHASES = ("forward", "head", "backward")
 class NothingKept(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
-    def acquire(self, future: list[int]) -> list[Item]:
+    def enter(self, future: list[int]) -> list[Item]:
         items = self.units[future[0]]
         started = time.perf_counter()
         for item in items:

@@ -84,15 +84,19 @@ class Session:
                 )
 
     @contextlib.contextmanager
-    def visit(self, phase: str, unit: int, future: list[int]):
-        """Enter `unit`, time what is done there, without the wait for its weights."""
+    def visit(self, phase: str, unit: int, future: list[int], wait: bool = True):
+        """Enter `unit`, time what is done there, without the wait for its weights.
+
+        wait: for all of its weights at once; otherwise for each by `stream.wait`.
+        """
         self.on_visit(phase, unit)
-        self.stream.acquire(future)
-        started = time.perf_counter()
+        counts = self.stream.counts
+        self.stream.acquire(future) if wait else self.stream.enter(future)
+        started, waited_s = time.perf_counter(), counts.wait_s
         try:
             yield
         finally:
             stopped = time.perf_counter()
-            self.seconds[phase] += stopped - started
+            self.seconds[phase] += stopped - started - (counts.wait_s - waited_s)
             if self.trace is not None:
                 self.trace.append((phase, unit, started, stopped))

@@ -76,11 +76,10 @@ class WeightStream:
 
     # --- the compute's side ---------------------------------------------------------------
 
-    def acquire(self, future: Sequence[int]) -> list[Item]:
-        """Enter unit `future[0]` and return its items when all are ready.
+    def enter(self, future: Sequence[int]) -> list[Item]:
+        """Begin unit `future[0]` and return its items, each of which is then waited for.
 
-        future: the units that will be visited, this one first. CheckpointError if a file fails,
-        ConfigError if the memory for the slots cannot be had.
+        future: the units that will be visited, this one first.
         """
         self.check()
         items = self.units[future[0]]
@@ -97,16 +96,33 @@ class WeightStream:
             if not self._readers:
                 self._start_readers()
             self._changed.notify_all()
+        return items
+
+    def wait(self, item: Item) -> torch.Tensor:
+        """The tensor of an item of the unit that was entered, when it is ready.
+
+        CheckpointError if a file fails, ConfigError if the memory for the slots cannot be had.
+        """
+        with self._changed:
+            if not item.in_use:
+                item.in_use = True
+                self._changed.notify_all()
             started = time.perf_counter()
-            while self._error is None and any(item.tensor is None for item in items):
+            while self._error is None and item.tensor is None:
                 self._changed.wait(CHECK_S)
                 self.check()
             self.counts.wait_s += time.perf_counter() - started
             if self._error is not None:
                 raise self._error
-        if self._copies is not None:
-            for item in items:
-                torch.cuda.current_stream(self._device).wait_event(item.ready_event)
+        if item.ready_event is not None:
+            torch.cuda.current_stream(self._device).wait_event(item.ready_event)
+        return item.tensor
+
+    def acquire(self, future: Sequence[int]) -> list[Item]:
+        """Enter unit `future[0]` and return its items when all are ready."""
+        items = self.enter(future)
+        for item in items:
+            self.wait(item)
         return items
 
     def release(self, item: Item) -> None:
@@ -124,9 +140,9 @@ class WeightStream:
         self._checkpoint.check_unchanged()
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Stop the readers and give all memory back; `acquire` starts afresh.
+        """Stop the readers and give all memory back; `enter` starts afresh.
 
-        A reader whose read does not return in time keeps its memory; `acquire` is then an error.
+        A reader whose read does not return in time keeps its memory; `enter` is then an error.
         """
         with self._changed:
             self._closed = True
@@ -241,7 +257,7 @@ class WeightStream:
             n_read, error, started = 0, None, time.perf_counter()
             try:
                 n_read = self._load(item, start, stop, staging)
-            except Exception as problem:  # raised in the compute's thread, by acquire
+            except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
             with self._changed:
                 if self.trace is not None:

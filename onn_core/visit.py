@@ -125,14 +125,9 @@ class Graph:
         self.release = False  # let each matrix go after its last use
         self._uses_left: Counter = Counter()
         self._previous: Item | None = None
-        self._items = {
-            item.tensor.untyped_storage().data_ptr(): item
-            for item in layer._by_item
-            if item.tensor is not None
-        }
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        item = self._items.get(tensor.untyped_storage().data_ptr()) if self._items else None
+        item = self.layer.item_at.get(tensor.untyped_storage().data_ptr())
         if item is None:
             return tensor
         self._uses_left[item] += 1

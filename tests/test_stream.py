@@ -140,9 +140,7 @@ def test_the_next_layer_is_fetched_while_this_one_is_in_use():
     stream.acquire([0, 1, 2, 3, 4, 5])
     settle(stream)
     names = [item.source.entry.name for item in stream.units[1] if item.tensor is not None]
-    assert [name.split(".")[-2] for name in names] == [
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")
-    ]
+    assert [name.split(".")[-2] for name in names] == [*("q_proj", "k_proj", "v_proj", "o_proj")]
     assert all(item.in_use and item.tensor is not None for item in stream.units[0])
     for item in stream.units[0]:
         stream.release(item)
@@ -150,6 +148,27 @@ def test_the_next_layer_is_fetched_while_this_one_is_in_use():
     assert all(item.tensor is not None for item in stream.units[1])
     assert any(item.tensor is not None for item in stream.units[2])
     stream.close()
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, torch.enable_grad])
+def test_a_layer_begins_before_its_last_matrix_is_there(how):
+    model = with_lora(streamed(toy_dir("llama")))
+    core = model.base_model.model
+    want = step(model, toy_batch())  # from now on it is known which modules are called
+    stream, load, gate = core.session.stream, core.session.stream._load, threading.Event()
+    last = stream.units[2][-1]
+
+    def wait_at_the_gate(item, *rest):
+        if item is last:
+            gate.wait()
+        return load(item, *rest)
+
+    stream._load = wait_at_the_gate
+    layer = core.model.layers[2]
+    layer.mlp.up_proj.base_layer.register_forward_hook(lambda *_: gate.set())
+    with how():
+        assert torch.equal(model(**toy_batch()).loss.detach(), want[0])
+    assert gate.is_set() and last.source.entry.name.endswith("down_proj.weight")
 
 
 # --- memory -------------------------------------------------------------------------------------
