@@ -47,16 +47,16 @@ def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
     def setup_and_count():
         setup()
         stream = made.base.session.stream
-        acquire = stream.acquire
+        enter = stream.enter
 
         def count(future):
             nonlocal n_visits
             n_visits += 1
             if n_visits == at_visit:
                 stop()
-            return acquire(future)
+            return enter(future)
 
-        stream.acquire = count
+        stream.enter = count
         if error is Ended:
             made.keeper.save_stopped = lambda *_: None
 
