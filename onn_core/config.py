@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onn_core.errors import ConfigError
@@ -38,7 +38,7 @@ class TrainConfig:
     """Settings of one training run; validated when made.
 
     model_dir: Hugging Face folder with config.json and safetensors.
-    data: "chatterbot", or the path of a .jsonl or .txt file.
+    data: "chatterbot", the path of a .jsonl or .txt file, a `datasets.Dataset` or a list of rows.
     output_dir: where the adapter, the checkpoints and record.json go.
     adapter: a PEFT folder to continue from; sparse_layers, target_modules and lora_rank, lora_alpha
         and lora_dropout are then its own.
@@ -52,13 +52,14 @@ class TrainConfig:
     keep_checkpoints: how many of the last stay.
     verify_weights: hash every streamed piece and compare it with what it was at first; else a
         changed shard is told by its size and modification time alone.
+    packing: put short rows together into samples of max_length; attention stays within each row.
     loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
     eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
     """
 
     model_dir: str
-    data: str
+    data: str | Sequence[dict[str, Any]]
     output_dir: str
     # adapter
     adapter: str | None = None
@@ -87,6 +88,7 @@ class TrainConfig:
     # data and evaluation
     max_length: int = 128
     held_out_fraction: float = 0.1
+    packing: bool = False
     shuffle_targets: bool = False
     eval_every: int = 0
     eval_samples: int = 64
@@ -102,7 +104,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("model_dir", "data", "output_dir", "adapter"):
             value = getattr(self, name)
-            if name == "adapter" and value is None:
+            if name == "adapter" and value is None or name == "data" and _is_dataset(value):
                 continue
             if not isinstance(value, str | os.PathLike) or not str(value):
                 raise ConfigError(f"{name} must be a path, not {value!r}.")
@@ -142,10 +144,25 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if _is_dataset(self.data):
+            values["data"] = f"{type(self.data).__name__} of {len(self.data)} rows"
         return {
-            name: list(value) if isinstance(value, tuple | range) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple | range | list) else value
+            for name, value in values.items()
         }
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether `value` is a sequence of rows; ConfigError for what holds or streams datasets."""
+    if isinstance(value, str | os.PathLike):
+        return False
+    if isinstance(value, Mapping) or hasattr(value, "__iter__") and not hasattr(value, "__len__"):
+        raise ConfigError(
+            f"data must be a path or rows that can be counted, not {type(value).__name__}: choose "
+            'a split such as dataset["train"], or take(n) rows of a stream into a list.'
+        )
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def _require_integer(name: str, value: Any, at_least: int) -> None:

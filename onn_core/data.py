@@ -6,29 +6,30 @@ of counted tokens is simply the number of labels that are not -100.
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from onn_core.errors import DataError
+from onn_core.rows import Message, Row
+from onn_core.rows import load_rows as load_rows
 
 IGNORED = -100
-Message = dict[str, str]  # role, content
-Row = dict[str, Any]  # {"messages": [Message, ...]} or {"text": str}
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One sample: token ids, and the same ids as labels where they count, -100 elsewhere."""
+    """One sample: token ids, and the same ids as labels where they count, -100 elsewhere.
+
+    lengths: of the rows that are packed into it; empty if it is one row.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,35 +40,6 @@ class Dataset:
     rows: int
     truncated: int
     dropped: int
-
-
-def load_rows(data: str) -> list[Row]:
-    """Rows of "chatterbot", of a .jsonl file, or of the paragraphs of a .txt file.
-
-    A JSONL line holds messages (role, content), prompt and response, or text. A row is
-    {"messages": [...]} or {"text": ...}. Raises DataError, with the line number where there is one,
-    for what cannot be read.
-    """
-    if data == "chatterbot":
-        return _chatterbot_rows()
-    path = Path(data)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise DataError(f'data {data!r} is not known: give "chatterbot", a .jsonl or a .txt file.')
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{data} cannot be read as UTF-8 text ({error}): check the file."
-        ) from error
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_json_row(line, f"{data} line {number}") for number, line in lines if line.strip()]
-    else:
-        paragraphs = "\n".join(line.rstrip() for line in text.splitlines()).split("\n\n")
-        rows = [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
-    if not rows:
-        raise DataError(f"{data} is empty: give at least one row.")
-    return rows
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Dataset:
@@ -170,69 +142,56 @@ def batches(
         yield batch
 
 
+def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Rows of at most `max_length` tokens, put together into few samples that long.
+
+    The longest first, each into the fullest sample that has room; the same every time.
+    """
+    members: list[list[Example]] = []
+    with_room: dict[int, list[int]] = {}  # tokens of room -> samples
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        length = len(example.input_ids)
+        room = next((room for room in range(length, max_length) if with_room.get(room)), max_length)
+        if room == max_length:
+            members.append([])
+            with_room.setdefault(room, []).append(len(members) - 1)
+        sample = with_room[room].pop()
+        members[sample].append(example)
+        with_room.setdefault(room - length, []).append(sample)
+    return [
+        Example(
+            [token for part in parts for token in part.input_ids],
+            [label for part in parts for label in part.labels],
+            tuple(len(part.input_ids) for part in parts),
+        )
+        for parts in members
+    ]
+
+
 def collate(examples: Sequence[Example], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, each (B, T) int64, padded at the right to the longest.
 
-    The attention mask tells padding from text: `pad_id` may also be the end token.
+    The attention mask tells padding from text: `pad_id` may also be the end token. With packed
+    examples position_ids take its place: they begin at 0 with every row that is packed, and with
+    the padding, by which transformers keeps the attention within each.
     """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
     input_ids = torch.full(shape, pad_id or 0)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED)
     for row, example in enumerate(examples):
         tokens = len(example.input_ids)
         input_ids[row, :tokens] = torch.tensor(example.input_ids)
         attention_mask[row, :tokens] = 1
         labels[row, :tokens] = torch.tensor(example.labels)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def _chatterbot_rows() -> list[Row]:
-    """The first two turns of each English conversation of chatterbot-corpus, each pair once.
-
-    Later turns are left out: in most files they are other answers to the first turn.
-    """
-    import yaml
-
-    try:
-        files = metadata.files("chatterbot-corpus") or []
-    except metadata.PackageNotFoundError as error:
-        raise DataError(
-            'data "chatterbot" comes in a package: pip install chatterbot-corpus.'
-        ) from error
-    pairs = {}  # a dict, for its order
-    for file in sorted(files, key=str):
-        if file.match("data/english/*.yml"):
-            conversations = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
-            two = [turns[:2] for turns in conversations if isinstance(turns, list)]
-            pairs |= dict.fromkeys((prompt.strip(), response.strip()) for prompt, response in two)
-    return [_pair_row(prompt, response) for prompt, response in pairs]
-
-
-def _json_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}): mend or remove it.") from error
-    row = row if isinstance(row, dict) else {}
-    if _all_text(row, "prompt", "response"):
-        return _pair_row(row["prompt"], row["response"])
-    if _all_text(row, "text"):
-        return {"text": row["text"]}
-    turns = row.get("messages")
-    if isinstance(turns, list) and turns and all(_all_text(t, "role", "content") for t in turns):
-        return {"messages": turns}
-    raise DataError(f"{where} needs messages (role, content), prompt and response, or text.")
-
-
-def _all_text(value: Any, *keys: str) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
-
-
-def _pair_row(prompt: str, response: str) -> Row:
-    turns = (("user", prompt), ("assistant", response))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+        parts = (*(example.lengths or (tokens,)), length - tokens)
+        position_ids[row] = torch.cat([torch.arange(part) for part in parts])
+    batch = {"input_ids": input_ids, "labels": labels}
+    if any(example.lengths for example in examples):
+        return batch | {"position_ids": position_ids}
+    return batch | {"attention_mask": attention_mask}
 
 
 def _example(ids: list[int], counted: list[bool]) -> Example:

