@@ -15,7 +15,7 @@ AIM_PORT ?= 53800
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 STAMP := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 .DEFAULT_GOAL := help
-.PHONY: help venv model test test-heavy test-browser report track aim lab lint format \
+.PHONY: help venv model test test-faults test-heavy test-browser report track aim lab lint format \
 	lock clean
 
 help: ## this list
@@ -45,6 +45,9 @@ model: venv ## prepare SmolLM2-135M-Instruct, the default model
 
 test: venv model ## fast tests, then every notebook through nbval
 	$(PY) -m pytest --nbval-lax tests $(wildcard notebooks/*.ipynb)
+
+test-faults: venv ## kill runs, fill disks, change files under them; a soak of 2,000 steps
+	$(PY) -m pytest -m faults tests
 
 test-heavy: venv model ## tests that take minutes or gigabytes
 	$(PY) -m pytest -m heavy tests

@@ -78,7 +78,7 @@ class Checkpoints:
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return self._read(path)
+                return self.read(path)
             except (OSError, ValueError, OnnError, safetensors.SafetensorError) as error:
                 reason = error
             number = len(list(self.folder.glob("damaged-*")))
@@ -100,7 +100,8 @@ class Checkpoints:
             shutil.rmtree(before, ignore_errors=True)
             os.replace(self.folder, before)
 
-    def _read(self, path: Path) -> Saved:
+    def read(self, path: Path) -> Saved:
+        """The checkpoint at `path`; OSError, ValueError, OnnError or SafetensorError if damaged."""
         sums = dict(
             reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines()
         )
