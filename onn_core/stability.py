@@ -212,10 +212,10 @@ class Study:
             outcome.adapter_finite = all(p.isfinite().all() for p in self.trained.values())
             if not outcome.adapter_finite:
                 break
-        seen = list(watch.first)
-        with torch.no_grad():
-            after = self._loss(self._logits(), "cross-entropy")
-        outcome.first, outcome.cross_entropy_after = seen, float(after)
+        if outcome.adapter_finite:
+            with torch.no_grad():
+                after = self._loss(self._logits(), "cross-entropy")
+            outcome.cross_entropy_after = float(after)
         return outcome
 
     def gradients(self, n_counted: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
