@@ -278,10 +278,7 @@ class Study:
 def gradient_errors(
     narrow: Study, exact: Study, n_counted: Sequence[int], scales: Sequence[float]
 ) -> list[dict[str, float]]:
-    """How far the gradients of `narrow` are from those of `exact`, relative to their norm.
-
-    lost: the share of values that became 0.
-    """
+    """How far the gradients of `narrow` are from those of `exact`, relative to their norm."""
     want = exact.gradients(1)
     size = math.sqrt(sum(float(g.double().square().sum()) for g in want.values()))
     rows = []
@@ -289,12 +286,8 @@ def gradient_errors(
         for scale in scales:
             found = narrow.gradients(n, scale)
             off = sum(float((found[k] - want[k]).double().square().sum()) for k in want)
-            zero = sum(int((found[k] == 0).sum() - (want[k] == 0).sum()) for k in want)
-            n_values = sum(int((g != 0).sum()) for g in want.values())
             error = math.sqrt(off) / size
-            rows.append(
-                {"counted_tokens": n, "loss_scale": scale, "error": error, "lost": zero / n_values}
-            )
+            rows.append({"counted_tokens": n, "loss_scale": scale, "error": error})
     return rows
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from onn_core.errors import OnnError
-from onn_core.record import describe_environment, write_json
+from onn_core.record import RunRecord, describe_environment, write_json
 from onn_core.report import COLOURS, DASHES
-from onn_core.stability import Event, Outcome
+from onn_core.stability import MENDS, Event, Outcome
 
 SCHEMA_VERSION = 1
 MARKERS = (("circle", "o"), ("square", "s"), ("triangle-up", "^"), ("diamond", "D"))
@@ -24,23 +24,94 @@ def outcome_table(outcomes: dict[str, Outcome]) -> Any:
     rows = []
     for label, outcome in outcomes.items():
         first, last = outcome.steps[0], outcome.steps[-1]
-        fell = f"{first['cross_entropy']:.3f} to {outcome.cross_entropy_after:.3f}"
+        after = outcome.cross_entropy_after
         rows.append(
             {
                 "configuration": label,
                 "first NaN or Inf": str(outcome.first[0]) if outcome.first else "none",
                 "loss, step 1": f"{first['loss']:.4g}",
-                "cross-entropy": fell,
+                "cross-entropy before": f"{first['cross_entropy']:.3f}",
+                "after": f"{after:.3f}",
                 "largest activation": f"{max(s['largest_activation'] for s in outcome.steps):,.0f}",
                 "gradient norm, step 1": f"{first['grad_norm']:.3g}",
-                "skipped": f"{outcome.steps_skipped} of {len(outcome.steps)}",
-                "adapters": "finite"
-                if outcome.adapter_finite
-                else f"NaN after step {last['step']}",
+                "steps skipped": f"{outcome.steps_skipped} of {len(outcome.steps)}",
+                "adapters": "finite" if outcome.adapter_finite else f"NaN, step {last['step']}",
                 "learned": "YES" if outcome.learned else "NO",
             }
         )
     return pd.DataFrame(rows).set_index("configuration")
+
+
+def event_table(events: list[Event]) -> Any:
+    """One row for the first NaN or Inf of each phase, in order of time."""
+    import pandas as pd
+
+    phases = {"backward": "gradients of activations", "gradient": "gradients of adapters"}
+    phases |= {"forward": "activations", "loss": "loss", "update": "adapters after the update"}
+    rows = [
+        {
+            "among": phases[event.phase],
+            "first": str(event),
+            "its values not finite": f"{event.share:.0%}",
+            "largest before": f"{event.largest:,.0f}" if event.largest else "none",
+        }
+        for event in events
+    ]
+    return pd.DataFrame(rows).set_index("among")
+
+
+def mend_table(outcomes: dict[str, Outcome]) -> Any:
+    """What each mend does, added to the broken configuration and taken from the sound one."""
+    import pandas as pd
+
+    def fate(outcome: Outcome) -> str:
+        if not outcome.adapter_finite:
+            return "NaN"
+        if outcome.steps_skipped == len(outcome.steps):
+            return "skips every step"
+        return "learns" if outcome.learned else "does not learn"
+
+    rows = [("none", fate(outcomes["broken"]), fate(outcomes["sound"]))]
+    for name in MENDS:
+        added, taken = outcomes[f"broken + {name}"], outcomes[f"sound - {name}"]
+        rows.append((name, fate(added), fate(taken)))
+    return pd.DataFrame(rows, columns=["mend", "added to broken", "taken from sound"])
+
+
+def error_table(errors: list[dict[str, float]]) -> Any:
+    """Errors of `gradient_errors`: one row a number of counted tokens, one column a loss scale."""
+    import pandas as pd
+
+    rows: dict[str, dict[str, str]] = {}
+    for row in errors:
+        scale = "no scaling" if row["loss_scale"] == 1 else f"loss scale {row['loss_scale']:,.0f}"
+        shown = rows.setdefault(f"{row['counted_tokens']:,.0f}", {})
+        shown[f"error with {scale} (%)"] = f"{100 * row['error']:.1f}"
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("counted tokens")
+
+
+def step_table(record: RunRecord) -> Any:
+    """One row an optimizer step under loss scaling."""
+    import pandas as pd
+
+    rows = [
+        {
+            "step": step.step,
+            "loss": f"{step.loss:.3f}",
+            "gradient norm": f"{step.grad_norm:.3g}",
+            "loss scale": f"2^{math.log2(step.loss_scale):.0f}",
+            "skipped": "yes" if step.skipped else "no",
+        }
+        for step in record.steps
+    ]
+    return pd.DataFrame(rows).set_index("step")
+
+
+def shown(frame: Any) -> Any:
+    """`frame` for a notebook: text at the left, no index apart."""
+    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
+    style = frame.reset_index().style if frame.index.name else frame.style
+    return style.set_uuid("table").set_table_styles(left).hide(axis="index")
 
 
 def headroom(curves: dict[str, dict[int, float]]) -> tuple[dict[str, Any], bytes]:

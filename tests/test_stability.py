@@ -72,6 +72,35 @@ def test_a_run_begins_from_the_same_adapters(study):
         study.run(dataclasses.replace(SOUND, dtype="bfloat16"), 1)
 
 
+def test_tables_say_which_mend_decides(study):
+    outcomes = {label: study.run(v, 1) for label, v in stability.variants().items()}
+    rows = stability_report.mend_table(outcomes).to_numpy().tolist()
+    assert rows == [
+        ["none", "NaN", "learns"],
+        ["LoRA kept in float32", "NaN", "NaN"],
+        ["inputs cast to float32", "NaN", "learns"],
+        ["a proper loss", "NaN", "skips every step"],
+        ["gradient scaling", "skips every step", "learns"],
+    ]
+    table = stability_report.outcome_table(outcomes)
+    assert table.loc["broken", "first NaN or Inf"] == "step 1: sum loss is Inf"
+    assert table.loc["sound", "steps skipped"] == "0 of 1"
+    events = stability_report.event_table(outcomes["broken"].first)
+    assert events.loc["loss", "largest before"] == "none" and len(events) == 4
+
+
+def test_gradients_of_large_batches_are_lost_without_a_scale():
+    exact, narrow = (
+        stability.Study(str(toy_dir("llama")), toy_batch(), dtype)
+        for dtype in ("float32", "float16")
+    )
+    errors = stability.gradient_errors(narrow, exact, [10, 10**7], [1.0, 2.0**10])
+    found = [error["error"] for error in errors]
+    assert max(found[:2]) < 0.05 < 0.5 < found[2] and found[3] < found[2]
+    table = stability_report.error_table(errors)
+    assert list(table.index) == ["10", "10,000,000"] and len(table.columns) == 2
+
+
 def test_loss_scale_lifts_gradients_that_float16_would_lose():
     """The mean over many counted tokens: scaled before it is rounded, even at one block of head."""
     batch = toy_batch() | {"num_items_in_batch": 10**7}
