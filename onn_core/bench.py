@@ -30,9 +30,9 @@ from onn_core.model import from_pretrained, resolve_device
 from onn_core.peers import SYSTEMS, run_steps
 from onn_core.record import describe_environment, write_json
 from onn_core.speed import SCHEMA_VERSION, ratio_table, speed_table
-from onn_core.stream import N_READERS
 
 RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
+READERS = (2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
 
@@ -50,7 +50,7 @@ def measure_ceilings(
     paths = list(dict.fromkeys(entry.path for entry in checkpoint.tensors.values()))
     checkpoint.close()
     return Ceilings(
-        measure_read(paths, n_readers=N_READERS),
+        max(measure_read(paths, n_readers=n) for n in READERS),
         {n: measure_flops(shapes, n, dtype, where, stored=stored) for n in token_counts},
         measure_copy(where) if where.type == "cuda" else None,
     )

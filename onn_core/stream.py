@@ -11,6 +11,7 @@ resident at both turns of the step, and a model that fits whole is read once.
 import dataclasses
 import hashlib
 import math
+import os
 import threading
 import time
 import weakref
@@ -24,7 +25,7 @@ from onn_core.errors import CheckpointError, ConfigError
 from onn_core.items import Item, Slot, Staging
 from onn_core.reader import DirectFiles, host_buffer
 
-N_READERS = 2
+N_READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # a half of the cores compute
 CHECK_S = 0.2  # between two looks, while the compute waits, at whether to stop
 CLOSE_S = 10.0  # until a reader whose read does not return is left behind
 

@@ -1,0 +1,151 @@
+"""The report's own setting on a machine with a CUDA device: `python tests/on_gpu.py OUT`.
+
+Writes phi-4's geometry at random to a scratch folder (as deep as the disk allows), runs the tests
+that need CUDA, measures the report's table in 4 GiB of device memory, and looks at a profiler's
+trace for the overlap of copies and kernels. OUT/training_benchmark.json is what
+`make report PROFILE=gpu` shows.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from onn_core import bench, models, peers
+from onn_core.record import write_json
+
+ROOT = Path(__file__).parents[1]
+LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
+ENDS_BYTES = 2 * 100352 * 5120 * 2
+DEPTH = 40
+CAP = 4 << 30
+BUDGET = int(1.5 * 2**30)
+
+
+def deepest(scratch: Path) -> int:
+    """Decoder layers that fit on the disk beside 4 GiB for everything else."""
+    room = shutil.disk_usage(scratch).free - ENDS_BYTES - (4 << 30)
+    return max(1, min(DEPTH, room // LAYER_BYTES))
+
+
+def exactness() -> dict:
+    """What pytest says of the tests that need CUDA."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-3000:], flush=True)
+    return {"status": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of intervals, in order."""
+    union: list[list[float]] = []
+    for start, stop in sorted(spans):
+        if union and start <= union[-1][1]:
+            union[-1][1] = max(union[-1][1], stop)
+        else:
+            union.append([start, stop])
+    return [tuple(span) for span in union]
+
+
+def length(spans: list[tuple[float, float]]) -> float:
+    return sum(stop - start for start, stop in spans)
+
+
+def both(first: list[tuple[float, float]], second: list[tuple[float, float]]) -> float:
+    """How long both unions are busy at once: |A| + |B| - |A or B|."""
+    return length(first) + length(second) - length(merged([*first, *second]))
+
+
+def overlap(model_dir: Path, batch_size: int, sequence: int, scratch: Path, **settings) -> dict:
+    """One profiled step: seconds of copies to the device, of kernels, and of both at once."""
+    device = torch.device("cuda", 0)
+    base, _ = peers.open_system("onn", str(model_dir), device, BUDGET, **settings)
+    model, _ = peers.add_adapters(base, device)
+    ids = torch.randint(model.config.vocab_size, (batch_size, sequence), device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.synchronize()
+
+    step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    step_s = time.perf_counter() - started
+    trace = scratch / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = {"copies": [], "kernels": []}
+    for event in events:
+        if event.get("cat") == "kernel":
+            spans["kernels"].append((event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))
+        elif event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]:
+            spans["copies"].append((event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))
+    copies, kernels = merged(spans["copies"]), merged(spans["kernels"])
+    base.close()
+    return {
+        "batch_size": batch_size,
+        "sequence": sequence,
+        "step_s": step_s,
+        "copies_s": length(copies),
+        "kernels_s": length(kernels),
+        "both_s": both(copies, kernels),
+        "streams_of_copies_and_kernels_differ": len(
+            {e["args"]["stream"] for e in events if e.get("cat") in ("kernel", "gpu_memcpy")}
+        )
+        > 1,
+        "waiting_for_weights_s": base.session.stream.counts.wait_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--scratch", type=Path, default=Path.cwd() / "runs" / "gpu")
+    parser.add_argument("--layers", type=int, help="instead of as many as fit")
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--runs", default="onn:1,onn:32,onn:128,baseline:1,offload:1")
+    parser.add_argument("--steps", type=int, default=2)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    started = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"[{time.perf_counter() - started:.0f} s] {what}", flush=True)
+
+    layers = arguments.layers or deepest(arguments.scratch)
+    folder = arguments.scratch / f"phi-4-{layers}"
+    if not folder.is_dir():
+        say(f"writing {layers} layers")
+        models.write_random_checkpoint(folder, models.geometry("phi-4", layers))
+    say("exactness")
+    tests = exactness()
+    say("the table")
+    runs = bench.parse_runs(arguments.runs, arguments.sequence)
+    record = bench.benchmark(
+        folder, runs, cap=CAP, budget=BUDGET, n_steps=arguments.steps, device="cuda"
+    )
+    record["exactness"] = tests
+    write_json(arguments.out / "training_benchmark.json", record)
+    print(bench.speed_table(record).to_string(), record["failed"], flush=True)
+    say("overlap")
+    record["overlap"] = [
+        overlap(folder, batch_size, arguments.sequence, arguments.scratch)
+        for batch_size in (1, 32)
+    ]
+    print(json.dumps(record["overlap"], indent=1))
+    write_json(arguments.out / "training_benchmark.json", record)
+    say("done")
+
+
+if __name__ == "__main__":
+    main()
