@@ -1,10 +1,5 @@
 """Train LoRA adapters of language models that are many times larger than the memory at hand."""
 
-import os
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch: huge pages for tensors
-
-# ruff: noqa: E402
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.evaluate import answers, perplexity

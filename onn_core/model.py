@@ -22,7 +22,7 @@ from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
-from onn_core.reader import return_freed_memory
+from onn_core.reader import keep_freed_memory
 from onn_core.session import Binding, Session
 from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
@@ -80,7 +80,7 @@ def from_pretrained(
         units, head_units, chunk_size, parse_bytes(memory_budget), _held_bytes(model)
     )
     if device.type == "cpu":
-        return_freed_memory()
+        keep_freed_memory()
     stream = WeightStream(checkpoint, units + head_units, slots, device)
     session = Session(
         stream=stream,
