@@ -3,7 +3,7 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from onn_core.items import Item
+from onn_core.items import Item, Staging
 from onn_core.lora import linear_names, select_layers
 from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.model import decoder_layers, from_pretrained, resolve_device
@@ -30,19 +30,22 @@ PHASES = ("forward", "head", "backward")
 class NothingKept(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
-    def enter(self, future: list[int]) -> list[Item]:
-        items = self.units[future[0]]
-        started = time.perf_counter()
+    def enter(self, future: Sequence[int]) -> list[Item]:
+        items, started = self.units[future[0]], time.perf_counter()
+        staging = Staging(self._copies)
         for item in items:
-            values = item.source.read(self._checkpoint)
-            self.counts.bytes_read += values.nbytes
-            item.tensor = values.to(self._device, item.dtype)
-            item.in_use = True
+            item.slot = self._new_slot(item.slot_bytes)
+            for start, stop in item.pieces():
+                self.counts.bytes_read += self._load(item, start, stop, staging)
+            if self._copies is not None:
+                self._copies.synchronize()
+            item.tensor, item.in_use = item.view(item.slot.memory), True
         self.counts.wait_s += time.perf_counter() - started
         return items
 
     def release(self, item: Item) -> None:
-        item.tensor, item.in_use = None, False
+        item.slot = item.tensor = None
+        item.in_use = False
 
 
 def run_steps(

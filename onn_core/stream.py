@@ -227,16 +227,18 @@ class WeightStream:
         """A new slot, or the one whose item is used last, if that is after `position`."""
         held = self._held[size]
         if len(held) < self.slots[size]:
-            if self._copies is not None:
-                held.append(Slot(torch.empty(size, dtype=torch.uint8, device=self._device)))
-            else:
-                held.append(Slot(host_buffer(size)))
+            held.append(self._new_slot(size))
             return held[-1]
         idle = [slot for slot in held if slot.item.tensor is not None and not slot.item.in_use]
         last_used = max(idle, key=lambda slot: self._next_use(slot.item), default=None)
         if last_used is not None and self._next_use(last_used.item) > position:
             return last_used
         return None
+
+    def _new_slot(self, size: int) -> Slot:
+        if self._copies is None:
+            return Slot(host_buffer(size))
+        return Slot(torch.empty(size, dtype=torch.uint8, device=self._device))
 
     def _next_use(self, item: Item) -> float:
         """When an idle item is used again: its use in the current unit, position 0, is over."""

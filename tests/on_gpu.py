@@ -139,8 +139,7 @@ def main() -> None:
     print(bench.speed_table(record).to_string(), record["failed"], flush=True)
     say("overlap")
     record["overlap"] = [
-        overlap(folder, batch_size, arguments.sequence, arguments.scratch)
-        for batch_size in (1, 32)
+        overlap(folder, batch_size, arguments.sequence, arguments.scratch) for batch_size in (1, 32)
     ]
     print(json.dumps(record["overlap"], indent=1))
     write_json(arguments.out / "training_benchmark.json", record)
