@@ -3,12 +3,16 @@
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.lora import save_adapter
 from onn_core.record import RunRecord
+from onn_core.saved import require_writable
 from onn_core.trainer import ChunkedLoraTrainer
+
+ENDED = ("finished", "stopped", "failed")
 
 
 class BackgroundRun:
@@ -29,6 +33,7 @@ class BackgroundRun:
         self.error = ""
         self.events: list[tuple[str, int, float, float]] = []
         self._trainer = _TracedTrainer(config, self._on_step)
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._go = threading.Event()
         self._go.set()
         self._stop = False
@@ -38,7 +43,7 @@ class BackgroundRun:
     @property
     def alive(self) -> bool:
         """Whether the run has begun and not ended."""
-        return self._thread.is_alive()
+        return self.state != "ready" and not self._ended.is_set()
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -61,21 +66,25 @@ class BackgroundRun:
         """End at the next layer; what the last whole step left is saved."""
         if self.state in ("running", "pausing", "paused"):
             self._stop = True
-            self._trainer.stop.request()
             self._set("stopping")
+            self._trainer.stop.request()
             self._go.set()
 
     def wait(self) -> None:
         """Until the run has ended; an interrupt stops the run."""
         try:
-            while self.alive:
-                self._thread.join(0.2)
+            while self.alive:  # an interrupted Thread.join would forget the thread
+                self._ended.wait(0.2)
         except KeyboardInterrupt:
             self.stop()
             raise
 
     def save_adapter(self, folder: str | os.PathLike) -> bool:
-        """Save the adapter as it is between two steps; False if that comes after this step."""
+        """Save the adapter as it is between two steps; False if that comes after this step.
+
+        ConfigError if the folder cannot be written.
+        """
+        require_writable(Path(folder))
         if self.state in ("running", "pausing", "stopping"):
             self._save_to = folder
             return False
@@ -83,7 +92,10 @@ class BackgroundRun:
         return True
 
     def _set(self, state: str) -> None:
-        self.state = state
+        with self._lock:
+            if self.state in ENDED:  # just now, in the other thread
+                return
+            self.state = state
         self.on_change(self)
 
     def _run(self) -> None:
@@ -95,9 +107,12 @@ class BackgroundRun:
         except Exception as error:  # told where the run is watched: nobody waits for the thread
             self.error = str(error) if isinstance(error, OnnError) else repr(error)
             state = "failed"
-        if self._save_to is not None and state != "failed":
-            save_adapter(self._trainer.model, self._save_to)
-        self._set(state)
+        try:
+            if self._save_to is not None and state != "failed":
+                save_adapter(self._trainer.model, self._save_to)
+            self._set(state)
+        finally:
+            self._ended.set()
 
     def _on_step(self, record: RunRecord) -> None:
         self.record = record

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from onn_core.record import RunRecord, write_atomic
 
 AIM_PORT = 53800
 RECORD_FIELDS = {"schema_version", "config", "steps", "evals"}
+BENCHMARK_FIELDS = {"schema_version", "environment", "ceilings", "rows"}
+PARAMETERS = ("config", "model", "data", "environment", "status")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,32 +114,51 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def find_records(folder: str | os.PathLike) -> list[Path]:
-    """The run records anywhere under `folder`, but for those inside checkpoints."""
-    found = []
-    for path in sorted(Path(folder).rglob("*.json")):
-        if "checkpoints" in path.relative_to(folder).parts:
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(fields, dict) and fields.keys() >= RECORD_FIELDS:
-                found.append(path)
-    return found
+    """The files under `folder` that are a run record each, but for those inside checkpoints."""
+    return [path for path, fields in _json_files(folder) if _is_record(fields)]
 
 
 def load_runs(folder: str | os.PathLike) -> list[TrackedRun]:
-    """Every record under `folder`; OnnError if there is none."""
-    runs = []
-    for path in find_records(folder):
-        record = RunRecord.load(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        parameters = {name: getattr(record, name) for name in ("config", "model", "data")}
-        parameters |= {"environment": record.environment, "status": record.status}
-        name = path.parent.name if path.stem == "record" else path.stem
+    """Every record under `folder`, also those inside a study, and benchmarks; OnnError if none."""
+    runs: dict[str, TrackedRun] = {}  # by digest: a study's records may stand beside it
+    for path, fields in _json_files(folder):
         group = "" if path.parent == Path(folder) else path.relative_to(folder).parts[0]
-        runs.append(TrackedRun(group, name, digest, parameters, list(metric_rows(record))))
+        own_name = path.parent.name if path.stem == "record" else path.stem
+        for name, found in _records_in(fields, own_name):
+            if _is_record(found):
+                record = RunRecord.from_dict(found)
+                parameters = {part: getattr(record, part) for part in PARAMETERS}
+                rows = list(metric_rows(record))
+            else:
+                parameters, rows = {"environment": found["environment"]}, benchmark_rows(found)
+            text = json.dumps(found, sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            runs.setdefault(digest, TrackedRun(group, name, digest, parameters, rows))
     if not runs:
         raise OnnError(f"there is no run record under {folder}: make report writes some.")
-    return runs
+    return list(runs.values())
+
+
+def _json_files(folder: str | os.PathLike) -> Iterator[tuple[Path, Any]]:
+    for path in sorted(Path(folder).rglob("*.json")):
+        if "checkpoints" not in path.relative_to(folder).parts:
+            with contextlib.suppress(OSError, ValueError):
+                yield path, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _is_record(fields: Any) -> bool:
+    return isinstance(fields, dict) and fields.keys() >= RECORD_FIELDS
+
+
+def _records_in(fields: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The run records and benchmarks at any depth of a JSON value, named by where they are."""
+    if _is_record(fields) or isinstance(fields, dict) and fields.keys() >= BENCHMARK_FIELDS:
+        yield name, fields
+        return
+    parts = fields.items() if isinstance(fields, dict) else enumerate(fields, start=1)
+    for key, part in parts:
+        if isinstance(part, dict | list):
+            yield from _records_in(part, f"{name}/{key}")
 
 
 # --- exporters ------------------------------------------------------------------------------
@@ -178,12 +200,13 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
         ) from error
     new = []
     for run in runs:
-        target = Path(folder) / "tensorboard" / run.group / f"{run.name}-{run.digest}"
+        name = re.sub(r"\W+", "_", run.name)
+        target = Path(folder) / "tensorboard" / run.group / f"{name}-{run.digest}"
         if (target / "done").exists():
             continue
         with SummaryWriter(target) as writer:
             for row in run.rows:
-                tag = "/".join([row["name"], *row["context"].values()])
+                tag = "/".join([row["name"], *map(str, row["context"].values())])
                 writer.add_scalar(tag, row["value"], row["step"])
             text = json.dumps(run.parameters, indent=1)
             writer.add_text("parameters", f"```\n{text}\n```")

@@ -1,5 +1,6 @@
 """The run in the background, the widgets, and the notebook in a real browser."""
 
+import signal
 import threading
 import time
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_a_stop_while_paused_or_opening_ends_the_run(toy_with_tokenizer, tmp_pat
     again.wait()
     assert again.state == "stopped" and len(again.record.steps) == 1
     assert threading.active_count() < 10
+
+
+def test_an_interrupt_while_waiting_stops_the_run(toy_with_tokenizer, tmp_path):
+    config = settings(tmp_path, model_dir=str(toy_with_tokenizer), max_steps=1000)
+    run = BackgroundRun(onn_core.TrainConfig(**config))
+    run.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            run.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    run.wait()
+    assert run.state == "stopped"
 
 
 @pytest.fixture

@@ -74,6 +74,29 @@ def test_jsonl_holds_what_the_record_holds(results):
     assert record.data["train"] == 18
 
 
+def test_runs_inside_a_study_and_a_benchmark_are_found_once(results, tmp_path):
+    path = results / "results" / "quick" / "02_toy.json"
+    record = onn_core.RunRecord.load(path)
+    again = onn_core.RunRecord.load(path)
+    again.wall_s += 1
+    folder = tmp_path / "quick"
+    (folder / "checkpoints").mkdir(parents=True)
+    record.save(folder / "02_toy.json")
+    record.save(folder / "checkpoints" / "record.json")
+    study = {"schema_version": 1, "runs": {"toy, batch 12": [record.to_dict(), again.to_dict()]}}
+    (folder / "learning_results.json").write_text(json.dumps(study))
+    row = {"system": "onn", "layers": 3, "batch_size": 8, "sequence": 16, "step_s": 2.5}
+    bench = {"schema_version": 1, "environment": {"cores": 2}, "ceilings": {}, "rows": [row]}
+    (folder / "training_benchmark.json").write_text(json.dumps(bench))
+    runs = {run.name: run for run in tracking.load_runs(tmp_path)}
+    second = "learning_results/runs/toy, batch 12/2"
+    assert list(runs) == ["02_toy", second, "training_benchmark"]
+    assert {run.group for run in runs.values()} == {"quick"}
+    assert values(runs[second].rows, "wall_s") == [again.wall_s]
+    context = {"system": "onn", "layers": 3, "batch_size": 8, "sequence": 16}
+    assert values(runs["training_benchmark"].rows, "step_s", **context) == [2.5]
+
+
 def test_a_benchmark_and_a_nan_are_told_apart(results, tmp_path):
     record = onn_core.RunRecord.load(results / "results" / "quick" / "02_toy.json")
     record.steps[1].loss = math.nan
