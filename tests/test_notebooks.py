@@ -31,15 +31,33 @@ def test_notebook_is_executed_and_small(path):
     assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize(("planted", "status"), [("4\n", 0), ("5\n", 1)])
-def test_nbval_notices_a_changed_number(planted, status, tmp_path):
-    output = nbformat.v4.new_output("stream", name="stdout", text=planted)
-    source = "# NBVAL_CHECK_OUTPUT\nprint(2 + 2)"
-    cell = nbformat.v4.new_code_cell(source, execution_count=1, outputs=[output])
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "table.ipynb")
+@pytest.mark.parametrize(("planted", "status"), [("5,570,560", 0), ("5,570,561", 1)])
+def test_nbval_notices_a_number_changed_in_a_checked_table(planted, status, tmp_path):
+    text = (FOLDER / "05_report.ipynb").read_text()
+    stored = ["trained parameters of phi-4: 5,570,560", "trained parameters of phi-4: " + planted]
+    assert text.count(stored[0]) == 1, "the checked table has another form: plant elsewhere"
+    (tmp_path / "05_report.ipynb").write_text(text.replace(*stored))
     command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, "table.ipynb"], cwd=tmp_path, capture_output=True, text=True)
+    command += ["--nbval-cell-timeout=100", "05_report.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == status, done.stdout
+    assert status == 0 or planted in done.stdout
+
+
+def runner_of(folder, name, cell):
+    """A copy of run.py in `folder` whose quick profile has one notebook with one cell."""
+    (folder / "notebooks/params").mkdir(parents=True)
+    runner = folder / "notebooks/run.py"
+    runner.write_text((FOLDER / "run.py").read_text())
+    (folder / "notebooks/params/quick.yaml").write_text(f"{name}: {{}}\n")
+    cells = [
+        nbformat.v4.new_code_cell("x: int = 1  # help: x", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(cell),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, folder / f"notebooks/{name}.ipynb")
+    return runner
 
 
 @pytest.mark.parametrize(
@@ -51,20 +69,28 @@ def test_nbval_notices_a_changed_number(planted, status, tmp_path):
     ids=["error", "killed"],
 )
 def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path, cell, message):
-    (tmp_path / "notebooks/params").mkdir(parents=True)
-    runner = tmp_path / "notebooks/run.py"
-    runner.write_text((FOLDER / "run.py").read_text())
-    (tmp_path / "notebooks/params/quick.yaml").write_text("broken: {}\n")
-    cells = [
-        nbformat.v4.new_code_cell("x: int = 1  # help: x", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(cell),
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    nbformat.write(notebook, tmp_path / "notebooks/broken.ipynb")
+    runner = runner_of(tmp_path, "broken", cell)
     done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr
     assert not list((tmp_path / "results/quick").iterdir())
     unknown = subprocess.run([sys.executable, runner, "nightly"], capture_output=True, text=True)
     assert unknown.returncode == 1 and "choose one of quick" in unknown.stderr
+
+
+def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
+    cell = "from onn_core.report import show_both\nshow_both({'data': []}, b'picture', 'a figure')"
+    runner = runner_of(tmp_path, "00_quickstart", cell)
+    done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = tmp_path / "results/quick"
+    assert {path.name for path in results.iterdir()} == {
+        "00_quickstart.ipynb",
+        "00_quickstart.html",
+        "index.html",
+    }
+    page = (results / "00_quickstart.html").read_text()
+    assert "data:image/png;base64,cGljdHVyZQ==" in page and "<script" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*|@import""", page)
+    assert str(tmp_path) not in page + (results / "00_quickstart.ipynb").read_text()
+    assert 'href="00_quickstart.html"' in (results / "index.html").read_text()
