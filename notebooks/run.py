@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +28,8 @@ RESULTS = HERE.parent / "results"
 def execute(path: Path, parameters: dict, folder: Path) -> None:
     """Execute one notebook into `folder`, under a temporary name until it has finished."""
     output, temporary = folder / path.name, folder / f".{path.name}"
+    sockets = tempfile.TemporaryDirectory(prefix="onn")  # no port or name that another may take
+    kernel = {"transport": "ipc", "ip": f"{sockets.name}/kernel"}
     try:
         papermill.execute_notebook(
             path,
@@ -36,7 +39,7 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
             cwd=str(HERE),
             progress_bar=sys.stderr.isatty(),
             log_output=False,
-            config=Config(KernelManager={"transport": "ipc"}),  # no port that another may take
+            config=Config(KernelManager=kernel),
         )
         notebook = without_traces(nbformat.read(temporary, as_version=4))
         page = self_contained(notebook, path.stem)
@@ -45,6 +48,7 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
+        sockets.cleanup()
 
 
 def self_contained(notebook: nbformat.NotebookNode, title: str) -> str:

@@ -55,6 +55,7 @@ class TrainConfig:
     packing: put short rows together into samples of max_length; attention stays within each row.
     loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
+    shuffle_targets: 0, or the number of a shuffle of all training targets, for a control.
     eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
     """
 
@@ -89,7 +90,7 @@ class TrainConfig:
     max_length: int = 128
     held_out_fraction: float = 0.1
     packing: bool = False
-    shuffle_targets: bool = False
+    shuffle_targets: int = 0
     eval_every: int = 0
     eval_samples: int = 64
     eval_batch_size: int | None = None
@@ -114,7 +115,7 @@ class TrainConfig:
             *("max_length", "eval_samples", "keep_checkpoints"),
         ):
             _require_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "eval_every", "seed", "checkpoint_every"):
+        for name in ("warmup_steps", "eval_every", "seed", "shuffle_targets", "checkpoint_every"):
             _require_integer(name, getattr(self, name), 0)
         if self.eval_batch_size is not None:
             _require_integer("eval_batch_size", self.eval_batch_size, 1)

@@ -52,7 +52,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Corpus:
     seconds = time.perf_counter() - started
     train, held_out = split(dataset.examples, config.held_out_fraction, config.seed)
     if config.shuffle_targets:
-        train = shuffle_targets(train, config.seed)
+        train = shuffle_targets(train, f"{config.seed} {config.shuffle_targets}")
     n_rows = len(train)
     if config.packing:
         train = pack(train, config.max_length)

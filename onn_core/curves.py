@@ -31,13 +31,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
-def verdict_table(runs: Runs) -> Any:
+def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
     """One row a configuration: held-out loss before and after, and what the rule says."""
     import pandas as pd
 
     rows = []
     for label, records in runs.items():
-        found = verdict(records)
+        found = verdict(records, reference)
+        against = f"{found['against_shuffled']:+.3f} ± {found['against_shuffled_noise']:.3f}"
         norms = f"{found['grad_norm_least']:.2g} to {found['grad_norm_most']:.2g}"
         rows.append(
             {
@@ -46,8 +47,8 @@ def verdict_table(runs: Runs) -> Any:
                 "steps": len(records[0].steps),
                 "held-out loss before": f"{found['loss_before']:.3f}",
                 "after": f"{found['loss_after']:.3f}",
-                "fall (%)": f"{100 * found['fall']:.1f}",
-                "noise: 2 sd (%)": f"{100 * found['noise']:.1f}",
+                "fall ± noise (%)": f"{100 * found['fall']:.1f} ± {100 * found['noise']:.1f}",
+                "against shuffled targets ± noise": against,
                 "gradient norms": norms,
                 "NaN or Inf": found["nonfinite"],
                 "learned": found["learned"],
@@ -67,8 +68,7 @@ def comparison_table(runs: Runs) -> Any:
         rows.append(
             {
                 "configuration": label,
-                f"final held-out loss against {first}": f"{mean:+.3f}",
-                "noise: 2 sd": f"{noise:.3f}",
+                f"final held-out loss against {first} ± noise": f"{mean:+.3f} ± {noise:.3f}",
                 "reading": words,
             }
         )
@@ -199,7 +199,7 @@ def write_files(study: Study, folder: str | Path) -> None:
         ),
         pages.heading("Verdicts"),
         pages.paragraph(RULE),
-        pages.table(verdict_table(study.runs | study.controls)),
+        pages.table(verdict_table(study.runs | study.controls, study.reference)),
         pages.heading("Learning curves"),
         pages.picture(picture, "held-out and training loss"),
         pages.paragraph("Line: mean over the seeds. Band: lowest to highest seed."),

@@ -105,7 +105,7 @@ def split(
     return [example for group in shuffled for example in group], held_out
 
 
-def shuffle_targets(examples: Sequence[Example], seed: int) -> list[Example]:
+def shuffle_targets(examples: Sequence[Example], seed: int | str) -> list[Example]:
     """The control that must not learn: the counted labels, permuted among all counted positions.
 
     The inputs stay as they are. Answers permuted as a whole would not do: the tokens of an answer

@@ -34,6 +34,11 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "stability.json": "every run of the stability study",
     "training_benchmark.json": "every row of the speed benchmark",
 }
+SAID = {
+    "Records": "JSON with a schema version; the others are one run each, step by step.",
+    "Metrics": "A number a line: name, value, step, epoch, context; the arguments of AIM's track.",
+    "Notebooks": "As they were executed; JupyterLab shows their figures live.",
+}
 
 
 def write_page(path: str | os.PathLike, title: str, parts: Sequence[str]) -> None:
@@ -74,15 +79,16 @@ def write_index(folder: str | os.PathLike, title: str) -> None:
     names = {
         path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     } - {"index.html"}
-    known = [name for name in CONTENTS if name in names]
-    rows = []
-    for name in known + sorted(names - {*known}):
-        said = CONTENTS.get(name, "")
-        if name.endswith(".ipynb"):
-            said = "the executed notebook"
-        elif name.endswith(".jsonl"):
-            said = "metrics, one a line: name, value, step, epoch, context"
-        rows.append(f'<tr><td><a href="{html.escape(name)}">{html.escape(name)}</a></td>')
-        rows[-1] += f"<td>{html.escape(said)}</td></tr>"
-    body = "\n".join(rows)
-    write_page(folder / "index.html", title, [f"<table><tbody>\n{body}\n</tbody></table>"])
+    sections: dict[str, list[str]] = {"Pages": [], "Records": [], "Metrics": [], "Notebooks": []}
+    section_of = {".json": "Records", ".jsonl": "Metrics", ".ipynb": "Notebooks"}
+    order = [name for name in CONTENTS if name in names]
+    for name in order + sorted(names - {*order}):
+        link, said = html.escape(name), html.escape(CONTENTS.get(name, ""))
+        row = f'<tr><td><a href="{link}">{link}</a></td><td>{said}</td></tr>'
+        sections[section_of.get(Path(name).suffix, "Pages")].append(row)
+    parts = [paragraph("All of it can be read offline.")]
+    for section, rows in sections.items():
+        if rows:
+            parts += [heading(section), "<table><tbody>", *rows, "</tbody></table>"]
+            parts += [paragraph(SAID[section])] if section in SAID else []
+    write_page(folder / "index.html", title, parts)

@@ -111,7 +111,9 @@ def write_comparison(records: Records, path: str | Path) -> None:
         found = records.learning
         picture = curves.study_figure(found.runs, found.controls)[1]
         parts.append(pages.paragraph(study.RULE))
-        parts.append(pages.table(curves.verdict_table(found.runs | found.controls)))
+        parts.append(
+            pages.table(curves.verdict_table(found.runs | found.controls, found.reference))
+        )
         parts.append(pages.picture(picture, "learning curves"))
         parts.append(pages.table(curves.layout_table(found.layouts)))
     parts.append(pages.heading("Stability"))
@@ -184,7 +186,7 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         claim = labels.get(label.split(",")[0])
         if claim is None:
             continue
-        said = study.verdict(records)
+        said = study.verdict(records, found.reference)
         claim.here = (
             f"held-out loss {said['loss_before']:.3f} to {said['loss_after']:.3f}: "
             f"falls by {100 * said['fall']:.1f} % ({label})"
@@ -195,7 +197,7 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         claim.why = (
             f"{passed} than the noise of {said['seeds']} seeds ({100 * said['noise']:.1f} %)"
         )
-        controls = {study.verdict(r)["learned"] for r in found.controls.values()}
+        controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
         claim.why += "; the controls do not learn" if controls == {"NO"} else "; A CONTROL LEARNED"
     first = next(label for label in found.runs if label.startswith("baseline"))
     last = next(label for label in found.runs if label.startswith("optimised"))
@@ -203,7 +205,7 @@ def _learning_claims(found: Study | None) -> list[Claim]:
     alike.here = f"final held-out loss {mean:+.3f} (optimised less baseline)"
     alike.verdict = CONFIRMED if words.startswith("no") or mean < 0 else REFUTED
     alike.why = f"{words} ({noise:.3f})" if words.startswith("no") else f"{words} than the baseline"
-    norms = list(map(study.verdict, found.runs.values()))
+    norms = [study.verdict(runs, found.reference) for runs in found.runs.values()]
     least = min(said["grad_norm_least"] for said in norms)
     bad = sum(said["nonfinite"] for said in norms)
     evidence.here = f"least gradient norm of a layer {least:.2g}, {bad} NaN or Inf"

@@ -50,8 +50,10 @@ def made_run(before, after, norm=1.0, nonfinite=0, status="finished"):
 @pytest.mark.parametrize(
     ("runs", "learned"),
     [
-        ([made_run(3, 2.7), made_run(3, 2.6), made_run(3, 2.8)], "YES"),
+        ([made_run(3, 2.7), made_run(3, 2.65), made_run(3, 2.72)], "YES"),
         ([made_run(3, 2.7), made_run(3, 2.9), made_run(3, 3.1)], "NO"),
+        ([made_run(3, 2.89), made_run(3, 2.9), made_run(3, 2.88)], "NO"),
+        ([made_run(3, 2.95), made_run(3, 2.95), made_run(3, 2.95)], "NO"),
         ([made_run(3, 3.3), made_run(3, 3.31)], "NO"),
         ([made_run(3, 3), made_run(3, 3)], "NO"),
         ([made_run(3, 2)], "NO"),
@@ -59,10 +61,10 @@ def made_run(before, after, norm=1.0, nonfinite=0, status="finished"):
         ([made_run(3, 2.7, norm=math.inf, nonfinite=1), made_run(3, 2.7)], "NO"),
         ([made_run(3, 2.7, status="stopped: NaN"), made_run(3, 2.7)], "NO"),
     ],
-    ids=["falls", "noise", "rises", "still", "one seed", "no gradient", "inf", "stopped"],
 )
 def test_the_rule_says_yes_only_to_a_fall_beyond_the_noise(runs, learned):
-    assert study.verdict(runs)["learned"] == learned
+    shuffled = [made_run(3, after) for after in (2.9, 2.88, 2.89)][: len(runs)]
+    assert study.verdict(runs, shuffled)["learned"] == learned
 
 
 def test_seeds_are_compared_in_pairs():
@@ -78,10 +80,17 @@ def real(toy_with_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     runs = [study.train(settings(toy_with_tokenizer, folder, seed=seed)) for seed in (0, 1)]
     still = [study.train(settings(toy_with_tokenizer, folder, learning_rate=0.0))] * 2
+    shuffled = [
+        study.train(settings(toy_with_tokenizer, folder, shuffle_targets=number))
+        for number in (1, 2)
+    ]
+    assert shuffled[0].steps[0].loss != shuffled[1].steps[0].loss
+    assert shuffled[0].evals[0].loss == runs[0].evals[0].loss
     in_memory = study.in_memory_losses(settings(toy_with_tokenizer, folder), "float32", 3)
     return study.Study(
         {"batch 4": runs, "again": copy.deepcopy(runs)},
         {"learning rate 0": still},
+        shuffled,
         {"ends:1": runs, "all": copy.deepcopy(runs)},
         {"batch 4": in_memory},
         [{"prompt": "Who <b>?", "before": "a", "batch 4": "b"}],
@@ -139,7 +148,7 @@ def test_a_time_limit_ends_a_run_with_an_evaluation(toy_with_tokenizer, tmp_path
 def test_a_nan_ends_a_run_with_a_no(toy_with_tokenizer, tmp_path):
     changes = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9}
     record = study.train(settings(toy_with_tokenizer, tmp_path, **changes))
-    found = study.verdict([record, record])
+    found = study.verdict([record, record], [record, record])
     assert found["learned"] == "NO" and found["nonfinite"] == 2
 
 
@@ -219,11 +228,11 @@ def test_claims_of_learning_can_be_confirmed_differ_or_be_refuted(real):
     falls = [made_run(3, 2.7), made_run(3, 2.6)]
     rises = [made_run(3, 3.2), made_run(3, 3.3)]
     noisy = [made_run(3, 2.7), made_run(3, 2.99)]
-    still = {"control": [made_run(3, 3), made_run(3, 3)]}
+    still = [made_run(3, 3), made_run(3, 3.001)]
     cases = (falls, falls, "confirmed"), (falls, noisy, "different"), (falls, rises, "refuted")
     for baseline, optimised, expected in cases:
         runs = {"baseline, batch 1": baseline, "optimised, batch 32": optimised}
-        found = verdicts(summary.Records(study.Study(runs, still, {}, {})))
+        found = verdicts(summary.Records(study.Study(runs, {"control": still}, still, {}, {})))
         assert found["learning, optimised (batch 32)"] == expected
         assert found["learning, baseline (batch 1)"] == "confirmed"
 
