@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +154,19 @@ def benchmark(
     budget: int | None = None,
     n_steps: int = 3,
     device: str = "auto",
+    on_row: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Each of `runs` in a process of its own, inside one cap: the record.
 
-    cap: bytes of a process, on CUDA of the device's allocator. budget: what a system may fill of
-    them; None leaves LIBRARIES_BYTES of the cap.
+    cap: bytes of a process, on CUDA of the device's allocator. budget: what this project may fill
+    of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. on_row: called with the rows
+    so far, without limits, after each run.
     """
     where = resolve_device(device)
     token_counts = sorted({run.batch_size * run.sequence for run in runs})
     before = measure_ceilings(model_dir, token_counts, device)
-    if budget is None and cap is not None:
-        budget = cap - LIBRARIES_BYTES
+    room = None if cap is None else cap - LIBRARIES_BYTES
+    budget = room if budget is None else budget
     rows, failed, capped = [], {}, True
     for run in runs:
         print(run, flush=True)
@@ -175,7 +177,7 @@ def benchmark(
             capped &= group is not None or host_cap is None
             settings = {"system": run.system, "batch_size": run.batch_size}
             settings |= {"model_dir": str(folder), "sequence": run.sequence, "n_steps": n_steps}
-            settings |= {"device": device, "room_bytes": budget}
+            settings |= {"device": device, "room_bytes": budget if run.system == "onn" else room}
             if where.type == "cuda":
                 settings["device_cap"] = own_cap
             command = [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(settings)]
@@ -186,6 +188,7 @@ def benchmark(
             print(f"    failed: {why}", flush=True)
         else:
             rows.append(row)
+            on_row(rows)
     after = measure_ceilings(model_dir, token_counts, device)
     best = Ceilings(
         max(before.read_bytes_per_s, after.read_bytes_per_s),

@@ -67,6 +67,25 @@ def ledger_table(record: dict[str, Any]) -> Any:
     return pd.DataFrame(rows, dtype=object).set_index(["system", "batch"])
 
 
+def overlap_table(record: dict[str, Any]) -> Any:
+    """Of a profiled step on a GPU: seconds of copies to the device, of kernels, and of both."""
+    import pandas as pd
+
+    rows = [
+        {
+            "batch": step["batch_size"],
+            "tokens": step["sequence"],
+            "step (s)": f"{step['step_s']:.2f}",
+            "copies (s)": f"{step['copies_s']:.3f}",
+            "kernels (s)": f"{step['kernels_s']:.3f}",
+            "both at once (s)": f"{step['both_s']:.3f}",
+            "waiting for weights (s)": f"{step['waiting_for_weights_s']:.2f}",
+        }
+        for step in record.get("overlap", [])
+    ]
+    return pd.DataFrame(rows) if rows else "no trace: this run was on a CPU"
+
+
 def ratio_table(record: dict[str, Any]) -> Any:
     """How many times faster a sample is in this project than elsewhere, with the range of steps."""
     import pandas as pd

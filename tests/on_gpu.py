@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 
-from onn_core import bench, models, peers
-from onn_core.record import write_json
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from onn_core import bench, models, peers  # noqa: E402
+from onn_core.record import write_json  # noqa: E402
+
 LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
 ENDS_BYTES = 2 * 100352 * 5120 * 2
 DEPTH = 40
 CAP = 4 << 30
 BUDGET = int(1.5 * 2**30)
+RUNS = "onn:32,baseline:1,onn:128,onn:1,onn:1@8,offload:1@8"
 
 
 def deepest(scratch: Path) -> int:
@@ -34,9 +37,10 @@ def deepest(scratch: Path) -> int:
     return max(1, min(DEPTH, room // LAYER_BYTES))
 
 
-def exactness() -> dict:
+def exactness(chosen: str) -> dict:
     """What pytest says of the tests that need CUDA."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py"]
+    command += ["--no-header", "--tb=short", "-k", chosen] if chosen else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-3000:], flush=True)
     return {"status": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
@@ -111,8 +115,9 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path.cwd() / "runs" / "gpu")
     parser.add_argument("--layers", type=int, help="instead of as many as fit")
     parser.add_argument("--sequence", type=int, default=128)
-    parser.add_argument("--runs", default="onn:1,onn:32,onn:128,baseline:1,offload:1")
+    parser.add_argument("--runs", default=RUNS)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tests", default="", help="only those that pytest's -k chooses")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.scratch.mkdir(parents=True, exist_ok=True)
@@ -128,11 +133,17 @@ def main() -> None:
         say(f"writing {layers} layers")
         models.write_random_checkpoint(folder, models.geometry("phi-4", layers))
     say("exactness")
-    tests = exactness()
+    tests = exactness(arguments.tests)
     say("the table")
     runs = bench.parse_runs(arguments.runs, arguments.sequence)
     record = bench.benchmark(
-        folder, runs, cap=CAP, budget=BUDGET, n_steps=arguments.steps, device="cuda"
+        folder,
+        runs,
+        cap=CAP,
+        budget=BUDGET,
+        n_steps=arguments.steps,
+        device="cuda",
+        on_row=lambda rows: write_json(arguments.out / "rows.json", rows),
     )
     record["exactness"] = tests
     write_json(arguments.out / "training_benchmark.json", record)
