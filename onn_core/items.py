@@ -90,6 +90,15 @@ def count_slots(units: Sequence[Sequence[Item]], n_resident: int) -> Counter:
     return slots
 
 
+def few_slots(units: Sequence[Sequence[Item]], n_each: int) -> Counter:
+    """Size in bytes -> slots, at most `n_each`: for units that are streamed item by item."""
+    slots: Counter = Counter()
+    for unit in units:
+        counts = Counter(item.slot_bytes for item in unit)
+        slots |= Counter({size: min(count, n_each) for size, count in counts.items()})
+    return slots
+
+
 class Staging:
     """One reader's two buffers, for pieces that are cast or copied to a device."""
 

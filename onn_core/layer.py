@@ -52,6 +52,8 @@ class StreamedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        if self.number == 0:
+            self.session.fit(*leaves[0].shape[:2])  # (B, T, C)
         call = Call(self, leaves, spec)
         parameters = list(self.module.parameters())
         if len(parameters) != self._n_parameters:  # adapters came or went: learn the calls anew
@@ -79,7 +81,9 @@ class StreamedLayer:
         with self.session.visit(phase, self.number, future, wait=False):
             self._previous = None
             try:
-                for item, bindings in self._by_item.items():
+                if self.session.plan.by_matrix:
+                    self._claim_from(0)
+                for item, bindings in () if self.session.plan.by_matrix else self._by_item.items():
                     owners = {binding.module for binding in bindings}
                     if not all(map(self._usual_calls.get, owners)) or owners & self._wrapped:
                         self._bring(item)
@@ -89,7 +93,32 @@ class StreamedLayer:
                 for item in self._by_item:
                     self.let_go(item)
 
+    def _sort(self, owners: list[nn.Module]) -> None:
+        """Fetch in the order of the calls, which need not be that of the definition."""
+        last = len(owners)
+        turn = {owner: number for number, owner in enumerate(owners)}
+        by_turn = sorted(
+            self._by_item.items(), key=lambda pair: min(turn.get(b.module, last) for b in pair[1])
+        )
+        self._by_item = dict(by_turn)
+        self.session.stream.reorder(self.number, list(self._by_item))
+
+    def _claim_from(self, first: int) -> None:
+        """Matrix by matrix: ask for the next items, in order, as far as there is room for them."""
+        stream, items = self.session.stream, list(self._by_item)
+        if not self._usual_calls:  # nor is the order known
+            return
+        room = stream.slots - Counter(item.slot_bytes for item in items if item.in_use)
+        for item in items[first:]:
+            if not item.in_use:
+                if not room[item.slot_bytes]:
+                    break
+                room[item.slot_bytes] -= 1
+                stream.claim(item)
+
     def _bring(self, item: Item) -> None:
+        if self.session.plan.by_matrix:
+            self._claim_from(list(self._by_item).index(item))
         memory = self.session.stream.wait(item).untyped_storage()
         self.item_at[memory.data_ptr()] = item
         for binding in self._by_item[item]:
@@ -121,7 +150,12 @@ class StreamedLayer:
 
     def begin_micro_batch(self, last: bool) -> None:
         if self._calls:
+            if not self._usual_calls:
+                self._sort(list(self._calls))
             self._usual_calls |= self._calls
+        if self.session.plan.by_matrix and self._previous is not None:
+            for item in self._by_item:  # of the micro-batch before
+                self.let_go(item)
         self._calls = Counter()
         self._previous = None
         self._last_micro_batch = last
@@ -130,16 +164,22 @@ class StreamedLayer:
         """Let the matrices of the module before go, if it is done in this visit; bring its own."""
         self._calls[owner] += 1
         before, self._previous = self._previous, owner
-        last = self._last_micro_batch and not torch.is_grad_enabled()
+        by_matrix = self.session.plan.by_matrix
+        last = by_matrix or self._last_micro_batch and not torch.is_grad_enabled()
         if last and before not in (None, owner) and self._is_done(before):
             for item in self._items_of[before]:
                 if all(binding.module is before for binding in self._by_item[item]):
                     self.let_go(item)
         if any(b.name not in owner._parameters for b in self.bindings if b.module is owner):
+            if by_matrix:
+                raise ConfigError(
+                    "adapters on expert tensors need a whole layer in memory: raise memory_budget."
+                )
             self._wrapped.add(owner)
             return
         for item in self._items_of[owner]:
             self._bring(item)
 
     def _is_done(self, owner: nn.Module) -> bool:
-        return self._calls[owner] == self._usual_calls[owner]
+        usual = self._usual_calls[owner] or int(self.session.plan.by_matrix)
+        return self._calls[owner] == usual

@@ -4,8 +4,10 @@ transformers owns the forward pass; only how its parts get their weights changes
 decoder layers come and go, the embedding and the head are read as needed, all else stays.
 """
 
+import functools
 import os
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -18,15 +20,16 @@ from onn_core.checkpoint import Checkpoint
 from onn_core.config import parse_bytes
 from onn_core.embedding import EmbeddingRows
 from onn_core.errors import ConfigError
+from onn_core.footprint import Footprint
 from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
+from onn_core.plan import Sizes, make_plan
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
 from onn_core.reader import keep_freed_memory
 from onn_core.session import Binding, Session
-from onn_core.sizing import plan_slots
 from onn_core.sources import Source, find_sources
-from onn_core.stream import WeightStream, close_with
+from onn_core.stream import WeightStream
 from onn_core.streamed import become_streamed
 
 
@@ -44,8 +47,9 @@ def from_pretrained(
     model_dir: a Hugging Face folder with config.json and safetensors, read in place.
     chunk_size: decoder layers resident together, 1 to all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
-    memory_budget: bytes or text such as "4GB": as many layers stay resident as fit beside a
-        quarter of it (1 GiB at most) for activations. None keeps `chunk_size` layers.
+    memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
+        plans the micro-batch, how many layers stay, and where boundary activations wait, at the
+        first forward of a batch size. None keeps `chunk_size` layers.
     device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own, but float32 on a
         CPU that has no matrix products of it (measured 7 times as fast as bfloat16 there).
 
@@ -76,19 +80,36 @@ def from_pretrained(
         dtype = stored if cast_in_cache(stored, dtype, device) else dtype
         blocks = head_items(end_sources[head], *head.weight.shape, dtype)
     head_units = [[item] for _, item in blocks]
-    slots = plan_slots(
-        units, head_units, chunk_size, parse_bytes(memory_budget), _held_bytes(model)
+    hidden_size, dtype = model.config.get_text_config().hidden_size, model.dtype
+    sizes = Sizes(
+        layers=units,
+        head=head_units,
+        held_bytes=_held_bytes(model),
+        hidden_bytes=hidden_size * dtype.itemsize,
+        visit_bytes=Footprint(checkpoint.config, dtype),
+        on_cpu=device.type == "cpu",
     )
+    budget = parse_bytes(memory_budget)
+    plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         keep_freed_memory()
-    stream = WeightStream(checkpoint, units + head_units, slots, device)
+    stream = WeightStream(checkpoint, units + head_units, plan.slots, device)
     session = Session(
         stream=stream,
         n_layers=len(layers),
         head_units=list(range(len(units), len(units) + len(blocks))),
         device=device,
         micro_batch_size=micro_batch_size,
+        sizes=sizes,
+        plan=plan,
     )
+    if budget is not None:
+        session.planner = functools.partial(
+            make_plan,
+            budget=budget,
+            chunk_size=chunk_size,
+            micro_batch_size=micro_batch_size,
+        )
     streamed = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         streamed.append(StreamedLayer(layer, number, own, session))
@@ -101,7 +122,7 @@ def from_pretrained(
     if in_blocks:
         head.forward = streamed_head = StreamedHead(head, blocks, session)
     become_streamed(model, session, checkpoint, streamed, streamed_head, rows)
-    close_with(model, stream)
+    weakref.finalize(model, stream.close)
     return model.eval()
 
 

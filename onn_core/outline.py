@@ -1,5 +1,6 @@
 """What a choice of settings will take, before anything is trained: an estimate at once."""
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -7,13 +8,11 @@ from typing import Any
 import torch
 
 from onn_core.config import TrainConfig, parse_bytes
-from onn_core.items import count_slots
 from onn_core.lora import linear_names, select_layers
-from onn_core.loss import token_chunks
 from onn_core.meter import Ceilings, measure_read
 from onn_core.model import decoder_layers, from_pretrained
+from onn_core.plan import bytes_read, make_plan
 from onn_core.product import product
-from onn_core.sizing import limit_s, plan_slots, slots_bytes
 
 PROBE_TOKENS = 128  # in the matrix products that are timed for the prediction
 PROBE_S = 0.7  # time for each of the two measurements
@@ -27,8 +26,7 @@ class Outline:
         model = from_pretrained(model_dir)
         stream, self.n_layers = model.session.stream, model.session.n_layers
         self.units, self.heads = stream.units[: self.n_layers], stream.units[self.n_layers :]
-        self.held_bytes = sum(p.untyped_storage().nbytes() for p in model.parameters())
-        self.hidden, self.itemsize = model.config.hidden_size, model.dtype.itemsize
+        self.sizes = model.session.sizes
         layers = decoder_layers(model)
         names = linear_names(layers)
         self.linears = [  # of each layer: (out, in) of what gets an adapter
@@ -54,36 +52,26 @@ class Outline:
             map(sum, (s for k in trained for s in self.linears[k]))
         )
         budget, n_tokens = parse_bytes(config.memory_budget), config.batch_size * config.max_length
-        slots = plan_slots(self.units, self.heads, config.chunk_size, budget, self.held_bytes)
-        weight_bytes = slots_bytes(slots)
-        boundary_bytes = (self.n_layers + 1) * n_tokens * self.hidden * self.itemsize
-        widest = max(sum(map(sum, shapes)) for shapes in self.linears)
-        part_tokens = (config.micro_batch_size or config.batch_size) * config.max_length
-        recompute_bytes = 2 * part_tokens * widest * self.itemsize
-        memory_bytes = weight_bytes + self.held_bytes + boundary_bytes + recompute_bytes
-        memory_bytes += 16 * n_trainable  # weights, gradients and two moments in float32
-        if self.heads:  # logits, their softmax and its gradient
-            rows = self.heads[0][0].shape[0]
-            chunk = token_chunks(n_tokens, rows)[0]
-            memory_bytes += 3 * 4 * rows * min(n_tokens, chunk.stop)
-
-        layer_bytes = sum(item.n_bytes for item in self.units[0])
-        head_bytes = sum(item.n_bytes for unit in self.heads for item in unit)
+        sizes = dataclasses.replace(self.sizes, n_trained=n_trainable)
+        plan = make_plan(
+            sizes,
+            config.batch_size,
+            config.max_length,
+            budget,
+            config.chunk_size,
+            config.micro_batch_size,
+        )
         parameters = sum(item.shape[0] * item.shape[1] for item in self.units[0])
         head_parameters = sum(item.shape[0] * item.shape[1] for unit in self.heads for item in unit)
-        everything = count_slots(self.units, self.n_layers)
-        everything += count_slots(self.heads, len(self.heads) or 1)
-        n_resident = max(config.chunk_size, int((weight_bytes - head_bytes) // layer_bytes))
         n_back = self.n_layers - trained[0]  # layers that backward visits
-        n_read = max(0, self.n_layers - n_resident) + max(0, n_back - n_resident)
-        bytes_read = 0 if slots == everything else n_read * layer_bytes + head_bytes
+        n_bytes = bytes_read(sizes, plan, trained[0])
         flops = 2 * n_tokens * parameters * (self.n_layers + 2 * n_back)
         flops += 4 * n_tokens * head_parameters
-        step_s = limit_s(bytes_read, flops, PROBE_TOKENS, self.ceilings)
-        read_s = bytes_read / self.ceilings.read_bytes_per_s
+        read_s = n_bytes / self.ceilings.read_bytes_per_s
+        step_s = max(read_s, flops / self.ceilings.flops_per_s[PROBE_TOKENS])
         return {
             "trainable": n_trainable,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": plan.peak_bytes,
             "step_s": step_s,
             "limited_by": "reading" if read_s >= step_s else "computing",
         }

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import operator
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from torch import nn
 
 from onn_core.errors import ConfigError
 from onn_core.items import Item
+from onn_core.plan import Plan, Sizes
 from onn_core.stream import WeightStream
 
 
@@ -39,7 +42,12 @@ class Session:
     n_layers: int
     head_units: list[int]
     device: torch.device
+    sizes: Sizes
+    plan: Plan
+    planner: Callable[..., Plan] | None = None  # (sizes, B, T) -> plan, within a budget
     micro_batch_size: int | None = None
+    fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
+    n_trained: int = 0  # parameters
     cache_rows: int | None = None  # rows that share a key-value cache; None is the whole batch
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
@@ -56,10 +64,29 @@ class Session:
         """The units that backward visits from layer `start` on."""
         return [] if self.lowest is None else list(range(start, self.lowest - 1, -1))
 
+    def fit(self, batch_size: int, n_tokens: int) -> None:
+        """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits."""
+        micro = min(self.micro_batch_size or batch_size, batch_size)
+        needed = (batch_size * n_tokens, micro * n_tokens, self.n_trained)
+        if self.planner is None or all(map(operator.le, needed, self.fitted)):
+            return
+        sizes = dataclasses.replace(self.sizes, n_trained=self.n_trained)
+        self.plan = self.planner(sizes, batch_size, n_tokens)
+        self.micro_batch_size = self.plan.micro_batch_size
+        self.fitted = (needed[0], self.micro_batch_size * n_tokens, self.n_trained)
+        if self.plan.slots != self.stream.slots:
+            self.stream.close()  # what is there is given up
+            self.stream.slots = self.plan.slots
+
     def boundaries(self, inputs: list[torch.Tensor]):
         """Where a layer's inputs are saved: in host memory if all layers' are too much for CUDA."""
+        if self.plan.boundaries == "disk":
+            return torch.autograd.graph.saved_tensors_hooks(OnDisk, OnDisk.read)
         n_bytes = self.n_layers * sum(x.nbytes for x in inputs)
-        if self.device.type == "cuda" and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4:
+        on_cuda, unplanned = self.device.type == "cuda", self.planner is None
+        if self.plan.boundaries == "host" or (
+            on_cuda and unplanned and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4
+        ):
             return torch.autograd.graph.save_on_cpu(pin_memory=True)
         return contextlib.nullcontext()
 
@@ -91,7 +118,9 @@ class Session:
         """
         self.on_visit(phase, unit)
         counts = self.stream.counts
-        self.stream.acquire(future) if wait else self.stream.enter(future)
+        items = self.stream.enter(future, *([False] if self.plan.by_matrix and not wait else []))
+        for item in items if wait else ():
+            self.stream.wait(item)
         started, waited_s = time.perf_counter(), counts.wait_s
         try:
             yield
@@ -100,3 +129,21 @@ class Session:
             self.seconds[phase] += stopped - started - (counts.wait_s - waited_s)
             if self.trace is not None:
                 self.trace.append((phase, unit, started, stopped))
+
+
+class OnDisk:
+    """A tensor in a file without a name, which ends with it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+    def read(self) -> torch.Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.file.seek(0)
+        self.file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def __del__(self):
+        self.file.close()

@@ -14,7 +14,6 @@ import math
 import os
 import threading
 import time
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -77,10 +76,10 @@ class WeightStream:
 
     # --- the compute's side ---------------------------------------------------------------
 
-    def enter(self, future: Sequence[int]) -> list[Item]:
+    def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
         """Begin unit `future[0]` and return its items, each of which is then waited for.
 
-        future: the units that will be visited, this one first.
+        future: the units that will be visited, this one first. claim: all its items at once.
         """
         self.check()
         items = self.units[future[0]]
@@ -93,7 +92,7 @@ class WeightStream:
             for position, unit in enumerate(self._future):
                 self._uses[unit].append(position)
             for item in items:
-                item.in_use = True
+                item.in_use = claim
             if not self._readers:
                 self._start_readers()
             self._changed.notify_all()
@@ -104,10 +103,9 @@ class WeightStream:
 
         CheckpointError if a file fails, ConfigError if the memory for the slots cannot be had.
         """
+        if not item.in_use:
+            self.claim(item)
         with self._changed:
-            if not item.in_use:
-                item.in_use = True
-                self._changed.notify_all()
             started = time.perf_counter()
             while self._error is None and item.tensor is None:
                 self._changed.wait(CHECK_S)
@@ -119,13 +117,6 @@ class WeightStream:
             torch.cuda.current_stream(self._device).wait_event(item.ready_event)
         return item.tensor
 
-    def acquire(self, future: Sequence[int]) -> list[Item]:
-        """Enter unit `future[0]` and return its items when all are ready."""
-        items = self.enter(future)
-        for item in items:
-            self.wait(item)
-        return items
-
     def release(self, item: Item) -> None:
         """The compute needs `item` no longer in this visit."""
         if not item.in_use:
@@ -135,6 +126,17 @@ class WeightStream:
         with self._changed:
             item.in_use = False
             self._changed.notify_all()
+
+    def claim(self, item: Item) -> None:
+        """The compute will need `item` in this visit."""
+        with self._changed:
+            item.in_use = True
+            self._changed.notify_all()
+
+    def reorder(self, unit: int, items: list[Item]) -> None:
+        """Fetch the items of a unit in this order from now on."""
+        with self._changed:
+            self.units[unit][:] = items
 
     def check_files(self) -> None:
         """CheckpointError if a shard is not what it was when the model was loaded."""
@@ -313,8 +315,3 @@ class WeightStream:
                 f"{entry.path.name} is not what it was ({entry.name} has other values): restore "
                 "the model folder and load it again."
             )
-
-
-def close_with(owner: object, stream: WeightStream) -> None:
-    """Close `stream` when `owner` is collected or the interpreter ends."""
-    weakref.finalize(owner, stream.close)

@@ -132,6 +132,7 @@ def _begin(
     if any(weight.requires_grad for weight in absent):
         raise frozen("weights")
     model.session.lowest = lowest
+    model.session.n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if lowest is not None:
         model.session.check_trained(model)
     if lowest is not None and "use_cache" in inspect.signature(base.forward).parameters:

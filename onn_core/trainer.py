@@ -86,6 +86,8 @@ class ChunkedLoraTrainer:
         n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.base.session.n_trained = count_trainable(self.model)
+        self.base.session.fit(config.batch_size, config.max_length)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )

@@ -101,6 +101,7 @@ class Call:
             else:
                 leaf = self.cut(leaf, rows)
             leaves.append(leaf)
+        self.layer.begin_micro_batch(False)
         graph = Graph(self.layer)
         devices = [self.session.device] if self.session.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(**self.autocast):
@@ -140,9 +141,10 @@ class Graph:
         item, shape, stride, offset = packed
         self._uses_left[item] -= 1
         before, self._previous = self._previous, item
+        self.layer.session.stream.claim(item)  # before another may take the room of `before`
         if self.release and before not in (None, item) and self._uses_left[before] == 0:
             self.layer.let_go(before)
-        weight = item.tensor
+        weight = self.layer.session.stream.wait(item)
         return weight.as_strided(shape, stride, weight.storage_offset() + offset)
 
 
@@ -166,13 +168,15 @@ class Visit(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         call, session, layer = ctx.call, ctx.call.session, ctx.call.layer
         inputs = list(ctx.saved_tensors)
-        future = session.backward_pass(layer.number) + session.forward_pass()
+        future = [layer.number]  # matrix by matrix, all room is for what this layer needs again
+        if not session.plan.by_matrix:
+            future = session.backward_pass(layer.number) + session.forward_pass()
         input_grads: list[torch.Tensor | None] = [None] * len(inputs)
         trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
         with layer.visiting("backward", future or [layer.number]):
             for number, rows in enumerate(call.slices):
                 graph = call.build_graph(rows, number, inputs)
-                graph.release = rows is call.slices[-1]
+                graph.release = session.plan.by_matrix or rows is call.slices[-1]
                 grad_of = [
                     (out, call.cut(grad, rows))
                     for out, grad in zip(graph.outputs, grads, strict=True)

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from onn_core.models import write_random_checkpoint
+from onn_core.plan import PROCESS_BYTES
 
 LAYER_BYTES = 4 * (4 * 512 * 512 + 3 * 512 * 1536)  # 13.6 MB of float32
 N_LAYERS = 24
@@ -25,7 +26,7 @@ import gc, json, os, resource, sys
 import peft, torch, transformers.models.llama.modeling_llama
 import onn_core, onn_core.model
 
-folder, how, amount, n_resident = sys.argv[1:]
+folder, how, amount, n_resident, budget = sys.argv[1:]
 torch.set_num_threads(1)
 
 def status(name):
@@ -41,11 +42,12 @@ with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak starts here
 before = status("VmRSS")
 torch.manual_seed(0)
-model = onn_core.from_pretrained(folder, device="cpu", chunk_size=int(n_resident))
+model = onn_core.from_pretrained(folder, device="cpu", chunk_size=int(n_resident),
+                                 memory_budget=int(budget) or None)
 if how == "rlimit":  # a limit on addresses; the empty model has used some, without memory in them
     limit = status("VmData") + int(amount)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-slots = model.session.stream.slots
+session = model.session
 model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 ids = torch.arange(3, 19).view(2, 8)
@@ -57,15 +59,17 @@ for _ in range(2):
     optimizer.zero_grad()
     losses.append(loss.item())
 peak_bytes = status("VmHWM") - before
-slots_bytes = sum(size * count for size, count in slots.items())
-print(json.dumps({"losses": losses, "peak_bytes": peak_bytes, "slots_bytes": slots_bytes}))
+slots_bytes = sum(size * count for size, count in session.stream.slots.items())
+print(json.dumps({"losses": losses, "peak_bytes": peak_bytes, "slots_bytes": slots_bytes,
+                  "n_resident": session.plan.n_resident, "planned_bytes": session.plan.peak_bytes}))
 """
 
 
-def run_child(folder, how="none", amount=0, n_resident=1):
+def run_child(folder, how="none", amount=0, n_resident=1, budget=0):
     """Two steps in a process of its own, which prints its losses and its peak memory."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, folder, how, str(amount), str(n_resident)],
+        [sys.executable, "-W", "ignore", "-c", CHILD, folder, how]
+        + [str(amount), str(n_resident), str(budget)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -152,3 +156,15 @@ def test_a_model_larger_than_the_data_it_may_have_trains_inside_it(folders):
     refused = run_child(folders[N_LAYERS], "rlimit", LIMIT_BYTES, n_resident=N_LAYERS)
     assert refused.returncode == 1
     assert "ConfigError: there is no memory for the resident layers" in refused.stderr
+
+
+def test_budgets_are_kept_from_matrix_by_matrix_to_the_whole_model(folders):
+    n_resident = []
+    for n_layers in (0, 8, 30):  # what the budget has room for beside the rest
+        budget = PROCESS_BYTES + (8 << 20) + n_layers * LAYER_BYTES
+        found = measured(run_child(folders[N_LAYERS], budget=budget))
+        assert found["losses"] == unlimited(folders[N_LAYERS])["losses"]
+        assert found["peak_bytes"] <= budget
+        assert found["planned_bytes"] <= budget
+        n_resident.append(found["n_resident"])
+    assert n_resident[0] == 0 < 5 < n_resident[1] < n_resident[2] == N_LAYERS

@@ -70,6 +70,14 @@ def loads_of_a_step(model):
     return stream.counts.item_loads - before
 
 
+def acquire(stream, future):
+    """Enter unit future[0]; its items, once all are there."""
+    items = stream.enter(future)
+    for item in items:
+        stream.wait(item)
+    return items
+
+
 def by_size(stream):
     """Slot size in bytes -> items of that size in the model."""
     return Counter(item.slot_bytes for unit in stream.units for item in unit)
@@ -138,7 +146,7 @@ def test_evaluation_reads_each_item_once_at_most():
 
 def test_the_next_layer_is_fetched_while_this_one_is_in_use():
     stream = streamed(toy_dir("llama")).session.stream
-    stream.acquire([0, 1, 2, 3, 4, 5])
+    acquire(stream, [0, 1, 2, 3, 4, 5])
     settle(stream)
     names = [item.source.entry.name for item in stream.units[1] if item.tensor is not None]
     assert [name.split(".")[-2] for name in names] == [*("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -226,7 +234,7 @@ def test_random_visits_in_unannounced_order_get_the_right_bytes():
     unit = 0
     for _ in range(300):
         future = [unit, *chance.choices(range(N_LAYERS), k=chance.randrange(8))]
-        items = stream.acquire(future)
+        items = acquire(stream, future)
         if chance.random() < 0.3:
             time.sleep(0.001)
         chance.shuffle(items := list(items))
@@ -409,7 +417,7 @@ def test_garbage_collection_in_a_reader_thread_closes_as_well():
         return load(item, *rest)
 
     stream._load = collect
-    stream.acquire([0, 1, 2])
+    acquire(stream, [0, 1, 2])
     gc.disable()
     try:
         alive = weakref.ref(model)

@@ -1,0 +1,102 @@
+"""The activations of one decoder layer, counted on the meta device: no memory is taken."""
+
+import copy
+import weakref
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import torch._meta_registrations  # the shapes of the CPU's attention kernel
+import torch.nn.functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside, while something refers to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):  # made before: not counted
+                self._known.add(tensor.untyped_storage()._cdata)
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, n_bytes)
+
+    def _drop(self, key: int, n_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= n_bytes
+
+
+def visit_bytes(
+    config: Any, batch_size: int, n_tokens: int, dtype: torch.dtype, lora_rank: int = 8
+) -> int:
+    """Peak of the activations of one adapted layer, forward and back, on (batch_size, n_tokens).
+
+    The first layer of `config` stands for all; attention counts as the fused kernel.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        base = peft.get_peft_model(model, lora).train().base_model.model.base_model
+        size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
+        hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
+        mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)
+        with mock.patch.object(F, "scaled_dot_product_attention", _attention), LiveBytes() as live:
+            out = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
+            trained = [p for p in base.parameters() if p.requires_grad]
+            torch.autograd.grad(out, [hidden, *trained], torch.zeros_like(out), allow_unused=True)
+    return live.peak
+
+
+class Footprint:
+    """`visit_bytes` of a model for any batch: linear in its samples, traced once a length."""
+
+    def __init__(self, config: Any, dtype: torch.dtype):
+        self.config, self.dtype = config, dtype
+        self._traced: dict[int, tuple[int, int]] = {}  # T -> bytes of one sample, of each further
+
+    def __call__(self, batch_size: int, n_tokens: int) -> int:
+        if n_tokens not in self._traced:
+            one, two = (self._trace(size, n_tokens) for size in (1, 2))
+            self._traced[n_tokens] = one, two - one
+        one, further = self._traced[n_tokens]
+        return one + (batch_size - 1) * further
+
+    def _trace(self, batch_size: int, n_tokens: int) -> int:
+        try:
+            return visit_bytes(self.config, batch_size, n_tokens, self.dtype)
+        except Exception:  # a layer whose code asks for values: as a dense layer of its widths
+            text = self.config.get_text_config()
+            width = 4 * getattr(text, "intermediate_size", 0) or 16 * text.hidden_size
+            values = batch_size * n_tokens * (width + 16 * text.hidden_size)
+            return values * (self.dtype.itemsize + 4)
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """q (B, H, T, D), k and v (B, H or fewer, T, D): fused, as a CPU and a GPU compute it."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]

@@ -1,0 +1,156 @@
+"""What fits a memory budget: chunk, micro-batch, resident layers, where boundaries wait."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from onn_core.errors import ConfigError
+from onn_core.items import Item, count_slots, few_slots
+from onn_core.loss import LOGITS_BYTES
+
+PROCESS_BYTES = 96 << 20  # on a CPU: library pages, small blocks, readers' buffers
+HEAP = 1.8  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
+TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
+FEW_TOKENS = 512  # a micro-batch below this multiplies slower
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """All that a plan needs to know of a model."""
+
+    layers: Sequence[Sequence[Item]]
+    head: Sequence[Sequence[Item]]
+    held_bytes: int  # what always stays
+    hidden_bytes: int  # of a token between two layers
+    visit_bytes: Callable[[int, int], int]  # (B, T) -> activations of a layer's visit
+    on_cpu: bool = True
+    n_trained: int = 0  # parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a model runs; `parts` are the terms of its peak memory, in bytes."""
+
+    slots: Counter  # size in bytes -> how many
+    n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
+    micro_batch_size: int
+    boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
+    parts: dict[str, int]
+
+    @property
+    def by_matrix(self) -> bool:
+        return self.n_resident == 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        terms = " + ".join(f"{size / 2**20:.0f} {what}" for what, size in self.parts.items())
+        return f"{terms} = {self.peak_bytes / 2**20:.0f} MiB"
+
+
+def make_plan(
+    sizes: Sizes,
+    batch_size: int,
+    n_tokens: int,
+    budget: int | None = None,
+    chunk_size: int = 1,
+    micro_batch_size: int | None = None,
+) -> Plan:
+    """The plan for batches of (batch_size, n_tokens) that fits `budget` and reads least.
+
+    Without a budget: `chunk_size` layers, the whole batch. ConfigError, with the arithmetic, if
+    nothing fits.
+    """
+    head = count_slots(sizes.head, 1)
+    weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
+    if chunk_size == 1:
+        weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
+    if micro_batch_size is not None:
+        micro = [min(micro_batch_size, batch_size)]
+    elif budget is None:
+        micro = [batch_size]
+    else:
+        micro = _micro_batches(sizes, batch_size, n_tokens, budget)
+    places = ("memory", "disk" if sizes.on_cpu else "host")
+    for (n_resident, slots), place, size in itertools.product(weights, places, micro):
+        parts = _parts(sizes, slots, place, batch_size, size, n_tokens)
+        plan = Plan(slots, n_resident, size, place, parts)
+        if budget is None or plan.peak_bytes <= budget:
+            return plan if budget is None else _keep_more(plan, sizes, budget)
+    raise ConfigError(
+        f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
+        f"{n_tokens} tokens: {plan}: raise it, or lower chunk_size, batch_size or max_length."
+    )
+
+
+def _micro_batches(sizes: Sizes, batch_size: int, n_tokens: int, budget: int) -> list[int]:
+    """Sizes to try: the largest that take a quarter of the budget, unless they multiply slower."""
+    all_sizes = [batch_size]
+    while all_sizes[-1] > 1:
+        all_sizes.append(-(-all_sizes[-1] // 2))
+    fast = [size for size in all_sizes if size * n_tokens >= FEW_TOKENS] or all_sizes[:1]
+    small = [size for size in fast if sizes.visit_bytes(size, n_tokens) <= budget // 4]
+    first = small[0] if small else fast[-1]
+    return [size for size in all_sizes if size <= first]
+
+
+def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
+    """`plan` with as many layers as the budget has room for, and the head once all are there."""
+    n_layers, head = len(sizes.layers), sizes.head
+    choices = [(n_layers, count_slots(sizes.layers, n_layers) + count_slots(head, len(head) or 1))]
+    for n in range(n_layers, plan.n_resident or n_layers, -1):
+        choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
+    for n_resident, slots in choices:
+        parts = plan.parts | {"weights": slots_bytes(slots)}
+        if sum(parts.values()) <= budget:
+            return dataclasses.replace(plan, n_resident=n_resident, slots=slots, parts=parts)
+    return plan
+
+
+def _parts(
+    sizes: Sizes, slots: Counter, place: str, batch_size: int, micro_batch_size: int, n_tokens: int
+) -> dict[str, int]:
+    """The terms of the peak: the backward visit of the last layer, or the head before it."""
+    batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
+    saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
+    visit = sizes.visit_bytes(micro_batch_size, n_tokens)
+    activations = max(visit, head_bytes(sizes, batch_size * n_tokens))
+    return {
+        "weights": slots_bytes(slots),
+        "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
+        "adapters": TRAINED_BYTES * sizes.n_trained,
+        "boundary activations": saved,
+        "activations": int((HEAP if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+    }
+
+
+def head_bytes(sizes: Sizes, n_tokens: int) -> int:
+    """Peak of the head: float32 gradient sums of all tokens, and logits of a chunk of them."""
+    if not sizes.head:
+        return 0
+    n_rows, n_hidden = sizes.head[0][0].shape  # (v, C)
+    chunk = min(n_tokens, max(1, LOGITS_BYTES // (4 * n_rows)))
+    return n_tokens * (8 * n_hidden + sizes.hidden_bytes) + chunk * (10 * n_rows + 10 * n_hidden)
+
+
+def slots_bytes(slots: Counter) -> int:
+    """Memory of all slots."""
+    return sum(size * count for size, count in slots.items())
+
+
+def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:
+    """Bytes that a training step reads in the steady state; `lowest`: the lowest trained layer.
+
+    What has a slot stays at each turn, from forward to backward and from step to step.
+    """
+    total = 0
+    backward = sizes.layers[lowest:]
+    passes = [sizes.layers, backward] + ([backward] if plan.by_matrix else [])
+    for units in passes:
+        counts = Counter(item.slot_bytes for unit in units for item in unit)
+        total += slots_bytes(counts - plan.slots)
+    head = Counter(item.slot_bytes for unit in sizes.head for item in unit)
+    return total + slots_bytes(Counter({s: n for s, n in head.items() if n > plan.slots[s]}))

@@ -1,0 +1,120 @@
+"""What a memory budget holds: planned, kept, refused with the arithmetic; and all of it exact."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import N_LAYERS, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+
+from onn_core.errors import ConfigError
+from onn_core.footprint import LiveBytes, visit_bytes
+from onn_core.items import few_slots
+from onn_core.models import geometry
+from onn_core.plan import PROCESS_BYTES, make_plan, slots_bytes
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def budgeted(family, n_bytes, **settings):
+    return streamed(toy_dir(family), memory_budget=PROCESS_BYTES + n_bytes, **settings)
+
+
+def want(family, **settings):
+    return step(with_lora(in_memory(toy_dir(family)), **settings), toy_batch())
+
+
+def plan_of(n_bytes, family="llama", batch_size=5, n_tokens=10, **settings):
+    session = streamed(toy_dir(family)).session
+    budget = PROCESS_BYTES + n_bytes
+    return make_plan(session.sizes, batch_size, n_tokens, budget, **settings)
+
+
+def test_more_budget_keeps_more_and_no_plan_exceeds_it():
+    budgets = [1 << size for size in range(16, 24)]
+    plans = []
+    for n_bytes in budgets:
+        try:
+            plans.append(plan_of(n_bytes))
+        except ConfigError:
+            assert not plans  # only the smallest
+            continue
+        assert plans[-1].peak_bytes <= PROCESS_BYTES + n_bytes
+        assert plans[-1].peak_bytes == sum(plans[-1].parts.values())
+    resident = [plan.n_resident for plan in plans]
+    assert resident == sorted(resident) and resident[-1] == N_LAYERS and len(set(resident)) > 2
+    assert plans[0].by_matrix and plans[-1].micro_batch_size == 5
+
+
+def test_a_refusal_shows_its_arithmetic():
+    with pytest.raises(ConfigError, match=r"weights \+ .* boundary .*= 9\d MiB: raise it, or"):
+        plan_of(-(1 << 20))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_matrix_by_matrix_is_exact(family, micro_batch_size):
+    model = streamed(toy_dir(family), micro_batch_size=micro_batch_size)
+    session = model.session
+    layers = session.stream.units[:N_LAYERS]
+    slots = few_slots(layers, 1)
+    assert slots_bytes(slots) < sum(item.slot_bytes for item in layers[0])
+    assert any(n > 1 for n in few_slots(layers, 9).values()) or family == "phi3"
+    head = {item.slot_bytes for unit in session.stream.units[N_LAYERS:] for item in unit}
+    slots.update(dict.fromkeys(head, 1))
+    session.plan = replace(session.plan, n_resident=0, slots=slots)
+    session.stream.slots = slots
+    model = with_lora(model)
+    expected = want(family)
+    for _ in range(2):
+        tolerance = None if micro_batch_size is None else 4e-6
+        assert_same(step(model, toy_batch()), expected, tolerance)
+    held = {size: len(held) for size, held in session.stream._held.items()}
+    assert held == dict(slots)
+
+
+def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one():
+    model = budgeted("llama", 8_000_000)
+    session = model.session
+    model = with_lora(model)
+    expected = want("llama")
+    assert_same(step(model, toy_batch()), expected)
+    first = session.plan
+    assert session.fitted[0] == 50 and first.n_resident == N_LAYERS
+    step(model, toy_batch(batch_size=2))
+    assert session.plan is first
+    step(model, toy_batch(batch_size=160))
+    assert session.fitted[0] == 1600 and session.plan is not first
+    assert session.plan.peak_bytes <= PROCESS_BYTES + 8_000_000
+    assert_same(step(model, toy_batch()), expected, 4e-6)
+
+
+def test_boundaries_on_disk_change_nothing():
+    model = streamed(toy_dir("llama"))
+    session = model.session
+    session.plan = replace(session.plan, boundaries="disk")
+    assert_same(step(with_lora(model), toy_batch()), want("llama"))
+
+
+def test_a_huge_batch_is_planned_onto_the_disk():
+    plan = plan_of(136 << 20, batch_size=4096, micro_batch_size=4)
+    assert plan.boundaries == "disk" and plan.parts["boundary activations"] == 0
+    assert plan_of(1 << 30, batch_size=4096, micro_batch_size=4).boundaries == "memory"
+
+
+def test_live_bytes_are_those_of_tensors_that_are_referred_to():
+    before = torch.ones(1000)
+    with LiveBytes() as live:
+        a = before + 1  # 4000 bytes
+        b = a.view(10, 100)  # the same memory
+        c = (b * 2).sum()  # 4000 that end, and a scalar
+        assert live.now == 4004 and live.peak == 8004
+        del a, b
+        assert live.now == 4
+        c += before.sum()
+    assert live.peak == 8004
+
+
+def test_activations_of_phi4_are_counted_without_memory_for_them():
+    """260 MiB at 512 tokens: gate_up's adapter alone makes two tensors (512, 35840) in float32."""
+    found = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
+    assert found / 2**20 == pytest.approx(261, abs=15)
