@@ -134,14 +134,12 @@ def answer_table(study: Study) -> Any:
 
 
 def held_out_curve(records: Sequence[RunRecord], against: str) -> Curve:
-    """Held-out loss at each evaluation."""
-    runs = [
-        [
-            (_progress(record, evaluation.step, against), evaluation.loss)
-            for evaluation in record.evals
-        ]
-        for record in records
-    ]
+    """The change of held-out loss since the start: seeds differ far more in where they start."""
+    runs = []
+    for record in records:
+        first = record.evals[0].loss
+        xs = [_progress(record, done.step, against) for done in record.evals]
+        runs.append([(x, e.loss - first) for x, e in zip(xs, record.evals, strict=True)])
     return _band(runs)
 
 
@@ -202,7 +200,10 @@ def write_files(study: Study, folder: str | Path) -> None:
         pages.table(verdict_table(study.runs | study.controls, study.reference)),
         pages.heading("Learning curves"),
         pages.picture(picture, "held-out and training loss"),
-        pages.paragraph("Line: mean over the seeds. Band: lowest to highest seed."),
+        pages.paragraph(
+            "Line: mean over the seeds; band: lowest to highest. Held-out loss is shown as its "
+            "change since the start, because each seed holds out other samples."
+        ),
         pages.heading("Against the baseline"),
         pages.table(comparison_table(study.runs)),
         pages.heading("Against PEFT in memory"),
@@ -241,8 +242,8 @@ def _plotly(panels: list[tuple], labels: list[str]) -> dict[str, Any]:
         number = 3 * row + column + 1
         axis = "" if number == 1 else str(number)
         layout[f"xaxis{axis}"] = {"title": {"text": titles[column]}}
-        kind = "training" if row else "held-out"
-        layout[f"yaxis{axis}"] = {"title": {"text": f"{kind} loss (nats/token)"}}
+        kind = "training loss" if row else "change of held-out loss"
+        layout[f"yaxis{axis}"] = {"title": {"text": f"{kind} (nats/token)"}}
         for label, curve in curves.items():
             place = labels.index(label)
             colour, dash = COLOURS[place % 6], DASHES[place % 4][0]
@@ -285,7 +286,7 @@ def _png(panels: list[tuple], labels: list[str]) -> bytes:
             panel.set_xlabel(titles[column])
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("held-out loss\n(nats per counted token)")
+    axes[0][0].set_ylabel("change of held-out loss\n(nats per counted token)")
     axes[1][0].set_ylabel("training loss\n(nats per counted token)")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)

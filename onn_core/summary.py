@@ -193,9 +193,10 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         )
         learned = said["learned"] == "YES"
         claim.verdict = CONFIRMED if learned else REFUTED if said["fall"] <= 0 else DIFFERENT
-        passed = "more" if learned else "not more"
+        against, noise = said["against_shuffled"], said["against_shuffled_noise"]
         claim.why = (
-            f"{passed} than the noise of {said['seeds']} seeds ({100 * said['noise']:.1f} %)"
+            f"noise of {said['seeds']} seeds {100 * said['noise']:.1f} %; "
+            f"{against:+.3f} ± {noise:.3f} against shuffled targets"
         )
         controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
         claim.why += "; the controls do not learn" if controls == {"NO"} else "; A CONTROL LEARNED"
@@ -225,7 +226,7 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         )
         first_is_ends = max(falls, key=falls.__getitem__).startswith("ends")
         ends.verdict = DIFFERENT if not settled else CONFIRMED if first_is_ends else REFUTED
-        ends.why = reading.split("; ")[-1].rstrip(".")
+        ends.why = reading.split("; ")[-1].removeprefix("but ").rstrip(".")
     return rows
 
 
