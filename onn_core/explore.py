@@ -3,6 +3,8 @@
 import base64
 import html
 import re
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ FIELDS = (  # setting, widget, label, tooltip
     ("batch_size", "BoundedIntText", "Batch size", "Samples of an optimizer step"),
     ("max_length", "BoundedIntText", "Tokens, at most", "Longer samples are cut"),
     ("max_steps", "BoundedIntText", "Steps", "Optimizer steps"),
+    ("eval_every", "BoundedIntText", "Evaluate every", "Steps between evaluations; 0 is never"),
     ("learning_rate", "FloatText", "Learning rate", "Of AdamW; falls linearly to 0"),
     ("memory_budget", "Text", "Memory budget", "Such as 4GB; empty keeps one layer"),
 )
@@ -41,11 +44,12 @@ class Explorer:
         self.records = [*records, str(settings["output_dir"])]
         self.run: BackgroundRun | None = None
         self._outlines: dict[str, Outline] = {}
-        self._quiet = False
+        self._quiet, self._draw_after, self._drawing = False, 0.0, threading.Lock()
         wide = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}}
 
         def field(kind: str, text: str, tip: str, value: Any = None, **rest: Any) -> Any:
-            rest |= {"min": 1, "max": 10**6} if kind.startswith("Bounded") else {}
+            if kind == "BoundedIntText":
+                rest |= {"min": 0 if text == "Evaluate every" else 1, "max": 10**6}
             made = getattr(w, kind)(description=text, tooltip=tip, **rest | wide)
             made.value = made.value if value is None else value
             made.continuous_update = False
@@ -63,7 +67,9 @@ class Explorer:
         )
         self.picture = w.HBox(layout={"flex_flow": "row wrap", "align_items": "center"})
         self.prediction, self.status = w.HTML(), w.HTML()
-        self.past = w.Dropdown(description="Compare with", tooltip="A past run", **wide)
+        self.past_paths: dict[str, str] = {}
+        self.past = w.Combobox(description="Compare with", placeholder="a past run", **wide)
+        self.past.continuous_update = False
         self.past.observe(lambda _: self._draw(), "value")
         self.figure = w.HTML()
         self.buttons = {}
@@ -212,7 +218,10 @@ class Explorer:
     def _changed(self, run: BackgroundRun) -> None:
         """After a step or a change of state, in the run's thread."""
         self._show_state()
-        self._draw()
+        if run.state != "running" or time.perf_counter() >= self._draw_after:
+            started = time.perf_counter()
+            self._draw()
+            self._draw_after = 6 * time.perf_counter() - 5 * started  # a sixth of the time at most
         if run.state in ("finished", "stopped"):
             self._refresh_past()
 
@@ -239,13 +248,10 @@ class Explorer:
             )
 
     def _refresh_past(self) -> None:
-        found = [path for folder in self.records for path in find_records(folder)]
-        options = {"nothing": ""}
-        for path in found:
-            options["/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")] = str(path)
-        chosen = self.past.value
-        self.past.options = options
-        self.past.value = chosen if chosen in options.values() else ""
+        for path in (path for folder in self.records for path in find_records(folder)):
+            label = "/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")
+            self.past_paths[label] = str(path)
+        self.past.options = tuple(self.past_paths)
 
     # --- the picture ------------------------------------------------------------------------
 
@@ -254,13 +260,15 @@ class Explorer:
         shown = {}
         if run is not None and run.record is not None and run.record.steps:
             shown[f"run {Path(run.config.output_dir).name}"] = run.record
-        if self.past.value:
+        if self.past.value in self.past_paths:
             try:
-                shown[self.past.label] = RunRecord.load(self.past.value)
+                past = RunRecord.load(self.past_paths[self.past.value])
+                shown |= {self.past.value: past} if past.steps else {}
             except OnnError as error:
                 self._say(str(error), alert=True)
         if shown:
-            self.png = figure(shown, run.events if run is not None else [])
+            with self._drawing:  # matplotlib's log labels are not made by two threads at once
+                self.png = figure(shown, run.events if run is not None else [])
             text = ", ".join(f"{label}: loss {r.steps[-1].loss:.3f}" for label, r in shown.items())
             data = base64.b64encode(self.png).decode()
             source = f'src="data:image/png;base64,{data}"'

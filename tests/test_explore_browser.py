@@ -117,5 +117,7 @@ def test_a_reader_starts_watches_pauses_stops_and_saves(smollm2_dir, tmp_path):
         stopped = notebook.until_status("stopped: step")
         assert int(stopped.split()[2]) >= int(paused.split()[2])
         assert loads_in_memory(smollm2_dir, tmp_path / "runs" / "explore" / "2" / "adapter")
+        notebook.enter("Compare with", "explore/1")
+        wait_for(lambda: notebook.all("img[alt*='explore/1: loss']"), "the first run beside it")
         if folder := os.environ.get("ONN_SCREENSHOTS"):
             page.save_screenshot(f"{folder}/explore.png")
