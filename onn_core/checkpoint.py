@@ -164,7 +164,7 @@ def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
                 f"{path} asks to run code from the model folder, which is never done: choose a "
                 f"model that transformers knows by itself."
             ) from error
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise CheckpointError(
             f"{path} is not a configuration that transformers {transformers.__version__} can use: "
             f"correct it or choose another model ({reason})."

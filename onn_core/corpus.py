@@ -82,8 +82,8 @@ def tokenize_once(
         if path.is_file():
             key.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     path = cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return _read(path), True
+    if (dataset := _read_or_none(path)) is not None:
+        return dataset, True
     dataset = tokenize(rows, tokenizer, max_length)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +105,13 @@ def _packed_bytes(dataset: Dataset) -> bytes:
     }
     counts = {name: getattr(dataset, name) for name in ("rows", "truncated", "dropped")}
     return save(tensors, {"counts": json.dumps(counts)})
+
+
+def _read_or_none(path: Path) -> Dataset | None:
+    """What `_packed_bytes` wrote, if the file is there and whole."""
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return _read(path)
+    return None
 
 
 def _read(path: Path) -> Dataset:

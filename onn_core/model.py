@@ -4,6 +4,7 @@ transformers owns the forward pass; only how its parts get their weights changes
 decoder layers come and go, the embedding and the head are read as needed, all else stays.
 """
 
+import copy
 import functools
 import os
 import re
@@ -19,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onn_core.checkpoint import Checkpoint
 from onn_core.config import parse_bytes
 from onn_core.embedding import EmbeddingRows
-from onn_core.errors import ConfigError
+from onn_core.errors import CheckpointError, ConfigError, OnnError
 from onn_core.footprint import Footprint
 from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
@@ -31,6 +32,8 @@ from onn_core.session import Binding, Session
 from onn_core.sources import Source, find_sources
 from onn_core.stream import WeightStream
 from onn_core.streamed import become_streamed
+
+MAX_BUFFERS_BYTES = 4 << 30  # causal masks of old families, tables of positions
 
 
 def from_pretrained(
@@ -146,7 +149,25 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def skeleton(
     checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers real."""
+    """The model with its parameters on the meta device and its buffers real.
+
+    ConfigError, CheckpointError if config.json describes none that can be streamed from here.
+    """
+    try:
+        return _skeleton(checkpoint, dtype, device)
+    except OnnError:
+        raise
+    except Exception as error:  # what a bad file raises differs from family to family
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise CheckpointError(
+            f"{checkpoint.model_dir} has a config.json or generation_config.json that transformers "
+            f"cannot use ({reason}): download the folder again."
+        ) from error
+
+
+def _skeleton(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
+) -> PreTrainedModel:
     config = checkpoint.config
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -164,6 +185,7 @@ def skeleton(
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
+    _require_modest(model_class, checkpoint)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=_resolve_dtype(dtype, checkpoint, device))
     model.tie_weights()
@@ -171,6 +193,24 @@ def skeleton(
     if (checkpoint.model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.model_dir)
     return model
+
+
+def _require_modest(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> None:
+    """CheckpointError if the config asks for more layers or buffers than the folder can back."""
+    config = checkpoint.config
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(n_layers, int) and n_layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json asks for {n_layers} layers, but {checkpoint.model_dir.name} has only "
+            f"{len(checkpoint.tensors)} tensors: the two do not belong together."
+        )
+    with torch.device("meta"):  # nothing is allocated
+        buffers = model_class._from_config(copy.deepcopy(config)).buffers()
+    n_bytes = sum(buffer.nbytes for buffer in buffers)
+    if n_bytes > MAX_BUFFERS_BYTES:
+        raise CheckpointError(
+            f"config.json asks for {n_bytes / 1e9:.1f} GB beside the weights: correct it."
+        )
 
 
 def _resolve_dtype(

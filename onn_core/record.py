@@ -79,6 +79,9 @@ class RunRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RunRecord":
         """The record whose `to_dict` gave `fields`."""
+        for name in ("config", "model", "data", "environment"):
+            if not isinstance(fields.get(name, {}), dict):
+                raise TypeError(f"{name} is no object")
         steps = [StepRecord(**_numbers(step)) for step in fields["steps"]]
         evals = [EvalRecord(**_numbers(done)) for done in fields["evals"]]
         return cls(**fields | {"steps": steps, "evals": evals})
@@ -94,7 +97,7 @@ class RunRecord:
                     f"{SCHEMA_VERSION}: run it again."
                 )
             return cls.from_dict(fields)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OnnError(f"{path} is not a run record ({error}): run it again.") from error
 
 

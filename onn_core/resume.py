@@ -85,6 +85,8 @@ class TrainingState:
                     state.setdefault(numbers[name], {})[key] = values
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            if not all(isinstance(value, int | float) for value in scaler.values()):
+                raise ValueError("the scaler holds more than numbers")
             self.scaler.load_state_dict(scaler)
             torch.set_rng_state(tensors["random/cpu"])
             if self.device.type == "cuda":

@@ -1,0 +1,362 @@
+"""Mutated real files: a clear OnnError or success, whatever is in them.
+
+Never another exception, a hang, an allocation larger than a few files, a file opened or written
+elsewhere, or code run. The fast tier tries a few hundred inputs, `-m faults` over ten thousand.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from small import trainer, write_small
+from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
+
+import onn_core
+from onn_core import corpus
+from onn_core.adapter import load_adapter
+from onn_core.checkpoint import INDEX_NAME, Checkpoint
+from onn_core.data import load_rows, tokenize
+from onn_core.errors import OnnError
+from onn_core.saved import FILES, SUMS, Checkpoints
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs limits and /proc"),
+]
+ALLOWED_BYTES = 1 << 30  # of addresses beyond those of the start; the files have kilobytes
+ALLOWED_S = 20
+HOSTILE = [
+    *(None, True, False, 0, 1, -1, 2, 3.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30),
+    *(10**6, 10**9, "", "x", "../x", "/etc/passwd", "..", "a\0b", "\ud800", "x" * 5000, "(a+)+$"),
+    *([], {}, [[]], [None], [0, -1], [2**62, 2**62], {"": {}}, {"a": 1}, {"auto_map": "x.y"}),
+    *("os.system", "__main__", "float32", "cuda", "eager", "model.safetensors", "F64", "BF16"),
+]
+
+
+class Watch:
+    """What the process does meanwhile, as Python's audit hooks tell."""
+
+    def __init__(self):
+        self.folder: Path | None = None
+        self.wrong: list[str] = []
+        sys.addaudithook(self.see)
+
+    def see(self, event, args):
+        if self.folder is None:
+            return
+        if event in (
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "subprocess.Popen",
+            "socket.connect",
+        ):
+            self.wrong.append(f"{event} {args}")
+        if event == "open" and isinstance(args[0], str | bytes):
+            path = os.path.realpath(os.fsdecode(args[0]))
+            mode, flags = args[1] or "", args[2] or 0
+            writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else "w" in mode
+            library = path.startswith(
+                (sys.base_prefix, sys.prefix, "/proc", "/sys", "/dev", "/usr")
+            )
+            library |= "site-packages" in path or path.startswith(os.path.dirname(__file__))
+            library |= path.startswith(os.path.dirname(onn_core.__file__))
+            library |= "onn-toy-" in path  # the base of an adapter
+            inside = path.startswith(str(self.folder))
+            if not inside and (writes and not path.startswith("/dev") or not library):
+                self.wrong.append(f"open {path} {mode} {flags}")
+
+    @contextlib.contextmanager
+    def watching(self, folder):
+        """Inside, only files of `folder` are opened, in bounded memory and time."""
+        self.folder, self.wrong = folder.resolve(), []
+        with open("/proc/self/statm") as file:
+            limit = int(file.read().split()[0]) * resource.getpagesize() + ALLOWED_BYTES
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+        handler = signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(ALLOWED_S)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler)
+            resource.setrlimit(resource.RLIMIT_AS, before)
+            self.folder = None
+        assert not self.wrong
+
+
+class TooLong(BaseException):
+    pass
+
+
+def _too_long(*_):
+    raise TooLong(f"more than {ALLOWED_S} s")
+
+
+WATCH = Watch()
+
+# ---- mutations
+
+
+def mutate_bytes(draw, content: bytes) -> bytes:
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(changed)))
+        match draw(st.sampled_from(["set", "text", "cut", "repeat", "end"])):
+            case "set":
+                changed[start : start + 1] = bytes([draw(st.integers(0, 255))])
+            case "text":
+                changed[start : start + 1] = bytes([draw(st.sampled_from(b'0129-.eE[]{},:"\\ntf'))])
+            case "cut":
+                del changed[start : start + draw(st.integers(1, 30))]
+            case "repeat":
+                changed[start:start] = changed[start : start + draw(st.integers(1, 30))]
+            case "end":
+                del changed[start:]
+    return bytes(changed)
+
+
+def mutate_json(draw, value):
+    """`value` with a few of its parts replaced, removed or renamed."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 2))):
+        place = value
+        while isinstance(place, dict | list) and place:
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            key = draw(st.sampled_from(keys))
+            if isinstance(place[key], dict | list) and place[key] and draw(st.booleans()):
+                place = place[key]
+                continue
+            match draw(st.sampled_from(["replace", "replace", "near", "remove", "rename"])):
+                case "near" if type(place[key]) is int:
+                    place[key] += draw(st.sampled_from([-1, 1, place[key], 7]))
+                case "remove":
+                    del place[key]
+                case "rename" if isinstance(place, dict):
+                    place[draw(st.text(max_size=9))] = place.pop(key)
+                case _:
+                    place[key] = draw(st.sampled_from(HOSTILE))
+            break
+    return value
+
+
+def dumped(value) -> bytes:
+    return json.dumps(value).encode()
+
+
+def mutate_json_file(draw, path: Path) -> None:
+    if draw(st.integers(0, 3)) == 0:
+        path.write_bytes(mutate_bytes(draw, path.read_bytes()))
+    else:
+        path.write_bytes(dumped(mutate_json(draw, json.loads(path.read_bytes()))))
+
+
+def mutate_safetensors(draw, path: Path) -> None:
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end]
+    if draw(st.booleans()):
+        header = dumped(mutate_json(draw, json.loads(header)))
+    elif draw(st.booleans()):
+        header = mutate_bytes(draw, header)
+    else:
+        path.write_bytes(mutate_bytes(draw, content))
+        return
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
+def mutate(draw, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        mutate_safetensors(draw, path)
+    elif path.suffix == ".jsonl" and draw(st.booleans()):
+        lines = path.read_bytes().splitlines()
+        number = draw(st.integers(0, len(lines) - 1))
+        lines[number] = dumped(mutate_json(draw, json.loads(lines[number])))
+        path.write_bytes(b"\n".join(lines))
+    elif path.suffix == ".jsonl":
+        path.write_bytes(mutate_bytes(draw, path.read_bytes()))
+    else:
+        mutate_json_file(draw, path)
+
+
+# ---- what is attacked: a folder of good files, which of them are mutated, and what reads them
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("small"), n_layers=2)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    with_lora(in_memory(toy_dir("llama")), rank_pattern={"q_proj": 2}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer(small, folder, max_steps=2, checkpoint_every=1, keep_checkpoints=1).train()
+    return folder
+
+
+def index_and_headers(folder):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    return [folder / INDEX_NAME, shard], lambda: read_all(folder)
+
+
+def read_all(folder):
+    with contextlib.closing(Checkpoint.open(folder)) as checkpoint:
+        for name in checkpoint.tensors:
+            checkpoint.read(name)
+
+
+def configuration(folder):
+    def load():
+        model = onn_core.from_pretrained(folder, device="cpu", dtype="float32")
+        model.close()
+
+    return [folder / "config.json", folder / "generation_config.json"], load
+
+
+def adapter_folder(folder):
+    return [
+        folder / "adapter_config.json",
+        folder / "adapter_model.safetensors",
+    ], lambda: load_adapter(streamed(toy_dir("llama")), folder)(**toy_batch())
+
+
+def training_checkpoint(made):
+    def attack(folder):
+        path = Checkpoints(folder, 1).paths()[-1]
+
+        def resume():
+            made.keeper.checkpoints = Checkpoints(folder, 1)
+            made.keeper.output_dir = folder
+            record = made.keeper.begin(made.record, True)
+            made._step(len(record.steps) + 1, next(made._batches(len(record.steps))))
+
+        return [path / name for name in FILES], resume
+
+    return attack
+
+
+def text(tokenizer):
+    def attack(folder):
+        path = folder / "sums.jsonl"
+        return [path], lambda: tokenize(load_rows(str(path)), tokenizer, 40)
+
+    return attack
+
+
+def assert_withstood(folder, attack, draw):
+    """One mutated copy of `folder` is read, or refused in one clear sentence."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(shutil.copytree(folder, Path(scratch) / "copy"))
+        paths, read = attack(copy)
+        path = draw(st.sampled_from(paths))
+        mutate(draw, path)
+        if (path.parent / SUMS).is_file() and draw(st.integers(0, 4)):  # else the hash tells
+            lines = [
+                f"{hashlib.sha256((path.parent / n).read_bytes()).hexdigest()}  {n}" for n in FILES
+            ]
+            (path.parent / SUMS).write_text("\n".join(lines) + "\n")
+        with WATCH.watching(Path(scratch)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                read()
+            except OnnError as error:
+                assert 10 < len(str(error)) < 6000
+
+
+def fuzz(folder, attack, n_inputs):
+    @settings(
+        max_examples=n_inputs,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def run(data):
+        assert_withstood(folder, attack, data.draw)
+
+    with tempfile.TemporaryDirectory() as scratch:  # what is imported at first use, now
+        attack(Path(shutil.copytree(folder, Path(scratch) / "copy")))[1]()
+    run()
+
+
+TARGETS = ("index", "config", "adapter", "checkpoint", "text", "tokens")
+TIERS = [
+    *((target, 40) for target in TARGETS),
+    *(pytest.param(target, 1800, marks=pytest.mark.faults) for target in TARGETS),
+]
+
+
+@pytest.mark.parametrize(("target", "n_inputs"), TIERS)
+def test_mutated_files_are_read_or_refused(target, n_inputs, request, monkeypatch):
+    small = request.getfixturevalue("small")
+    if target == "index":
+        folder, attack = toy_dir("llama", shard="40KB"), index_and_headers
+    elif target == "config":
+        folder, attack = toy_dir("llama"), configuration
+    elif target == "adapter":
+        folder, attack = request.getfixturevalue("adapter_dir"), adapter_folder
+    elif target == "checkpoint":
+        folder = request.getfixturevalue("run_dir")
+        made = trainer(small, folder, max_steps=2, checkpoint_every=1, keep_checkpoints=1)
+        made.setup()
+        attack = training_checkpoint(made)
+    else:
+        tokenizer = transformers_tokenizer(small[0])
+        folder, attack = small[1].parent, text(tokenizer)
+        if target == "tokens":
+            attack = cached_tokens(tokenizer, small, monkeypatch)
+            folder = attack.folder
+    fuzz(folder, attack, n_inputs)
+
+
+def transformers_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def cached_tokens(tokenizer, small, monkeypatch):
+    model_dir, data = small
+    rows = load_rows(str(data))
+    folder = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("ONN_CACHE", str(folder))
+    corpus.tokenize_once(rows, tokenizer, str(model_dir), 40)
+
+    def attack(copy):
+        path = next((copy / "tokens").glob("*.safetensors"))
+        return [path], lambda: corpus._read_or_none(path)
+
+    attack.folder = folder
+    return attack
+
+
+@torch.no_grad()
+def test_the_watch_sees_what_is_forbidden(tmp_path):
+    with pytest.raises(AssertionError), WATCH.watching(tmp_path):
+        open("/etc/hostname").close()
+    with pytest.raises(AssertionError), WATCH.watching(tmp_path):
+        os.system("true")
+    with pytest.raises(RuntimeError), WATCH.watching(tmp_path):
+        torch.empty(2 * ALLOWED_BYTES, dtype=torch.uint8)
