@@ -99,6 +99,26 @@ def few_slots(units: Sequence[Sequence[Item]], n_each: int) -> Counter:
     return slots
 
 
+def no_memory(
+    units: Sequence[Sequence[Item]],
+    slots: Counter,
+    held: dict[int, list[Slot]],
+    error: Exception,
+) -> str:
+    """What to say when memory ends before all `slots` are `held`: with the plan that would fit."""
+    wanted = sum(size * count for size, count in slots.items())
+    had = sum(size * len(some) for size, some in held.items())
+    plans = {n: count_slots(units, n) for n in range(1, len(units) + 1)}
+    fits = [  # half of it, so that the rest of the run has room
+        n for n, plan in plans.items() if sum(plan[size] * size for size in plan) <= had // 2
+    ]
+    advice = f"load it with chunk_size={fits[-1]}" if fits else "free some memory and load it again"
+    return (
+        f"there is no memory for the resident layers ({error}): of {wanted / 1e6:,.0f} MB only "
+        f"{had / 1e6:,.0f} MB could be had; {advice}."
+    )
+
+
 class Staging:
     """One reader's two buffers, for pieces that are cast or copied to a device."""
 

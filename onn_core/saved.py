@@ -57,7 +57,7 @@ class Checkpoints:
         if path.is_dir():  # of this run, so of the same numbers
             return path
         with new_folder(path) as temporary:
-            (temporary / FILES[0]).write_bytes(safetensors.torch.save(tensors))
+            safetensors.torch.save_file(tensors, temporary / FILES[0])  # without a copy in memory
             state = {"schema_version": SCHEMA_VERSION, **state}
             (temporary / FILES[1]).write_text(json.dumps(state, indent=1))
             record.save(temporary / FILES[2])

@@ -21,7 +21,7 @@ import torch
 
 from onn_core.checkpoint import Checkpoint, TensorEntry
 from onn_core.errors import CheckpointError, ConfigError
-from onn_core.items import Item, Slot, Staging
+from onn_core.items import Item, Slot, Staging, no_memory
 from onn_core.reader import DirectFiles, host_buffer
 
 N_READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # a half of the cores compute
@@ -189,11 +189,8 @@ class WeightStream:
         if not self._pieces:
             try:
                 item = self._next_item()
-            except (OSError, RuntimeError) as error:  # mmap's and CUDA's
-                self._error = ConfigError(
-                    f"there is no memory for the resident layers ({error}): "
-                    "lower chunk_size or memory_budget and load the model again."
-                )
+            except (OSError, RuntimeError, MemoryError) as error:  # mmap's, CUDA's, Python's
+                self._error = ConfigError(no_memory(self.units, self.slots, self._held, error))
                 self._changed.notify_all()
                 return None
             if item is None:

@@ -134,6 +134,8 @@ class ChunkedLoraTrainer:
                 record.status = "finished"
                 self.keeper.save(record)
             except BaseException as error:
+                if isinstance(error, Exception):  # perhaps for memory: saving needs some
+                    self.base.close()
                 if not self.stop.at_once:
                     self.keeper.save_stopped(record, error)
                 raise
