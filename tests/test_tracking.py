@@ -180,7 +180,7 @@ def test_aim_reads_the_run_back_and_chromium_sees_it(results):
             with pytest.raises(OSError):
                 urllib.request.urlopen(address, timeout=5)
         finally:
-            server.kill()
+            server.terminate()  # ends what it started, too
 
 
 def look_at_aim(address, record):
