@@ -9,8 +9,9 @@ from onn_core.errors import ConfigError
 from onn_core.items import Item, count_slots, few_slots
 from onn_core.loss import LOGITS_BYTES
 
-PROCESS_BYTES = 96 << 20  # on a CPU: library pages, small blocks, readers' buffers
-HEAP = 1.8  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
+PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
+HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
+MARGIN = 1.05  # of a budget, for what the sum does not see
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 FEW_TOKENS = 512  # a micro-batch below this multiplies slower
 
@@ -78,11 +79,12 @@ def make_plan(
     for (n_resident, slots), place, size in itertools.product(weights, places, micro):
         parts = _parts(sizes, slots, place, batch_size, size, n_tokens)
         plan = Plan(slots, n_resident, size, place, parts)
-        if budget is None or plan.peak_bytes <= budget:
+        if budget is None or MARGIN * plan.peak_bytes <= budget:
             return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
-        f"{n_tokens} tokens: {plan}: raise it, or lower chunk_size, batch_size or max_length."
+        f"{n_tokens} tokens: {plan}, and 5 % for safety: raise it, or lower chunk_size, batch_size "
+        "or max_length."
     )
 
 
@@ -105,7 +107,7 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
     for n_resident, slots in choices:
         parts = plan.parts | {"weights": slots_bytes(slots)}
-        if sum(parts.values()) <= budget:
+        if MARGIN * sum(parts.values()) <= budget:
             return dataclasses.replace(plan, n_resident=n_resident, slots=slots, parts=parts)
     return plan
 
@@ -141,16 +143,25 @@ def slots_bytes(slots: Counter) -> int:
     return sum(size * count for size, count in slots.items())
 
 
-def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:
-    """Bytes that a training step reads in the steady state; `lowest`: the lowest trained layer.
+def items_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
+    """Size of a slot -> items that a training step reads in the steady state.
 
-    What has a slot stays at each turn, from forward to backward and from step to step.
+    lowest: the lowest trained layer. What has a slot stays at each turn, from forward to backward
+    and from step to step, unless the layers below `lowest` come between.
     """
-    total = 0
-    backward = sizes.layers[lowest:]
-    passes = [sizes.layers, backward] + ([backward] if plan.by_matrix else [])
-    for units in passes:
-        counts = Counter(item.slot_bytes for unit in units for item in unit)
-        total += slots_bytes(counts - plan.slots)
+    found: Counter = Counter()
+    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
+    below = Counter(item.slot_bytes for unit in sizes.layers[:lowest] for item in unit)
+    for size, count in every.items():
+        back, slots = count - below[size], plan.slots[size]
+        if plan.by_matrix:
+            found[size] += count + 2 * back
+        elif slots < count:
+            found[size] += count - max(0, slots - below[size]) + max(0, back - slots)
     head = Counter(item.slot_bytes for unit in sizes.head for item in unit)
-    return total + slots_bytes(Counter({s: n for s, n in head.items() if n > plan.slots[s]}))
+    return found + Counter({size: n for size, n in head.items() if n > plan.slots[size]})
+
+
+def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:
+    """Bytes that a training step reads in the steady state."""
+    return slots_bytes(items_read(sizes, plan, lowest))

@@ -32,7 +32,7 @@ FLOORS = (
     ("trainer", "merge"),
     ("background", "outline", "report", "tracking", "peers", "stability", "study", "pages"),
     ("speed", "stability_report", "curves", "live"),
-    ("bench", "summary", "explore"),
+    ("bench", "summary", "explore", "sizing"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))
