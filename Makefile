@@ -15,8 +15,8 @@ AIM_PORT ?= 53800
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 STAMP := $(if $(filter .venv/%,$(PY)),.venv/.installed)
 .DEFAULT_GOAL := help
-.PHONY: help venv model test test-faults test-heavy test-browser report track aim lab lint format \
-	lock clean
+.PHONY: help venv model test test-faults test-heavy test-families test-browser report track aim lab lint \
+	format lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ aim: venv ## the dashboard of the tracked runs, on this machine only (AIM_PORT)
 
 bench: venv model ## measure speed on phi-4's geometry, LAYERS=8, alone on the machine (20 minutes)
 	$(PY) notebooks/run.py bench layers=$(LAYERS)
+
+test-families: venv ## every model family of transformers at toy size: a table (10 minutes)
+	$(PY) tests/families.py
 
 lab: venv model ## open JupyterLab in notebooks
 	$(PY) -m jupyter lab notebooks

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from onn_core.batching import Reached
 from onn_core.items import Item
 from onn_core.lazy import LazyTensor, changes_its_tensor
 from onn_core.loss import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
@@ -46,6 +47,8 @@ class StreamedHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V)."""
+        if self.session.batching.probing:
+            raise Reached
         if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
             return _HeadLogits.apply(self, hidden, False) + self.bias
         return Logits.of(self, hidden) if self.defers else _HeadLogits.apply(self, hidden, True)

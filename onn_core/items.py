@@ -75,7 +75,7 @@ def lookahead(items: Sequence[Item]) -> list[Item]:
     The current layer lets its matrices go one by one, so the largest finds room in time, and the
     layer begins when its first matrix is there.
     """
-    largest = max(range(len(items)), key=lambda i: items[i].n_bytes)
+    largest = max(range(len(items)), key=lambda i: items[i].n_bytes, default=0)
     return list(items[: max(1, largest)])
 
 

@@ -42,6 +42,8 @@ class StreamedLayer:
             self._items_of.setdefault(binding.module, []).append(binding.item)
         self._calls: Counter = Counter()  # of each owner, in this micro-batch
         self._usual_calls: Counter = Counter()
+        owners = self._items_of.keys()  # one that holds others may need its own after theirs
+        self._holders = {x for x in owners if not owners.isdisjoint(set(x.modules()) - {x})}
         self._wrapped: set[nn.Module] = set()  # others take their weights before they are called
         self._n_parameters = 0
         self._previous: nn.Module | None = None
@@ -52,6 +54,8 @@ class StreamedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        if self.session.batching.probing:
+            return self.session.batching.answer(leaves)
         if self.number == 0:
             self.session.fit(*leaves[0].shape[:2])  # (B, T, C)
         call = Call(self, leaves, spec)
@@ -166,11 +170,13 @@ class StreamedLayer:
         before, self._previous = self._previous, owner
         by_matrix = self.session.plan.by_matrix
         last = by_matrix or self._last_micro_batch and not torch.is_grad_enabled()
+        last = last and before not in self._holders
         if last and before not in (None, owner) and self._is_done(before):
             for item in self._items_of[before]:
                 if all(binding.module is before for binding in self._by_item[item]):
                     self.let_go(item)
-        if any(b.name not in owner._parameters for b in self.bindings if b.module is owner):
+        own = {id(parameter) for parameter in owner._parameters.values()}
+        if any(id(b.parameter) not in own for b in self.bindings if b.module is owner):
             if by_matrix:
                 raise ConfigError(
                     "adapters on expert tensors need a whole layer in memory: raise memory_budget."

@@ -138,6 +138,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         and len(module)
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
+    if not stacks:  # older families
+        depth = getattr(model.config, "num_hidden_layers", None)
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        stacks = [module for module in lists if len(module) == depth]
     layers = [layer for stack in stacks for layer in stack]
     inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     layers = [layer for layer in layers if id(layer) not in inner]
@@ -270,9 +274,9 @@ def _fill(
                 else:
                     values = source.read(checkpoint).to(device, dtype).view(parameter.shape)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False), item
-            module._parameters[name], item = made[id(parameter)]
+            module._parameters[name], item = own, _ = made[id(parameter)]
             if item is not None:
-                bindings[number].append(Binding(module, name, item, module._parameters[name].data))
+                bindings[number].append(Binding(module, own, item, own.data))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))

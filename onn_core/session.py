@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onn_core.batching import Batching
 from onn_core.errors import ConfigError
 from onn_core.items import Item
 from onn_core.plan import Plan, Sizes
@@ -23,15 +24,15 @@ class Binding:
     """A parameter of a module that is filled by an item while its layer is visited."""
 
     module: nn.Module
-    name: str
+    parameter: nn.Parameter
     item: Item
     absent: torch.Tensor  # one NaN seen as the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.module._parameters[self.name].data = self.item.tensor
+        self.parameter.data = self.item.tensor
 
     def clear(self) -> None:
-        self.module._parameters[self.name].data = self.absent
+        self.parameter.data = self.absent
 
 
 @dataclasses.dataclass
@@ -49,6 +50,7 @@ class Session:
     fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
     n_trained: int = 0  # parameters
     cache_rows: int | None = None  # rows that share a key-value cache; None is the whole batch
+    batching: Batching = dataclasses.field(default_factory=Batching)
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None

@@ -93,8 +93,14 @@ def become_streamed(
         if head is not None:
             head.defers = with_loss
         try:
+            args, kwargs = begin(None, args, kwargs)
             return plain.forward(self, *args, **kwargs)
+        except RuntimeError as error:  # in place, on a placeholder
+            if "written-to tensor" in str(error):
+                raise frozen("weights") from error
+            raise
         finally:
+            session.batching.end(None)
             if head is not None:
                 head.defers = False
 
@@ -112,32 +118,63 @@ def become_streamed(
                     if parameter is weight:
                         module._parameters[name] = lazy
     absent = [parameter for parameter in model.parameters() if is_absent(parameter)]
-    begin = functools.partial(_begin, weakref.ref(model), absent)  # no cycle: it is freed at once
-    model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
+    begin = functools.partial(
+        _begin, plain, weakref.ref(model), absent
+    )  # no cycle: it is freed at once
+    base = model.base_model
+    base.register_forward_pre_hook(begin, with_kwargs=True)
+    base.register_forward_hook(lambda base, *_: session.batching.end(base), always_call=True)
     model.register_state_dict_post_hook(_leave_out_absent)
 
 
 def _begin(
+    plain: type[PreTrainedModel],
     owner: weakref.ref,
     absent: list[nn.Parameter],
-    base: nn.Module,
+    module: nn.Module | None,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]]:
-    """Before a forward pass of the layers, whoever asked for it."""
+    """Before a forward pass of the model, or of its base where a trainer calls that alone."""
     model, lowest = owner(), None
+    if model.session.batching.probing:
+        return args, kwargs
     for layer in reversed(model.streamed_layers if torch.is_grad_enabled() else []):
         if any(parameter.requires_grad for parameter in layer.module.parameters()):
             lowest = layer.number
     if any(weight.requires_grad for weight in absent):
         raise frozen("weights")
+    for name in ("output_router_logits", "output_attentions"):
+        config = model.config.get_text_config()
+        if kwargs.get(name, getattr(config, name, False)) and (
+            lowest is not None or model.session.micro_batch_size
+        ):
+            raise ConfigError(
+                f"{name} asks for values from inside the layers, whose gradients are not streamed: "
+                f"set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
+            )
     model.session.lowest = lowest
     model.session.n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run = functools.partial(plain.forward, model) if module is None else module.forward
     if lowest is not None:
         model.session.check_trained(model)
-    if lowest is not None and "use_cache" in inspect.signature(base.forward).parameters:
-        kwargs["use_cache"] = False  # a recompute must not fill it twice
+        args, kwargs = _without_cache(run, args, kwargs)
+    model.session.batching.begin(module, run, args, kwargs)
     return args, kwargs
+
+
+def _without_cache(run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The arguments with use_cache=False: a recompute must not fill a cache twice."""
+    signature = inspect.signature(run)
+    if "use_cache" not in {*kwargs, *signature.parameters}:
+        return args, kwargs
+    try:
+        bound = signature.bind(*args, **{"use_cache": None} | kwargs)
+    except TypeError:  # it is among args
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["use_cache"] = False
+        return bound.args, bound.kwargs
+    return args, kwargs | {"use_cache": False}
 
 
 def _leave_out_absent(

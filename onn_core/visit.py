@@ -1,12 +1,14 @@
 """One visit of a layer by the whole batch: without a graph forward, with a recompute backward."""
 
 from collections import Counter
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
+from onn_core.batching import CANNOT_CUT, Rows
 from onn_core.errors import ConfigError
 from onn_core.items import Item
 
@@ -21,8 +23,9 @@ class Call:
         self.spec = spec
         self.out_leaves: list[Any] = []
         self.out_spec: pytree.TreeSpec | None = None
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self.batch_size = tensors[0].shape[0]
+        batching = self.session.batching
+        self.number = batching.enter()
+        self.batch_size = batching.batch_size or next(len(x) for x in leaves if is_tensor(x))
         size = self.session.micro_batch_size or self.batch_size
         if any(map(is_cache, leaves)):  # generation: a cache is filled in one go
             size = self.session.cache_rows or self.batch_size
@@ -30,6 +33,11 @@ class Call:
             slice(start, min(start + size, self.batch_size))
             for start in range(0, self.batch_size, size)
         ]
+        self.rows_of: list[Rows | None] = [None] * len(leaves)
+        self.out_rows: list[Rows | None] = []  # of the output tensors
+        if len(self.slices) > 1:
+            name = type(layer.module).__name__
+            self.rows_of = batching.rows_of(self.number, leaves, name)
         self.random_states: list[Any] = []
         device_type = self.session.device.type
         self.autocast = {
@@ -37,11 +45,6 @@ class Call:
             "dtype": torch.get_autocast_dtype(device_type),
             "enabled": torch.is_autocast_enabled(device_type),
         }
-
-    def cut(self, value: Any, rows: slice) -> Any:
-        """The rows of a tensor (B, ...) that belong to a micro-batch; anything else whole."""
-        whole = len(self.slices) == 1 or not isinstance(value, torch.Tensor)
-        return value if whole or value.shape[:1] != (self.batch_size,) else value[rows]
 
     def run(self, leaves: list[Any]) -> list[Any]:
         """The layer's own forward; its outputs as leaves."""
@@ -60,46 +63,59 @@ class Call:
             for rows in self.slices:
                 layer.begin_micro_batch(rows is self.slices[-1])
                 self.random_states.append(_random_state(session.device))
-                part = self.run([self.cut(leaf, rows) for leaf in self.leaves])
+                part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
                 if len(self.slices) == 1:
                     whole = part
                 else:
                     self._place(whole, part, rows)
             layer.begin_micro_batch(False)
-        self.out_leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in whole]
-        return tuple(leaf for leaf in whole if isinstance(leaf, torch.Tensor))
+        if len(self.slices) > 1:
+            session.batching.note(self.number, self.leaves, whole, self.out_rows, self.out_spec)
+        self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
+        return tuple(leaf for leaf in whole if is_tensor(leaf))
 
     def _place(self, whole: list[Any], part: list[Any], rows: slice) -> None:
-        """whole[rows] = part, for every output (B, ...)."""
+        """whole[rows] = part, for every output, each with its samples where an input has them."""
         n_rows = rows.stop - rows.start
-        for index, value in enumerate(part):
-            is_tensor = isinstance(value, torch.Tensor)
-            if is_tensor and value.shape[:1] != (n_rows,):
-                raise ConfigError(
-                    f"{type(self.layer.module).__name__} returns values that cannot be cut into "
-                    "micro-batches: set micro_batch_size to None."
-                )
-            if rows.start == 0:
-                shape = (self.batch_size, *value.shape[1:]) if is_tensor else None
-                whole.append(value.new_empty(shape) if is_tensor else value)
-            if is_tensor:
-                whole[index][rows] = value
+        if rows.start == 0:
+            places = list(dict.fromkeys([*filter(None, self.rows_of), Rows(0, 1)]))
+            for value in part:
+                fits = [x for x in places if is_tensor(value) and x.holds(value, n_rows)]
+                if not is_tensor(value) or not fits:
+                    whole.append(value)
+                    continue
+                shape = list(value.shape)
+                shape[fits[0].axis] = self.batch_size * fits[0].per_sample
+                whole.append(value.new_empty(shape))
+                self.out_rows.append(fits[0])
+        tensors = [index for index, value in enumerate(part) if is_tensor(value)]
+        if len(tensors) != len(self.out_rows):
+            raise self._cannot_cut()
+        for index, place in zip(tensors, self.out_rows, strict=True):
+            here = place.cut(whole[index], rows)
+            if here.shape != part[index].shape:
+                raise self._cannot_cut()
+            here.copy_(part[index])
+
+    def _cannot_cut(self) -> ConfigError:
+        name = type(self.layer.module).__name__
+        return ConfigError(CANNOT_CUT.format(name, "what it returns does not follow the batch"))
 
     def with_outputs(self, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
         """The output leaves, with `tensors` in their places."""
         remaining = iter(tensors)
-        return [next(remaining) if leaf is None else leaf for leaf in self.out_leaves]
+        return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
 
     def build_graph(self, rows: slice, number: int, inputs: list[torch.Tensor]) -> "Graph":
         """Run a micro-batch again with a graph; `inputs` (B, ...) are those that need gradients."""
         remaining = iter(inputs)
         leaves, roots = [], []
-        for leaf in self.leaves:
+        for leaf, place in zip(self.leaves, self.rows_of, strict=True):
             if leaf is _INPUT:
-                leaf = self.cut(next(remaining), rows).detach().requires_grad_()
+                leaf = cut(next(remaining), place, rows).detach().requires_grad_()
                 roots.append(leaf)
             else:
-                leaf = self.cut(leaf, rows)
+                leaf = cut(leaf, place, rows)
             leaves.append(leaf)
         self.layer.begin_micro_batch(False)
         graph = Graph(self.layer)
@@ -109,11 +125,12 @@ class Call:
             with torch.autograd.graph.saved_tensors_hooks(graph.pack, graph.unpack):
                 outputs = self.run(leaves)
         graph.roots = roots
-        graph.outputs = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
+        graph.outputs = [leaf for leaf in outputs if is_tensor(leaf)]
         return graph
 
 
 _INPUT = object()  # where a differentiable input stood
+_TENSOR = object()  # where an output tensor stood
 
 
 class Graph:
@@ -157,8 +174,7 @@ class Visit(torch.autograd.Function):
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
         outputs = call.run_forward()
         call.leaves = [
-            _INPUT if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
-            for leaf in call.leaves
+            _INPUT if is_tensor(leaf) and leaf.requires_grad else leaf for leaf in call.leaves
         ]
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
@@ -173,13 +189,15 @@ class Visit(torch.autograd.Function):
             future = session.backward_pass(layer.number) + session.forward_pass()
         input_grads: list[torch.Tensor | None] = [None] * len(inputs)
         trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
+        in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
+        out_rows = call.out_rows or [None] * len(grads)
         with layer.visiting("backward", future or [layer.number]):
             for number, rows in enumerate(call.slices):
                 graph = call.build_graph(rows, number, inputs)
                 graph.release = session.plan.by_matrix or rows is call.slices[-1]
                 grad_of = [
-                    (out, call.cut(grad, rows))
-                    for out, grad in zip(graph.outputs, grads, strict=True)
+                    (out, cut(grad, place, rows))
+                    for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
                     if grad is not None and out.requires_grad
                 ]
                 found = torch.autograd.grad(
@@ -189,11 +207,14 @@ class Visit(torch.autograd.Function):
                     allow_unused=True,
                 )
                 for index, grad in enumerate(found[: len(inputs)]):
-                    _add_rows(input_grads, index, grad, inputs[index], call, rows)
+                    if in_rows[index] is None or grad is None:
+                        _add(input_grads, index, grad)
+                    else:
+                        if input_grads[index] is None:
+                            input_grads[index] = torch.zeros_like(inputs[index])
+                        in_rows[index].cut(input_grads[index], rows).copy_(grad)
                 for index, grad in enumerate(found[len(inputs) :]):
-                    if grad is not None:
-                        total = trained_grads[index]
-                        trained_grads[index] = grad if total is None else total.add_(grad)
+                    _add(trained_grads, index, grad)
                 del graph, found, grad_of
         if layer.number == session.lowest:  # before any optimizer step can use these gradients
             session.stream.check_files()
@@ -204,24 +225,19 @@ def is_cache(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def _add_rows(
-    totals: list[torch.Tensor | None],
-    index: int,
-    grad: torch.Tensor | None,
-    like: torch.Tensor,
-    call: Call,
-    rows: slice,
-) -> None:
-    """totals[index][rows] = grad where the input was cut, else totals[index] += grad."""
-    if grad is None or len(call.slices) == 1:
-        totals[index] = grad if grad is not None else totals[index]
-        return
-    if totals[index] is None:
-        totals[index] = torch.zeros_like(like)
-    if like.shape[:1] == (call.batch_size,):
-        totals[index][rows] = grad
-    else:
-        totals[index] += grad
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def cut(value: Any, place: Rows | None, rows: slice) -> Any:
+    """The rows of a tensor that belong to a micro-batch; what has no samples whole."""
+    return value if place is None else place.cut(value, rows)
+
+
+def _add(totals: list[torch.Tensor | None], index: int, grad: torch.Tensor | None) -> None:
+    if grad is not None:
+        total = totals[index]
+        totals[index] = grad if total is None else total.add_(grad)
 
 
 def _random_state(device: torch.device) -> Any:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("rows",),
-    ("config", "record", "reader", "product", "lazy"),
+    ("config", "record", "reader", "product", "lazy", "batching"),
     ("meter", "checkpoint", "data", "loss", "saved", "stopping"),
     ("sources", "models"),
     ("items", "corpus"),
