@@ -175,7 +175,7 @@ def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tup
 RUNS = [(1, None, 1 << 30), (2, 2, 1 << 30), (N_LAYERS, 3, 10 * WIDTH * 4)]
 # Micro-batches and blocks sum the same terms in another order; where float32 goes further than
 # this, float64 decides (the loss itself, and some attention, is float32 there too).
-TOLERANCE, TOLERANCE_FLOAT64 = 5e-6, 1e-6
+TOLERANCE, TOLERANCE_FLOAT64 = 5e-6, 5e-6
 
 
 def check(family: str) -> Outcome:
