@@ -35,7 +35,10 @@ class Call:
         ]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors
-        if len(self.slices) > 1:
+        if len(self.slices) > 1 and any(map(is_cache, leaves)):  # which a probe would not grow
+            fits = [is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in leaves]
+            self.rows_of = [Rows(0, 1) if fit else None for fit in fits]
+        elif len(self.slices) > 1:
             name = type(layer.module).__name__
             self.rows_of = batching.rows_of(self.number, leaves, name)
         self.random_states: list[Any] = []
@@ -69,7 +72,7 @@ class Call:
                 else:
                     self._place(whole, part, rows)
             layer.begin_micro_batch(False)
-        if len(self.slices) > 1:
+        if len(self.slices) > 1 and not any(map(is_cache, self.leaves)):
             session.batching.note(self.number, self.leaves, whole, self.out_rows, self.out_spec)
         self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
         return tuple(leaf for leaf in whole if is_tensor(leaf))
