@@ -54,7 +54,7 @@ def read_adapter(folder: str | os.PathLike) -> peft.LoraConfig:
         )
     for name in PATTERNS:
         value = fields.get(name) or []
-        for pattern in [value] if isinstance(value, str) else value:
+        for pattern in value if isinstance(value, list | dict) else [value]:
             _require_plain_pattern(pattern, path, name)
     try:
         with warnings.catch_warnings():

@@ -79,6 +79,15 @@ def _json_row(line: str, where: str) -> Row:
 
 
 def _row(row: Any, where: str) -> Row:
+    made = _made(row, where)
+    try:
+        json.dumps(made, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half a character (a lone surrogate): mend it.") from error
+    return made
+
+
+def _made(row: Any, where: str) -> Row:
     row = row if isinstance(row, Mapping) else {}
     if _all_text(row, "prompt", "response"):
         return _pair_row(row["prompt"], row["response"])

@@ -236,6 +236,7 @@ BAD_FOLDERS = {
     "slow pattern": (lambda f: edited(f, target_modules="(a+)+$"), "too long to match"),
     "slow rank pattern": (lambda f: edited(f, rank_pattern={"(.*)*x": 2}), "too long to match"),
     "pattern a list": (lambda f: edited(f, target_modules=[["q_proj"]]), "too long to match"),
+    "pattern a number": (lambda f: edited(f, rank_pattern=3.5), "too long to match"),
     "no such module": (lambda f: edited(f, target_modules=["nowhere"]), "is not an adapter"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "pickles"),
     "tensor missing": (with_tensors(fewer), "does not fit"),

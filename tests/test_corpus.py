@@ -133,6 +133,11 @@ def test_what_is_not_rows_is_refused(wrong):
         data.load_rows(onn_core.TrainConfig(model_dir="m", data=wrong, output_dir="o").data)
 
 
+def test_half_a_character_is_refused():
+    with pytest.raises(OnnError, match="row 1 of data holds half"):
+        data.load_rows([{"text": "a\ud800b"}])
+
+
 @pytest.mark.parametrize("row", [{}, 3, {"prompt": 1, "response": "x"}, {"messages": []}])
 def test_wrong_row_is_named(row):
     with pytest.raises(OnnError, match="row 2 of data needs"):

@@ -5,6 +5,7 @@ elsewhere, or code run. The fast tier tries a few hundred inputs, `-m faults` ov
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -148,7 +149,7 @@ def mutate_json(draw, value):
                 case "rename" if isinstance(place, dict):
                     place[draw(st.text(max_size=9))] = place.pop(key)
                 case _:
-                    place[key] = draw(st.sampled_from(HOSTILE))
+                    place[key] = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
             break
     return value
 
@@ -266,8 +267,7 @@ def text(tokenizer):
 def assert_withstood(folder, attack, draw):
     """One mutated copy of `folder` is read, or refused in one clear sentence."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(shutil.copytree(folder, Path(scratch) / "copy"))
-        paths, read = attack(copy)
+        paths, read = attack(Path(shutil.copytree(folder, Path(scratch) / "copy")))
         path = draw(st.sampled_from(paths))
         mutate(draw, path)
         if (path.parent / SUMS).is_file() and draw(st.integers(0, 4)):  # else the hash tells
