@@ -1,6 +1,7 @@
 """The activations of one decoder layer, counted on the meta device: no memory is taken."""
 
 import copy
+import warnings
 import weakref
 from typing import Any
 from unittest import mock
@@ -60,7 +61,9 @@ def visit_bytes(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        base = peft.get_peft_model(model, lora).train().base_model.model.base_model
+        with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            base = peft.get_peft_model(model, lora).train().base_model.model.base_model
         size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
         mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)
