@@ -25,6 +25,7 @@ from onn_core.footprint import Footprint
 from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
+from onn_core.meter import memory_bytes
 from onn_core.plan import Sizes, make_plan
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
 from onn_core.reader import keep_freed_memory
@@ -61,6 +62,7 @@ def from_pretrained(
     """
     checkpoint = Checkpoint.open(model_dir)
     device = resolve_device(device)
+    memory_before = memory_bytes()
     model = skeleton(checkpoint, dtype, device)
     layers = decoder_layers(model)
     _require_integer("chunk_size", chunk_size, len(layers))
@@ -105,6 +107,7 @@ def from_pretrained(
         micro_batch_size=micro_batch_size,
         sizes=sizes,
         plan=plan,
+        memory_before=memory_before,
     )
     if budget is not None:
         session.planner = functools.partial(

@@ -29,6 +29,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+def give_back_memory() -> None:
+    """Give the pages of freed blocks back to the system, also those inside the heap."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def host_buffer(n_bytes: int) -> torch.Tensor:
     """(n_bytes,) uint8, page-aligned, given back to the system when dropped."""
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory, the default, has no huge pages

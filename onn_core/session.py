@@ -15,7 +15,9 @@ from torch import nn
 from onn_core.batching import Batching
 from onn_core.errors import ConfigError
 from onn_core.items import Item
+from onn_core.meter import memory_bytes
 from onn_core.plan import Plan, Sizes
+from onn_core.reader import give_back_memory
 from onn_core.stream import WeightStream
 
 
@@ -46,6 +48,7 @@ class Session:
     sizes: Sizes
     plan: Plan
     planner: Callable[..., Plan] | None = None  # (sizes, B, T) -> plan, within a budget
+    memory_before: int = 0  # of the process, when the model was opened
     micro_batch_size: int | None = None
     fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
     n_trained: int = 0  # parameters
@@ -119,6 +122,10 @@ class Session:
         wait: for all of its weights at once; otherwise for each by `stream.wait`.
         """
         self.on_visit(phase, unit)
+        if self.planner is not None and self.device.type == "cpu":
+            beside = self.plan.peak_bytes - self.plan.parts["activations"] // 2
+            if memory_bytes() - self.memory_before > beside:  # the heap's gaps have grown
+                give_back_memory()
         counts = self.stream.counts
         items = self.stream.enter(future, *([False] if self.plan.by_matrix and not wait else []))
         for item in items if wait else ():
