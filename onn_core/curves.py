@@ -172,7 +172,11 @@ def exactness(study: Study) -> str:
     for label, difference in in_memory_difference(study).items():
         n_steps = len(study.in_memory[label])
         found = "equal to the last bit" if difference == 0 else f"{difference:.1g} apart at most"
-        lines.append(f"{label}, {n_steps} steps: streamed and in-memory losses are {found}.")
+        first = abs(study.runs[label][0].steps[0].loss - study.in_memory[label][0])
+        lines.append(
+            f"{label}, {n_steps} steps: streamed and in-memory losses are {found}; {first:.1g} in "
+            "the first step."
+        )
     return "\n".join(lines)
 
 
