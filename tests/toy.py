@@ -93,7 +93,7 @@ def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[st
 
 # In memory, float16 rounds the gradient of the logits before a loss scale has lifted it; the
 # streamed head keeps it in float32 until then.
-FLOAT16_TOLERANCE = 1e-2
+FLOAT16_TOLERANCE = 2e-2
 
 
 def with_lora(model: transformers.PreTrainedModel, **settings) -> peft.PeftModel:
