@@ -10,6 +10,7 @@ from onn_core.product import product, product_back
 
 IGNORED = -100  # a label that is not counted
 LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens
+HEAD_TOKENS = 1024  # at most, that meet a block of the head at once
 GRADIENT_BYTES = 256 << 20  # float32 sums for the gradient; beyond, they stay on the host
 
 
@@ -18,9 +19,9 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
-def token_chunks(n_tokens: int, n_rows: int) -> list[slice]:
+def token_chunks(n_tokens: int, n_rows: int, at_most: int | None = None) -> list[slice]:
     """Slices of tokens whose float32 logits over `n_rows` stay within LOGITS_BYTES."""
-    size = max(1, LOGITS_BYTES // (4 * n_rows))
+    size = min(at_most or max(1, n_tokens), max(1, LOGITS_BYTES // (4 * n_rows)))
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
@@ -56,7 +57,7 @@ class OnlineCrossEntropy:
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
-        for tokens in token_chunks(len(self.labels), len(weight)):
+        for tokens in token_chunks(len(self.labels), len(weight), HEAD_TOKENS):
             self._add_tokens(tokens, first, weight, bias)
 
     def _add_tokens(

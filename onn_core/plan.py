@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from onn_core.errors import ConfigError
 from onn_core.items import Item, count_slots, few_slots
-from onn_core.loss import LOGITS_BYTES
+from onn_core.loss import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
 HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
@@ -134,8 +134,11 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
     if not sizes.head:
         return 0
     n_rows, n_hidden = sizes.head[0][0].shape  # (v, C)
-    chunk = min(n_tokens, max(1, LOGITS_BYTES // (4 * n_rows)))
-    return n_tokens * (8 * n_hidden + sizes.hidden_bytes) + chunk * (10 * n_rows + 10 * n_hidden)
+    chunk = min(n_tokens, HEAD_TOKENS, max(1, LOGITS_BYTES // (4 * n_rows)))
+    sums = 8 * n_hidden * n_tokens
+    if not sizes.on_cpu and sums > GRADIENT_BYTES:
+        sums = 8 * n_hidden * chunk
+    return sums + n_tokens * sizes.hidden_bytes + chunk * (10 * n_rows + 10 * n_hidden)
 
 
 def slots_bytes(slots: Counter) -> int:
