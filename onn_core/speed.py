@@ -130,10 +130,9 @@ def ceilings_table(record: dict[str, Any]) -> Any:
 
 def show_timeline(row: dict[str, Any], title: str) -> None:
     """One step: layers against time, the reads of a layer above its compute."""
-    spans = [tuple(span) for span in row["timeline"]]
-    names = [f"layer {unit}" for unit in range(row["layers"])]
-    head = {unit for what, unit, *_ in spans if unit >= row["layers"]}
-    names += [f"head block {number}" for number in range(len(head))]
+    depth = row["layers"]
+    spans = [(what, min(unit, depth), *times) for what, unit, *times in row["timeline"]]
+    names = [f"layer {unit}" for unit in range(depth)] + ["head"]
     show_both(
         _plotly_timeline(spans, names, title),
         _matplotlib_timeline(spans, names, title),
@@ -144,7 +143,11 @@ def show_timeline(row: dict[str, Any], title: str) -> None:
 def show_speed(record: dict[str, Any]) -> None:
     """Time of a sample for every system and batch size, beside the limit."""
     rows = record["rows"]
-    names = [f"{row['system'].replace('_', ' ')}, batch {row['batch_size']}" for row in rows]
+    names = [
+        f"{row['system'].replace('_', ' ')}, batch {row['batch_size']} x {row['sequence']} tokens, "
+        f"{row['layers']} layers"
+        for row in rows
+    ]
     times = [row["ms_per_sample"] / 1e3 for row in rows]
     limits = [t * row["percent_of_limit"] / 100 for t, row in zip(times, rows, strict=True)]
     title = "seconds per sample (logarithmic)"
