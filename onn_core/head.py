@@ -17,7 +17,7 @@ from onn_core.product import linear, product, product_back
 from onn_core.session import Session
 from onn_core.sources import Source
 
-HEAD_BLOCK_BYTES = 32 << 20
+HEAD_BLOCK_BYTES = 64 << 20
 # Elementwise functions of logits, with numbers at most, that wait until the logits are made.
 ELEMENTWISE = {
     *("float", "to", "type", "contiguous", "clone", "neg", "__neg__", "tanh", "mul", "__mul__"),
