@@ -123,7 +123,7 @@ class Session:
         """
         self.on_visit(phase, unit)
         if self.planner is not None and self.device.type == "cpu":
-            beside = self.plan.peak_bytes - self.plan.parts["activations"] // 2
+            beside = self.planner.keywords["budget"] - self.plan.parts["activations"] // 2
             if memory_bytes() - self.memory_before > beside:  # the heap's gaps have grown
                 give_back_memory()
         counts = self.stream.counts
