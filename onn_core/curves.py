@@ -1,6 +1,5 @@
 """A study -> tables, and learning curves with a band over the seeds."""
 
-import io
 import itertools
 import re
 import statistics
@@ -10,7 +9,7 @@ from typing import Any
 
 from onn_core import pages
 from onn_core.record import RunRecord, write_atomic
-from onn_core.report import COLOURS, DASHES
+from onn_core.report import COLOURS, DASHES, png
 from onn_core.study import (
     RULE,
     Runs,
@@ -294,6 +293,4 @@ def _png(panels: list[tuple], labels: list[str]) -> bytes:
     axes[1][0].set_ylabel("training loss\n(nats per counted token)")
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return png(figure)

@@ -108,14 +108,11 @@ def from_pretrained(
         sizes=sizes,
         plan=plan,
         memory_before=memory_before,
+        budget=budget,
+        planner=functools.partial(
+            make_plan, chunk_size=chunk_size, micro_batch_size=micro_batch_size
+        ),
     )
-    if budget is not None:
-        session.planner = functools.partial(
-            make_plan,
-            budget=budget,
-            chunk_size=chunk_size,
-            micro_batch_size=micro_batch_size,
-        )
     streamed = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         streamed.append(StreamedLayer(layer, number, own, session))

@@ -30,7 +30,7 @@ PHASES = ("forward", "head", "backward")
 class NothingKept(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
-    def enter(self, future: Sequence[int]) -> list[Item]:
+    def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
         items, started = self.units[future[0]], time.perf_counter()
         staging = Staging(self._copies)
         for item in items:

@@ -70,28 +70,11 @@ def show_both(live: dict[str, Any], picture: bytes, text: str) -> None:
     display({**bundle, "image/png": base64.b64encode(picture).decode()}, raw=True)
 
 
-def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 24
-) -> list[str]:
-    """Greedy answers to prompts, all of them in one pass over the weights a token."""
-    import torch
-
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = model.generate(
-            **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
-        )
-    model.train(was_training)
-    new = ids[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 class LiveLine:
@@ -149,6 +132,4 @@ def _matplotlib_curve(curves: list[tuple], x_title: str) -> bytes:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)

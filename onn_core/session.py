@@ -47,7 +47,8 @@ class Session:
     device: torch.device
     sizes: Sizes
     plan: Plan
-    planner: Callable[..., Plan] | None = None  # (sizes, B, T) -> plan, within a budget
+    planner: Callable[..., Plan]  # (sizes, B, T, budget) -> plan
+    budget: int | None = None  # bytes; None plans nothing
     memory_before: int = 0  # of the process, when the model was opened
     micro_batch_size: int | None = None
     fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
@@ -73,10 +74,10 @@ class Session:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits."""
         micro = min(self.micro_batch_size or batch_size, batch_size)
         needed = (batch_size * n_tokens, micro * n_tokens, self.n_trained)
-        if self.planner is None or all(map(operator.le, needed, self.fitted)):
+        if self.budget is None or all(map(operator.le, needed, self.fitted)):
             return
         sizes = dataclasses.replace(self.sizes, n_trained=self.n_trained)
-        self.plan = self.planner(sizes, batch_size, n_tokens)
+        self.plan = self.planner(sizes, batch_size, n_tokens, self.budget)
         self.micro_batch_size = self.plan.micro_batch_size
         self.fitted = (needed[0], self.micro_batch_size * n_tokens, self.n_trained)
         if self.plan.slots != self.stream.slots:
@@ -88,7 +89,7 @@ class Session:
         if self.plan.boundaries == "disk":
             return torch.autograd.graph.saved_tensors_hooks(OnDisk, OnDisk.read)
         n_bytes = self.n_layers * sum(x.nbytes for x in inputs)
-        on_cuda, unplanned = self.device.type == "cuda", self.planner is None
+        on_cuda, unplanned = self.device.type == "cuda", self.budget is None
         if self.plan.boundaries == "host" or (
             on_cuda and unplanned and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4
         ):
@@ -122,12 +123,12 @@ class Session:
         wait: for all of its weights at once; otherwise for each by `stream.wait`.
         """
         self.on_visit(phase, unit)
-        if self.planner is not None and self.device.type == "cpu":
-            beside = self.planner.keywords["budget"] - self.plan.parts["activations"] // 2
+        if self.budget is not None and self.device.type == "cpu":
+            beside = self.budget - self.plan.parts["activations"] // 2
             if memory_bytes() - self.memory_before > beside:  # the heap's gaps have grown
                 give_back_memory()
         counts = self.stream.counts
-        items = self.stream.enter(future, *([False] if self.plan.by_matrix and not wait else []))
+        items = self.stream.enter(future, wait or not self.plan.by_matrix)
         for item in items if wait else ():
             self.stream.wait(item)
         started, waited_s = time.perf_counter(), counts.wait_s

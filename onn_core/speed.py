@@ -1,13 +1,12 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
-import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from onn_core.errors import OnnError
-from onn_core.report import COLOURS, show_both
+from onn_core.report import COLOURS, png, show_both
 
 SCHEMA_VERSION = 1
 # what a timeline shows -> colour
@@ -172,7 +171,7 @@ def show_speed(record: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(title)
     figure.legend(loc="outside right upper", frameon=False)
-    show_both(live, _png(figure), "seconds per sample of every system")
+    show_both(live, png(figure), "seconds per sample of every system")
 
 
 def print_verdict(record: dict[str, Any], claimed: tuple[float, float] = (7.0, 13.0)) -> None:
@@ -249,7 +248,7 @@ def _show_growth(rows: list[dict[str, Any]], against: str, title: str, fixed: st
         part.set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     figure.suptitle(fixed, fontsize=10)
-    show_both(live, _png(figure), f"time and memory of a step against {title}; {fixed}")
+    show_both(live, png(figure), f"time and memory of a step against {title}; {fixed}")
 
 
 def _depth(record: dict[str, Any]) -> int:
@@ -289,7 +288,7 @@ def _matplotlib_timeline(spans: list[tuple], names: list[str], title: str) -> by
     axes.set_xlabel("seconds in the step")
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside right upper", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -302,9 +301,3 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
         part.set_axisbelow(True)
         part.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

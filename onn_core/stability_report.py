@@ -1,7 +1,6 @@
 """Outcomes of the stability study: a table, a figure, JSON out and in."""
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord, describe_environment, write_json
-from onn_core.report import COLOURS, DASHES
+from onn_core.report import COLOURS, DASHES, png
 from onn_core.stability import MENDS, Event, Outcome
 
 SCHEMA_VERSION = 1
@@ -143,14 +142,12 @@ def headroom(curves: dict[str, dict[int, float]]) -> tuple[dict[str, Any], bytes
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
     layout = {"height": 460, "template": "plotly_white", "annotations": notes}
     layout["xaxis"] = {"title": {"text": "decoder layer"}}
     layout["yaxis"] = {"title": {"text": "largest absolute value"}, "type": "log"}
     layout["yaxis"]["exponentformat"] = "power"
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    return {"data": traces, "layout": layout}, buffer.getvalue()
+    return {"data": traces, "layout": layout}, png(figure)
 
 
 def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> None:

@@ -49,12 +49,12 @@ def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
         stream = made.base.session.stream
         enter = stream.enter
 
-        def count(future):
+        def count(future, claim):
             nonlocal n_visits
             n_visits += 1
             if n_visits == at_visit:
                 stop()
-            return enter(future)
+            return enter(future, claim)
 
         stream.enter = count
         if error is Ended:
