@@ -1,6 +1,7 @@
 """What fits a memory budget: chunk, micro-batch, resident layers, where boundaries wait."""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,13 +32,17 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model runs; `parts` are the terms of its peak memory, in bytes."""
+    """How a model runs; `parts` are the terms of its peak memory, in bytes, counted at need."""
 
     slots: Counter  # size in bytes -> how many
     n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
     micro_batch_size: int
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
-    parts: dict[str, int]
+    count: Callable[[], dict[str, int]]  # -> parts; traces a layer
+
+    @functools.cached_property
+    def parts(self) -> dict[str, int]:
+        return self.count()
 
     @property
     def by_matrix(self) -> bool:
@@ -77,8 +82,8 @@ def make_plan(
         micro = _micro_batches(sizes, batch_size, n_tokens, budget)
     places = ("memory", "disk" if sizes.on_cpu else "host")
     for (n_resident, slots), place, size in itertools.product(weights, places, micro):
-        parts = _parts(sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, place, parts)
+        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
+        plan = Plan(slots, n_resident, size, place, count)
         if budget is None or MARGIN * plan.peak_bytes <= budget:
             return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
@@ -111,7 +116,8 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
     for n_resident, slots in choices:
         parts = plan.parts | {"weights": slots_bytes(slots)}
         if MARGIN * sum(parts.values()) <= budget:
-            return dataclasses.replace(plan, n_resident=n_resident, slots=slots, parts=parts)
+            kept = {"n_resident": n_resident, "slots": slots, "count": parts.copy}
+            return dataclasses.replace(plan, **kept)
     return plan
 
 

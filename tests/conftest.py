@@ -1,5 +1,6 @@
 import os
 import shutil
+from collections import defaultdict
 
 import pytest
 
@@ -38,3 +39,15 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How much `make test-faults` did: what its tests recorded as "KIND, WHERE"."""
+    found = defaultdict(dict)
+    for report in terminalreporter.getreports("passed"):
+        for name, count in report.user_properties:
+            kind, where = name.split(", ")
+            found[kind][where] = count
+    for kind, counts in found.items():
+        each = ", ".join(f"{where} {count}" for where, count in counts.items())
+        terminalreporter.write_line(f"{sum(counts.values())} {kind}: {each}")

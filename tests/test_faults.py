@@ -79,7 +79,9 @@ def require_tidy(output_dir):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_at_random_moments_within_a_phase(phase, forks, small, whole, tmp_path):
+def test_killed_at_random_moments_within_a_phase(
+    phase, forks, small, whole, tmp_path, record_property
+):
     """At any call or return of any function within it, with a seed of its own."""
     run(forks, "run_killed", small, tmp_path / "dry", phase=phase, at=0)
     require_equal(tmp_path / "dry", whole)
@@ -96,9 +98,10 @@ def test_killed_at_random_moments_within_a_phase(phase, forks, small, whole, tmp
         require_equal(output_dir, whole)
         require_tidy(output_dir)
     assert len(finished) > 1 or phase == "end"  # not always in the same step
+    record_property(f"kills, {phase}", N_KILLS)
 
 
-def test_killed_at_random_times(forks, small, whole, tmp_path):
+def test_killed_at_random_times(forks, small, whole, tmp_path, record_property):
     """Killed by another process, again and again, until the run is done."""
     chance, n_kills = random.Random(SEED), 0
     for number in range(12):
@@ -121,6 +124,7 @@ def test_killed_at_random_times(forks, small, whole, tmp_path):
         require_equal(output_dir, whole)
         require_tidy(output_dir)
     assert n_kills > 12
+    record_property("kills, at random times", n_kills)
 
 
 # --- the disk that is written to ------------------------------------------------------------

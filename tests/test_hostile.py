@@ -7,6 +7,7 @@ elsewhere, or code run. The fast tier tries a few hundred inputs, `-m faults` ov
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ pytestmark = [
 ]
 ALLOWED_BYTES = 1 << 30  # of addresses beyond those of the start; the files have kilobytes
 ALLOWED_S = 20
+NUMBERS = itertools.count()  # of inputs
 HOSTILE = [
     *(None, True, False, 0, 1, -1, 2, 3.5, 1e308, float("nan"), float("inf"), 2**31, 2**63, 10**30),
     *(10**6, 10**9, "", "x", "../x", "/etc/passwd", "..", "a\0b", "\ud800", "x" * 5000, "(a+)+$"),
@@ -196,6 +198,10 @@ def mutate(draw, path: Path) -> None:
 # ---- what is attacked: a folder of good files, which of them are mutated, and what reads them
 
 
+def base_dir(family, shard="5GB"):
+    return toy_dir(family, shard=shard, n_layers=2)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("small"), n_layers=2)
@@ -204,7 +210,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    with_lora(in_memory(toy_dir("llama")), rank_pattern={"q_proj": 2}).save_pretrained(folder)
+    with_lora(in_memory(base_dir("llama")), rank_pattern={"q_proj": 2}).save_pretrained(folder)
     return folder
 
 
@@ -227,8 +233,11 @@ def read_all(folder):
 
 
 def configuration(folder):
-    def load():
-        model = onn_core.from_pretrained(folder, device="cpu", dtype="float32")
+    def load():  # with a budget all of the config is used, and the load takes four times as long
+        budget = None if next(NUMBERS) % 8 else "1GB"
+        model = onn_core.from_pretrained(
+            folder, device="cpu", dtype="float32", memory_budget=budget
+        )
         model.close()
 
     return [folder / "config.json", folder / "generation_config.json"], load
@@ -238,7 +247,7 @@ def adapter_folder(folder):
     return [
         folder / "adapter_config.json",
         folder / "adapter_model.safetensors",
-    ], lambda: load_adapter(streamed(toy_dir("llama")), folder)(**toy_batch())
+    ], lambda: load_adapter(streamed(base_dir("llama")), folder)(**toy_batch())
 
 
 def training_checkpoint(made):
@@ -301,20 +310,23 @@ def fuzz(folder, attack, n_inputs):
     run()
 
 
-TARGETS = ("index", "config", "adapter", "checkpoint", "text", "tokens")
+TARGETS = ("index", "llama", "adapter", "checkpoint", "text", "tokens")
+FAMILIES = ("phi3", "gemma2", "mixtral", "gpt2")
 TIERS = [
     *((target, 40) for target in TARGETS),
+    *((family, 15) for family in FAMILIES),
     *(pytest.param(target, 1800, marks=pytest.mark.faults) for target in TARGETS),
+    *(pytest.param(family, 600, marks=pytest.mark.faults) for family in FAMILIES),
 ]
 
 
 @pytest.mark.parametrize(("target", "n_inputs"), TIERS)
-def test_mutated_files_are_read_or_refused(target, n_inputs, request, monkeypatch):
+def test_mutated_files_are_read_or_refused(target, n_inputs, request, monkeypatch, record_property):
     small = request.getfixturevalue("small")
     if target == "index":
-        folder, attack = toy_dir("llama", shard="40KB"), index_and_headers
-    elif target == "config":
-        folder, attack = toy_dir("llama"), configuration
+        folder, attack = base_dir("llama", "20KB"), index_and_headers
+    elif target in ("llama", *FAMILIES):
+        folder, attack = base_dir(target), configuration
     elif target == "adapter":
         folder, attack = request.getfixturevalue("adapter_dir"), adapter_folder
     elif target == "checkpoint":
@@ -329,6 +341,7 @@ def test_mutated_files_are_read_or_refused(target, n_inputs, request, monkeypatc
             attack = cached_tokens(tokenizer, small, monkeypatch)
             folder = attack.folder
     fuzz(folder, attack, n_inputs)
+    record_property(f"hostile inputs, {target}", n_inputs)
 
 
 def transformers_tokenizer(folder):

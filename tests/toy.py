@@ -55,16 +55,23 @@ def _root() -> Path:
 
 
 @functools.cache
-def toy_dir(family: str, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+def toy_dir(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    n_layers: int = N_LAYERS,
+) -> Path:
     """The folder of a random toy model; the same weights in every dtype and shard size."""
     name, settings = SETTINGS[family]
+    depth = {"n_layer" if family == "gpt2" else "num_hidden_layers": n_layers}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
+    config = getattr(transformers, f"{name}Config")(**settings | depth)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases, else ones and zeros
                 parameter += 0.1 * torch.randn_like(parameter)
-    folder = _root() / f"{family}-{str(dtype).removeprefix('torch.')}-{shard}"
+    folder = _root() / f"{family}-{str(dtype).removeprefix('torch.')}-{shard}-{n_layers}"
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     return folder
 
