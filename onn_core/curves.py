@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onn_core import pages
+from onn_core.figure import Figure, Line, Panel
 from onn_core.record import RunRecord, write_atomic
-from onn_core.report import COLOURS, DASHES, png
 from onn_core.study import (
     RULE,
     Runs,
@@ -23,10 +23,9 @@ from onn_core.study import (
 
 AXES = {
     "samples": "samples seen",
-    "steps": "optimizer steps",
+    "steps": "optimizer steps (logarithmic)",
     "seconds": "training time (s)",
 }
-MARKERS = ("o", "s", "^", "D", "v", "P")
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
@@ -154,15 +153,26 @@ def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
     return _band(runs)
 
 
-def study_figure(runs: Runs, controls: Runs) -> tuple[dict[str, Any], bytes]:
-    """(plotly, PNG): held-out and training loss against samples, steps and time."""
-    panels = []  # row, column, curves by label
-    for column, against in enumerate(AXES):
+def study_figure(runs: Runs, controls: Runs) -> Figure:
+    """Held-out and training loss against samples, steps and time."""
+    numbers = {label: number for number, label in enumerate([*runs, *controls])}
+    held_out, training = [], []
+    for against, title in AXES.items():
         shown = runs | controls if against == "samples" else runs
-        panels.append((0, column, {name: held_out_curve(r, against) for name, r in shown.items()}))
-        panels.append((1, column, {name: training_curve(r, against) for name, r in runs.items()}))
-    labels = [*runs, *controls]
-    return _plotly(panels, labels), _png(panels, labels)
+        for panels, curve, chosen, y in (
+            (held_out, held_out_curve, shown, "change of held-out loss"),
+            (training, training_curve, runs, "training loss"),
+        ):
+            lines = []
+            for label, records in chosen.items():
+                points = curve(records, against)
+                if against == "steps":  # a logarithm has no place for the start
+                    points = [point for point in points if point[0] > 0]
+                x, mean, *band = zip(*points, strict=True)
+                lines.append(Line(label, x, mean, numbers[label], band))
+            y = "" if panels else f"{y} (nats/token)"
+            panels.append(Panel(lines, title, y, log_x=against == "steps"))
+    return Figure([held_out, training], "learning curves", width=11)
 
 
 def exactness(study: Study) -> str:
@@ -183,7 +193,7 @@ def write_files(study: Study, folder: str | Path) -> None:
     """learning_results.json, learning_curves.png, learning_validation.html and, for trackers, the
     record of each configuration's first seed, in `folder`."""
     folder = Path(folder)
-    picture = study_figure(study.runs, study.controls)[1]
+    picture = study_figure(study.runs, study.controls).png()
     study.save(folder / "learning_results.json")
     write_atomic(folder / "learning_curves.png", picture)
     for label, records in (study.runs | study.controls).items():
@@ -234,63 +244,3 @@ def _band(runs: list[list[tuple[float, float]]]) -> Curve:
         xs, losses = zip(*points, strict=True)
         curve.append((statistics.fmean(xs), statistics.fmean(losses), min(losses), max(losses)))
     return curve
-
-
-def _plotly(panels: list[tuple], labels: list[str]) -> dict[str, Any]:
-    traces, layout = [], {"height": 640, "template": "plotly_white", "hovermode": "closest"}
-    layout |= {"grid": {"rows": 2, "columns": 3, "pattern": "independent"}}
-    layout |= {"legend": {"orientation": "h", "y": -0.15}}
-    titles = list(AXES.values())
-    for row, column, curves in panels:
-        number = 3 * row + column + 1
-        axis = "" if number == 1 else str(number)
-        layout[f"xaxis{axis}"] = {"title": {"text": titles[column]}}
-        kind = "training loss" if row else "change of held-out loss"
-        layout[f"yaxis{axis}"] = {"title": {"text": f"{kind} (nats/token)"}}
-        for label, curve in curves.items():
-            place = labels.index(label)
-            colour, dash = COLOURS[place % 6], DASHES[place % 4][0]
-            x, mean, low, high = (list(values) for values in zip(*curve, strict=True))
-            common = {"type": "scatter", "xaxis": f"x{axis}", "yaxis": f"y{axis}"}
-            common |= {"legendgroup": label, "name": label}
-            traces.append(
-                common
-                | {"x": x + x[::-1], "y": high + low[::-1], "fill": "toself", "mode": "none"}
-                | {"fillcolor": colour, "opacity": 0.2, "hoverinfo": "skip", "showlegend": False}
-            )
-            traces.append(
-                common
-                | {"x": x, "y": mean, "mode": "lines+markers", "showlegend": number == 1}
-                | {"line": {"color": colour, "dash": dash}}
-            )
-    return {"data": traces, "layout": layout}
-
-
-def _png(panels: list[tuple], labels: list[str]) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = figure.subplots(2, 3, sharey="row")
-    titles = list(AXES.values())
-    for row, column, curves in panels:
-        panel = axes[row][column]
-        for label, curve in curves.items():
-            place = labels.index(label)
-            colour, dash = COLOURS[place % 6], DASHES[place % 4][1]
-            x, mean, low, high = zip(*curve, strict=True)
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            style = {"color": colour, "linestyle": dash, "marker": MARKERS[place % 6]}
-            panel.plot(x, mean, markersize=4, label=label, **style)
-        if titles[column] == AXES["steps"]:
-            panel.set_xscale("symlog", linthresh=1)
-            panel.xaxis.set_major_formatter("{x:g}")
-        panel.set_xlim(left=0)
-        if row:
-            panel.set_xlabel(titles[column])
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("change of held-out loss\n(nats per counted token)")
-    axes[1][0].set_ylabel("training loss\n(nats per counted token)")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    return png(figure)

@@ -268,7 +268,7 @@ class Explorer:
                 self._say(str(error), alert=True)
         if shown:
             with self._drawing:  # matplotlib's log labels are not made by two threads at once
-                self.png = figure(shown, run.events if run is not None else [])
+                self.png = figure(shown, run.events if run is not None else []).png()
             text = ", ".join(f"{label}: loss {r.steps[-1].loss:.3f}" for label, r in shown.items())
             data = base64.b64encode(self.png).decode()
             source = f'src="data:image/png;base64,{data}"'

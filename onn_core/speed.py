@@ -1,16 +1,19 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onn_core.errors import OnnError
-from onn_core.report import COLOURS, png, show_both
+from onn_core.figure import Bars, Figure, Line, Panel
+from onn_core.sizing import geometry_of, predict
 
 SCHEMA_VERSION = 1
-# what a timeline shows -> colour
-PHASES = {"read": COLOURS[0], "forward": COLOURS[1], "head": COLOURS[2], "backward": COLOURS[3]}
+PHASES = ("read", "forward", "head", "backward")  # what a timeline shows
 
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
@@ -127,19 +130,21 @@ def ceilings_table(record: dict[str, Any]) -> Any:
     return table.map(lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}")
 
 
-def show_timeline(row: dict[str, Any], title: str) -> None:
+def timeline(row: dict[str, Any], title: str) -> Figure:
     """One step: layers against time, the reads of a layer above its compute."""
-    depth = row["layers"]
-    spans = [(what, min(unit, depth), *times) for what, unit, *times in row["timeline"]]
-    names = [f"layer {unit}" for unit in range(depth)] + ["head"]
-    show_both(
-        _plotly_timeline(spans, names, title),
-        _matplotlib_timeline(spans, names, title),
-        f"timeline of one step: {title}",
-    )
+    depth, parts = row["layers"], []
+    for number, phase in enumerate(PHASES):
+        events = [event for event in row["timeline"] if event[0] == phase]
+        places = [min(unit, depth) + (-0.2 if phase == "read" else 0.2) for _, unit, *_ in events]
+        spans = ([event[2] for event in events], [event[3] for event in events])
+        parts.append(Bars(phase, places, *spans, number, height=0.38))
+    names = [*(f"layer {unit}" for unit in range(depth)), "head"]
+    height = 1.2 + 0.22 * len(names)
+    panel = Panel(parts, "seconds in the step", title=title, rows=names, height=height)
+    return Figure([[panel]], f"timeline of one step: {title}")
 
 
-def show_speed(record: dict[str, Any]) -> None:
+def sample_times(record: dict[str, Any]) -> Figure:
     """Time of a sample for every system and batch size, beside the limit."""
     rows = record["rows"]
     names = [
@@ -149,29 +154,12 @@ def show_speed(record: dict[str, Any]) -> None:
     ]
     times = [row["ms_per_sample"] / 1e3 for row in rows]
     limits = [t * row["percent_of_limit"] / 100 for t, row in zip(times, rows, strict=True)]
-    title = "seconds per sample (logarithmic)"
-    bars = {"type": "bar", "orientation": "h", "x": times, "y": names, "name": "measured"}
-    dots = {"type": "scatter", "mode": "markers", "x": limits, "y": names, "name": "limit"}
-    live = {
-        "data": [
-            bars | {"marker": {"color": COLOURS[0]}},
-            dots | {"marker": {"color": "black", "symbol": "line-ns-open", "size": 16}},
-        ],
-        "layout": {
-            "xaxis": {"type": "log", "title": {"text": title}},
-            "yaxis": {"autorange": "reversed", "automargin": True},
-            "height": 120 + 34 * len(rows),
-            "template": "plotly_white",
-        },
-    }
-    figure, axes = _figure(9, 1.2 + 0.34 * len(rows))
-    axes.barh(names, times, color=COLOURS[0], label="measured")
-    axes.plot(limits, names, "|", color="black", markersize=16, markeredgewidth=2, label="limit")
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.set_xlabel(title)
-    figure.legend(loc="outside right upper", frameon=False)
-    show_both(live, png(figure), "seconds per sample of every system")
+    places = range(len(rows))
+    bars = Bars("measured", places, [0] * len(rows), times)
+    dots = Line("limit", limits, places, mode="ticks", colour="black")
+    x, height = "seconds per sample (logarithmic)", 0.8 + 0.34 * len(rows)
+    panel = Panel([bars, dots], x, rows=names, log_x=True, height=height)
+    return Figure([[panel]], "seconds per sample of every system")
 
 
 def print_verdict(record: dict[str, Any], claimed: tuple[float, float] = (7.0, 13.0)) -> None:
@@ -202,102 +190,72 @@ def smallest_and_largest(record: dict[str, Any]) -> list[dict[str, Any]]:
     return own[:1] + own[1:][-1:]
 
 
-def show_growth(record: dict[str, Any]) -> None:
-    """Step time and peak memory of this project against batch, depth and sequence."""
+def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
+    """Step time and peak memory of this project against batch, depth and sequence.
+
+    One row of panels for each of them with three measured points or more, all else being equal.
+    config: of the measured model, by transformers; with it the predictions are drawn in.
+    """
     own = [row for row in record["rows"] if row["system"] == "onn"]
-    titles = {"batch_size": "batch size", "layers": "decoder layers", "sequence": "tokens a sample"}
+    titles = {"layers": "decoder layers", "batch_size": "batch size", "sequence": "tokens a sample"}
+    short = {"layers": "{} layers", "batch_size": "batch {}", "sequence": "{} tokens"}
+    panels = []
     for against, title in titles.items():
         others = [name for name in titles if name != against]
-        groups: dict[tuple, list] = {}
-        for row in own:
-            groups.setdefault(tuple(row[name] for name in others), []).append(row)
-        rows = max(groups.values(), key=len)
-        if len(rows) > 1:
-            fixed = ", ".join(f"{titles[name]} {rows[0][name]}" for name in others)
-            _show_growth(sorted(rows, key=lambda row: row[against]), against, title, fixed)
+        groups: dict[str, list] = {}
+        for row in sorted(own, key=lambda row: row[against]):
+            fixed = ", ".join(short[name].format(row[name]) for name in others)
+            groups.setdefault(fixed, []).append(row)
+        groups = {fixed: rows for fixed, rows in groups.items() if len(rows) >= 3}
+        times, memory = [], []
+        for number, (fixed, rows) in enumerate(groups.items()):
+            found = [_predicted(record, row, config) for row in rows] if config else []
+            known = [
+                (row[against], found) for row, found in zip(rows, found, strict=False) if found
+            ]
+            for parts, measured, predicted, unit in (
+                (times, "step_s", "step_s", 1),
+                (memory, "peak_memory_bytes", "peak_bytes", 2**30),
+            ):
+                x, y = [row[against] for row in rows], [row[measured] / unit for row in rows]
+                parts.append(Line(f"measured: {fixed}", x, y, number, mode="markers", width=3))
+                if known:
+                    x, y = [at for at, _ in known], [found[predicted] / unit for _, found in known]
+                    parts.append(Line(f"predicted: {fixed}", x, y, number, mode="lines"))
+        if groups:
+            axes = {"x": title, "from_zero": True}
+            panels.append(
+                [
+                    Panel(times, y="seconds per step", **axes),
+                    Panel(memory, y="peak memory (GiB)", **axes),
+                ]
+            )
+    if not panels:
+        return "fewer than three depths, batches or sequences were measured: nothing to draw"
+    return Figure(panels, "time and memory of a step against depth, batch and sequence")
 
 
-def _show_growth(rows: list[dict[str, Any]], against: str, title: str, fixed: str) -> None:
-    x = [row[against] for row in rows]
-    measured = [row["step_s"] for row in rows]
-    limit = [row["step_s"] * row["percent_of_limit"] / 100 for row in rows]
-    memory = [row["peak_memory_bytes"] / 2**30 for row in rows]
-    dash = {"dash": "dash", "color": "black"}
-    lines = [
-        {"y": measured, "name": "measured", "line": {"color": COLOURS[0]}},
-        {"y": limit, "name": "limit", "line": dash},
-    ]
-    live = {
-        "data": [line | {"type": "scatter", "x": x} for line in lines],
-        "layout": {
-            "title": {"text": fixed},
-            "xaxis": {"title": {"text": title}},
-            "yaxis": {"title": {"text": "seconds per step"}, "rangemode": "tozero"},
-            "height": 360,
-            "template": "plotly_white",
-        },
-    }
-    figure, axes = _figure(9, 3.4, columns=2)
-    axes[0].plot(x, measured, marker="o", color=COLOURS[0], label="measured")
-    axes[0].plot(x, limit, linestyle="--", color="black", label="limit")
-    axes[0].set_ylabel("seconds per step")
-    axes[1].plot(x, memory, marker="o", color=COLOURS[1])
-    axes[1].set_ylabel("peak memory (GiB)")
-    for part in axes:
-        part.set_xlabel(title)
-        part.set_ylim(bottom=0)
-    axes[0].legend(frameon=False)
-    figure.suptitle(fixed, fontsize=10)
-    show_both(live, png(figure), f"time and memory of a step against {title}; {fixed}")
+def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict[str, Any]:
+    """What `sizing` says of a measured row from the ceilings; empty where it is another model."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = row["layers"]
+    ceilings = record["ceilings"]["before"]
+    geometry = geometry_of(
+        config,
+        sparse_layers=row["trained_layers"],
+        compute_dtype=getattr(torch, row["dtype"]),
+        on_cpu=record["environment"]["device"] == "cpu",
+    )
+    found = predict(
+        geometry,
+        row["batch_size"],
+        row["sequence"],
+        read_bytes_per_s=ceilings["read_bytes_per_s"],
+        flops_per_s=ceilings["flops_per_s"][str(row["batch_size"] * row["sequence"])],
+        memory_budget=record["budget_bytes"],
+    )
+    return found if found["trainable"] == row["trainable"] and "plan" in found else {}
 
 
 def _depth(record: dict[str, Any]) -> int:
     return max(row["layers"] for row in record["rows"])
-
-
-def _plotly_timeline(spans: list[tuple], names: list[str], title: str) -> dict[str, Any]:
-    traces = []
-    for what, colour in PHASES.items():
-        own = [span for span in spans if span[0] == what]
-        bars = {"type": "bar", "orientation": "h", "name": what, "marker": {"color": colour}}
-        bars |= {"base": [start for *_, start, _ in own]}
-        bars |= {"x": [stop - start for *_, start, stop in own]}
-        bars |= {"y": [names[unit] for _, unit, *_ in own]}
-        bars |= {"offset": 0.0 if what != "read" else -0.4, "width": 0.4}
-        traces.append(bars)
-    layout = {
-        "title": {"text": title},
-        "xaxis": {"title": {"text": "seconds in the step"}},
-        "yaxis": {"categoryarray": names, "categoryorder": "array", "autorange": "reversed"},
-        "height": 160 + 24 * len(names),
-        "template": "plotly_white",
-    }
-    return {"data": traces, "layout": layout}
-
-
-def _matplotlib_timeline(spans: list[tuple], names: list[str], title: str) -> bytes:
-    figure, axes = _figure(9, 1.5 + 0.24 * len(names))
-    for what, colour in PHASES.items():
-        own = [span for span in spans if span[0] == what]
-        places = [unit - 0.2 if what == "read" else unit + 0.2 for _, unit, *_ in own]
-        widths = [stop - start for *_, start, stop in own]
-        starts = [start for *_, start, _ in own]
-        axes.barh(places, widths, left=starts, height=0.38, color=colour, label=what)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds in the step")
-    axes.set_title(title, fontsize=10)
-    figure.legend(loc="outside right upper", frameon=False)
-    return png(figure)
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for part in [axes] if columns == 1 else axes:
-        part.grid(alpha=0.3)
-        part.set_axisbelow(True)
-        part.spines[["top", "right"]].set_visible(False)
-    return figure, axes

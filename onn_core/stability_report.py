@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from onn_core.errors import OnnError
+from onn_core.figure import Figure, Line, Panel
 from onn_core.record import RunRecord, describe_environment, write_json
-from onn_core.report import COLOURS, DASHES, png
 from onn_core.stability import MENDS, Event, Outcome
 
 SCHEMA_VERSION = 1
-MARKERS = (("circle", "o"), ("square", "s"), ("triangle-up", "^"), ("diamond", "D"))
 
 
 def outcome_table(outcomes: dict[str, Outcome]) -> Any:
@@ -113,41 +112,16 @@ def shown(frame: Any) -> Any:
     return style.set_uuid("table").set_table_styles(left).hide(axis="index")
 
 
-def headroom(curves: dict[str, dict[int, float]]) -> tuple[dict[str, Any], bytes]:
-    """Largest values by layer against the range of float16: a plotly figure and its picture."""
-    from matplotlib.figure import Figure
-
-    limits = {"float16, largest": 65504.0, "float16, smallest normal": 2.0**-14}
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    axes, traces = figure.subplots(), []
-    for number, (label, values) in enumerate(curves.items()):
-        x, colour = sorted(values), COLOURS[number]
-        y, (dash, style) = [values[layer] for layer in x], DASHES[number]
-        axes.plot(x, y, style, color=colour, marker=MARKERS[number][1], label=label)
-        traces.append({"type": "scatter", "x": x, "y": y, "name": label, "mode": "lines+markers"})
-        traces[-1]["line"] = {"color": colour, "dash": dash}
-        traces[-1]["marker"] = {"symbol": MARKERS[number][0]}
-    last = max(max(values) for values in curves.values())
-    for label, value in limits.items():
-        axes.axhline(value, color="black", linewidth=1)
-        axes.annotate(label, (0, value), (0, 3), textcoords="offset points", fontsize=9)
-        traces.append({"type": "scatter", "x": [0, last], "y": [value] * 2, "mode": "lines"})
-        traces[-1] |= {"name": label, "line": {"color": "black", "width": 1}, "showlegend": False}
-    notes = [
-        {"text": label, "x": 0, "y": math.log10(value), "showarrow": False, "xanchor": "left"}
-        | {"yanchor": "bottom"}
-        for label, value in limits.items()
+def headroom(curves: dict[str, dict[int, float]]) -> Figure:
+    """Largest values by layer against the range of float16."""
+    levels = {"float16, largest": 65504.0, "float16, smallest normal": 2.0**-14}
+    lines = [
+        Line(label, sorted(values), [values[layer] for layer in sorted(values)], number)
+        for number, (label, values) in enumerate(curves.items())
     ]
-    axes.set(xlabel="decoder layer", ylabel="largest absolute value", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(curves), frameon=False)
-    layout = {"height": 460, "template": "plotly_white", "annotations": notes}
-    layout["xaxis"] = {"title": {"text": "decoder layer"}}
-    layout["yaxis"] = {"title": {"text": "largest absolute value"}, "type": "log"}
-    layout["yaxis"]["exponentformat"] = "power"
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
-    return {"data": traces, "layout": layout}, png(figure)
+    y = "largest absolute value"
+    panel = Panel(lines, "decoder layer", y, log_y=True, levels=levels, height=4)
+    return Figure([[panel]], "largest values by layer")
 
 
 def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> None:

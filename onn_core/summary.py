@@ -109,7 +109,7 @@ def write_comparison(records: Records, path: str | Path) -> None:
     parts.append(pages.heading("Learning"))
     if records.learning:
         found = records.learning
-        picture = curves.study_figure(found.runs, found.controls)[1]
+        picture = curves.study_figure(found.runs, found.controls).png()
         parts.append(pages.paragraph(study.RULE))
         parts.append(
             pages.table(curves.verdict_table(found.runs | found.controls, found.reference))

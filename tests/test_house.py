@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from the rows above its own.
 FLOORS = (
     ("errors",),
-    ("rows",),
+    ("rows", "figure"),
     ("config", "record", "reader", "product", "lazy", "batching"),
     ("meter", "checkpoint", "data", "loss", "saved", "stopping"),
     ("sources", "models"),
@@ -30,9 +30,19 @@ FLOORS = (
     ("lora", "merging", "evaluate", "progress", "nonfinite"),
     ("resume",),
     ("trainer", "merge"),
-    ("background", "outline", "report", "tracking", "peers", "stability", "study", "pages"),
+    (
+        "background",
+        "outline",
+        "report",
+        "tracking",
+        "peers",
+        "stability",
+        "study",
+        "pages",
+        "sizing",
+    ),
     ("speed", "stability_report", "curves", "live"),
-    ("bench", "summary", "explore", "sizing"),
+    ("bench", "summary", "explore"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted((ROOT / "onn_core").rglob("*.py"))

@@ -79,7 +79,7 @@ def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path, cell, message)
 
 
 def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
-    cell = "from onn_core.report import show_both\nshow_both({'data': []}, b'picture', 'a figure')"
+    cell = "from onn_core.figure import Figure, Panel\nFigure([[Panel([], 'x')]], 'a figure')"
     runner = runner_of(tmp_path, "00_quickstart", cell)
     done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
         "index.html",
     }
     page = (results / "00_quickstart.html").read_text()
-    assert "data:image/png;base64,cGljdHVyZQ==" in page and "<script" not in page
+    assert "data:image/png;base64,iVBORw0KGgo" in page and "<script" not in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*|@import""", page)
     assert str(tmp_path) not in page + (results / "00_quickstart.ipynb").read_text()
     assert 'href="00_quickstart.html"' in (results / "index.html").read_text()

@@ -1,0 +1,222 @@
+"""A figure is described once and drawn twice: live by plotly, as a picture by matplotlib."""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+# colours of Okabe and Ito, told apart by the colour-blind; dashes and markers of both libraries
+LOOKS = (
+    ("#0072B2", "solid", "-", "circle", "o"),
+    ("#D55E00", "dash", "--", "square", "s"),
+    ("#009E73", "dot", ":", "triangle-up", "^"),
+    ("#CC79A7", "dashdot", "-.", "diamond", "D"),
+    ("#E69F00", "longdash", (0, (7, 2)), "triangle-down", "v"),
+    ("#56B4E9", "longdashdot", (0, (7, 2, 1, 2)), "cross", "P"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve; its number chooses colour, dash and marker of LOOKS."""
+
+    label: str  # in the legend, once in a figure; empty: not there
+    x: Sequence[float]
+    y: Sequence[float]
+    number: int = 0
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # lowest and highest y
+    mode: str = "lines+markers"  # "lines", "markers", or "ticks": upright strokes
+    width: float = 2
+    colour: str = ""  # instead of the number's
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """Bars from `start` to `stop`, which lie in rows of the panel."""
+
+    label: str
+    rows: Sequence[float]  # of the middle of a bar; 0 is the uppermost
+    start: Sequence[float]
+    stop: Sequence[float]
+    number: int = 0
+    height: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Axes with what is drawn in them."""
+
+    parts: Sequence[Line | Bars]
+    x: str  # titles of the axes
+    y: str = ""
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    from_zero: bool = False  # the y axis
+    rows: Sequence[str] = ()  # names of the rows of bars, from the top
+    levels: dict[str, float] = dataclasses.field(default_factory=dict)  # horizontal lines
+    height: float = 3.6  # inches
+
+
+class Figure:
+    """Rows of panels, shown by a notebook; `text` is for readers who see neither drawing."""
+
+    def __init__(self, rows: Sequence[Sequence[Panel]], text: str, width: float = 9):
+        self.rows, self.text, self.width = rows, text, width
+        self.heights = [max(panel.height for panel in row) for row in rows]
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        picture = base64.b64encode(self.png()).decode()
+        bundle = {"application/vnd.plotly.v1+json": self.plotly(), "image/png": picture}
+        return bundle | {"text/plain": self.text}
+
+    def plotly(self) -> dict[str, Any]:
+        """The figure as plotly's JSON."""
+        height = round(100 * (sum(self.heights) + 0.6))
+        legend = {"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"}
+        layout = {"height": height, "legend": legend, "annotations": [], "shapes": []}
+        layout |= {"margin": {"t": 50, "b": 50, "r": 40}, "hovermode": "closest"}
+        layout["modebar"] = {"orientation": "v"}  # beside the legend, not over it
+        traces, labels, n_panels, top = [], set(), 0, 1.0
+        for row, height in zip(self.rows, self.heights, strict=True):
+            bottom = max(0.0, top - height / sum(self.heights))
+            for column, panel in enumerate(row):
+                n_panels += 1
+                number = "" if n_panels == 1 else str(n_panels)  # of its axes, as plotly has it
+                left = 0.8 / self.width if column else 0.0  # room for the y axis's title
+                domains = (
+                    [column / len(row) + left, (column + 1) / len(row)],
+                    [bottom + 0.7 / sum(self.heights) * (bottom > 0), top - 0.02],
+                )
+                _plotly_panel(panel, number, domains, layout)
+                for part in panel.parts:
+                    traces += _traces(part, number, part.label and part.label not in labels)
+                    labels.add(part.label)
+            top = bottom
+        return {"data": traces, "layout": layout}
+
+    def png(self) -> bytes:
+        """The figure as a PNG."""
+        from matplotlib.figure import Figure as Drawing
+
+        drawing = Drawing(figsize=(self.width, sum(self.heights) + 0.4), layout="constrained")
+        n_columns = math.lcm(*map(len, self.rows))
+        grid = drawing.add_gridspec(len(self.rows), n_columns, height_ratios=self.heights)
+        handles: dict[str, Any] = {}
+        for number, row in enumerate(self.rows):
+            span = n_columns // len(row)
+            for column, panel in enumerate(row):
+                place = grid[number, column * span : (column + 1) * span]
+                axes = drawing.add_subplot(place)
+                _draw_panel(panel, axes)
+                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                    handles.setdefault(label, handle)
+        widest = max(map(len, handles), default=0)
+        n_columns = max(1, min(len(handles), int(self.width * 11 / (widest + 8))))
+        drawing.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside upper center",
+            ncols=n_columns,
+            frameon=False,
+            handlelength=3,
+        )
+        buffer = io.BytesIO()
+        drawing.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, Any]) -> None:
+    """Add the axes of `panel`, its title and its levels to a plotly layout."""
+    x = {"title": {"text": panel.x, "standoff": 8}, "domain": domains[0], "anchor": f"y{number}"}
+    y = {"title": {"text": panel.y}, "domain": domains[1], "anchor": f"x{number}"}
+    y["automargin"] = x["showline"] = y["showline"] = True
+    x["zeroline"] = y["zeroline"] = False
+    for axis, is_log in ((x, panel.log_x), (y, panel.log_y)):
+        axis |= {"type": "log", "exponentformat": "power"} if is_log else {"type": "linear"}
+    if panel.from_zero:
+        y["rangemode"] = "tozero"
+    if panel.rows:
+        y |= {"tickvals": list(range(len(panel.rows))), "ticktext": list(panel.rows)}
+        y["range"] = [len(panel.rows) - 0.5, -0.5]
+    layout |= {f"xaxis{number}": x, f"yaxis{number}": y}
+    note = {"showarrow": False, "yanchor": "bottom"}
+    if panel.title:
+        place = {"xref": "paper", "yref": "paper", "x": sum(domains[0]) / 2, "y": domains[1][1]}
+        layout["annotations"].append(note | place | {"text": panel.title})
+    for label, value in panel.levels.items():
+        line = {"type": "line", "xref": f"x{number} domain", "yref": f"y{number}", "x0": 0, "x1": 1}
+        layout["shapes"].append(line | {"y0": value, "y1": value, "line": {"width": 1}})
+        place = {"xref": line["xref"], "yref": line["yref"], "x": 0, "xanchor": "left"}
+        place["y"] = math.log10(value) if panel.log_y else value
+        layout["annotations"].append(note | place | {"text": label})
+
+
+def _traces(part: Line | Bars, number: str, in_legend: Any) -> list[dict[str, Any]]:
+    colour, dash, _, symbol, _ = LOOKS[part.number % len(LOOKS)]
+    trace = {"name": part.label, "xaxis": f"x{number}", "yaxis": f"y{number}"}
+    trace |= {"legendgroup": part.label, "showlegend": bool(in_legend)}
+    if isinstance(part, Bars):
+        lengths = [stop - start for start, stop in zip(part.start, part.stop, strict=True)]
+        trace |= {"type": "bar", "orientation": "h", "marker": {"color": colour}}
+        trace |= {"x": lengths, "y": list(part.rows), "width": part.height}
+        trace |= {"offset": -part.height / 2} | (
+            {"base": list(part.start)} if any(part.start) else {}
+        )
+        return [trace]
+    colour = part.colour or colour
+    trace |= {"type": "scatter", "x": list(part.x), "y": list(part.y), "mode": part.mode}
+    trace |= {"line": {"color": colour, "dash": dash, "width": part.width}}
+    trace["marker"] = {"color": colour, "symbol": symbol, "size": 3 + 2 * part.width}
+    if part.mode == "ticks":
+        strokes = {"symbol": "line-ns-open", "size": 16, "line": {"width": part.width}}
+        trace |= {"mode": "markers", "marker": trace["marker"] | strokes}
+    if part.band is None:
+        return [trace]
+    low, high = map(list, part.band)
+    band = trace | {"x": trace["x"] + trace["x"][::-1], "y": high + low[::-1], "mode": "none"}
+    band |= {"fill": "toself", "fillcolor": colour, "opacity": 0.2, "hoverinfo": "skip"}
+    return [band | {"showlegend": False}, trace]
+
+
+def _draw_panel(panel: Panel, axes: Any) -> None:
+    for part in panel.parts:
+        colour, _, dash, _, marker = LOOKS[part.number % len(LOOKS)]
+        label = part.label or None
+        if isinstance(part, Bars):
+            lengths = [stop - start for start, stop in zip(part.start, part.stop, strict=True)]
+            axes.barh(part.rows, lengths, part.height, part.start, color=colour, label=label)
+            continue
+        colour = part.colour or colour
+        style = {"linestyle": dash if "lines" in part.mode else "", "color": colour}
+        style |= {"linewidth": part.width, "label": label}
+        if "markers" in part.mode:
+            style |= {"marker": marker, "markersize": 2.5 + 1.2 * part.width}
+        if part.mode == "ticks":
+            style |= {"marker": "|", "markersize": 16, "markeredgewidth": part.width}
+        axes.plot(part.x, part.y, **style)
+        if part.band is not None:
+            axes.fill_between(part.x, *part.band, color=colour, alpha=0.15, linewidth=0)
+    for label, value in panel.levels.items():
+        axes.axhline(value, color="black", linewidth=1)
+        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(label, (0.01, value), (0, 3), fontsize=9, **place)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.set_title(panel.title, fontsize=10)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.from_zero:
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1)
+    if panel.rows:
+        axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
+        axes.set_ylim(len(panel.rows) - 0.5, -0.5)
+    points = (x for part in panel.parts if isinstance(part, Line) for x in part.x)
+    if not panel.log_x and not panel.rows and all(float(x).is_integer() for x in points):
+        axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,60 @@
+"""A figure says the same to both of its readers: plotly's own checks, and a picture's pixels."""
+
+import io
+from pathlib import Path
+
+import pytest
+from plotly.graph_objects import Figure as Plotly
+
+from onn_core import models, speed
+from onn_core.figure import Bars, Figure, Line, Panel
+
+FULL = Path(__file__).parents[1] / "results/full/training_benchmark.json"
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    line = Line("loss", [1, 10], [3.0, 2.0], band=([2.5, 1.5], [3.5, 2.5]))
+    limit = Line("limit", [5], [0], mode="ticks", colour="black")
+    top = [Panel([line], "steps", "loss", log_x=True, levels={"start": 3.0}), Panel([line], "s")]
+    rows = Panel([Bars("read", [0, 1], [0, 2], [1, 5], 2), limit], "s", rows=["a", "b"])
+    return Figure([top, [rows]], "loss and reads")
+
+
+def test_plotly_knows_every_part(drawn):
+    figure = Plotly(drawn.plotly())  # ValueError for a property that plotly does not have
+    band, line, _, again, bars, limit = figure.data
+    assert [trace.showlegend for trace in figure.data] == [False, True, False, False, True, True]
+    assert (line.x, line.y, line.line.color) == ((1, 10), (3.0, 2.0), "#0072B2")
+    assert (band.x, band.y) == ((1, 10, 10, 1), (3.5, 2.5, 1.5, 2.5))
+    assert (bars.base, bars.x, limit.marker.symbol) == ((0, 2), (1, 3), "line-ns-open")
+    assert (again.xaxis, bars.xaxis) == ("x2", "x3")
+    layout = figure.layout
+    assert layout.xaxis.type == "log" and layout.yaxis3.range == (1.5, -0.5)
+    assert layout.xaxis.domain[1] <= layout.xaxis2.domain[0]
+    assert layout.yaxis3.domain[1] <= layout.yaxis.domain[0]
+
+
+def test_the_picture_has_every_colour_and_one_bundle_holds_both(drawn):
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    pixels = imread(io.BytesIO(drawn.png()))[..., :3]
+    for colour in ("#0072B2", "#009E73", "black"):
+        assert (abs(pixels - to_rgb(colour)).max(axis=2) < 0.01).sum() > 50
+    bundle = drawn._repr_mimebundle_()
+    assert bundle["text/plain"] == "loss and reads"
+    assert {"image/png", "application/vnd.plotly.v1+json"} < bundle.keys()
+
+
+def test_growth_draws_the_predictions_beside_what_was_measured():
+    record = speed.load_benchmark(FULL)
+    time, memory = speed.growth(record, models.geometry("phi-4")).rows[0]
+    for panel, allowed in ((time, 0.35), (memory, 0.02)):
+        measured, predicted = panel.parts
+        assert list(measured.x) == list(predicted.x) == [4, 8, 16, 24, 40]
+        assert predicted.y == pytest.approx(measured.y, rel=allowed)
+    other = speed.growth(record, models.geometry("smollm2"))  # not the model that was measured
+    assert [len(panel.parts) for panel in other.rows[0]] == [1, 1]
+    record["rows"] = record["rows"][:3]
+    assert "nothing to draw" in speed.growth(record)
