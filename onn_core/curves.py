@@ -10,6 +10,7 @@ from typing import Any
 from onn_core import pages
 from onn_core.figure import Figure, Line, Panel
 from onn_core.record import RunRecord, write_atomic
+from onn_core.report import frame
 from onn_core.study import (
     RULE,
     Runs,
@@ -31,8 +32,6 @@ Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over
 
 def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
     """One row a configuration: held-out loss before and after, and what the rule says."""
-    import pandas as pd
-
     rows = []
     for label, records in runs.items():
         found = verdict(records, reference)
@@ -52,13 +51,11 @@ def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
                 "learned": found["learned"],
             }
         )
-    return pd.DataFrame(rows, dtype=object).set_index("configuration")
+    return frame(rows, "configuration")
 
 
 def comparison_table(runs: Runs) -> Any:
     """Final held-out loss of each configuration against the first, seed by seed."""
-    import pandas as pd
-
     first, *others = runs
     rows = []
     for label in others:
@@ -70,13 +67,11 @@ def comparison_table(runs: Runs) -> Any:
                 "reading": words,
             }
         )
-    return pd.DataFrame(rows, dtype=object).set_index("configuration")
+    return frame(rows, "configuration")
 
 
 def layout_table(layouts: Runs) -> Any:
     """One row a choice of layers, all trained for the same time."""
-    import pandas as pd
-
     rows = []
     for label, records in layouts.items():
         falls = [100 * fall(record) for record in records]
@@ -93,7 +88,7 @@ def layout_table(layouts: Runs) -> Any:
                 "over the seeds (%)": spread,
             }
         )
-    return pd.DataFrame(rows, dtype=object).set_index("layers with adapters")
+    return frame(rows, "layers with adapters")
 
 
 def layout_reading(layouts: Runs) -> str:
@@ -101,12 +96,11 @@ def layout_reading(layouts: Runs) -> str:
     ranked = sorted(layouts, key=lambda label: -statistics.fmean(map(fall, layouts[label])))
     best, second = ranked[:2]
     _, noise, words = compare(layouts[second], layouts[best])
+    settled = "by more than the noise over the seeds"
     if noise == float("inf"):
         settled = "one seed cannot tell whether that is more than chance"
-    elif words == "lower":
-        settled = "by more than the noise over the seeds"
-    else:
-        settled = "but not by more than the noise over the seeds"
+    elif words != "lower":
+        settled = f"but not {settled}"
     return f"Lowest held-out loss at equal time: {best}, before {second}; {settled}."
 
 

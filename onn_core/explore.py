@@ -131,7 +131,7 @@ class Explorer:
         found = self.predicted = outline.predict(config)
         self.prediction.value = (
             f"<b>{html.escape(outline.title)}</b>. Trainable: <b>{found['trainable']:,}</b>. "
-            f"Predicted: about <b>{found['memory_bytes'] / 2**20:,.0f} MiB</b> of memory beside "
+            f"Predicted: about <b>{found['peak_bytes'] / 2**20:,.0f} MiB</b> of memory beside "
             f"Python, and at least about <b>{found['step_s']:.2g} s</b> for a step of full-length "
             f"samples (limited by {found['limited_by']})."
         )

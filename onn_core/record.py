@@ -7,15 +7,16 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from onn_core.errors import OnnError
 
 SCHEMA_VERSION = 1
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -89,16 +90,26 @@ class RunRecord:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunRecord":
         """Read a record that `save` wrote; OnnError if it is not one."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if fields["schema_version"] != SCHEMA_VERSION:
-                raise OnnError(
-                    f"{path} has record schema {fields['schema_version']}, this version reads "
-                    f"{SCHEMA_VERSION}: run it again."
-                )
-            return cls.from_dict(fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise OnnError(f"{path} is not a run record ({error}): run it again.") from error
+        return read_json(path, cls.from_dict, "a run record", "run it again")
+
+
+def read_json(
+    path: str | os.PathLike,
+    build: Callable[[dict[str, Any]], T],
+    what: str,
+    mend: str,
+    schema_version: int = SCHEMA_VERSION,
+) -> T:
+    """What `build` makes of the JSON in `path`; OnnError, with `mend`, if it is not `what`."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        if fields["schema_version"] != schema_version:
+            raise ValueError(
+                f"schema {fields['schema_version']}, this version reads {schema_version}"
+            )
+        return build(fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OnnError(f"{path} is not {what} ({error}): {mend}.") from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

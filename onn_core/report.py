@@ -11,8 +11,6 @@ from onn_core.record import RunRecord
 
 def summary_table(records: dict[str, RunRecord]) -> Any:
     """One row a run: what it trained, and its held-out loss before and after."""
-    import pandas as pd
-
     rows = []
     for label, record in records.items():
         first, last = record.evals[0].loss, record.evals[-1].loss
@@ -31,7 +29,15 @@ def summary_table(records: dict[str, RunRecord]) -> Any:
                 "s per step, median": round(statistics.median(s.step_s for s in record.steps), 2),
             }
         )
-    return pd.DataFrame(rows, dtype=object).set_index("run")  # counts stay whole when transposed
+    return frame(rows, "run")
+
+
+def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> Any:
+    """A pandas frame of `rows`, whose counts stay whole when it is transposed."""
+    import pandas as pd
+
+    columns = None if rows else [index] if isinstance(index, str) else index
+    return pd.DataFrame(rows, columns=columns, dtype=object).set_index(index)
 
 
 def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:

@@ -1,15 +1,14 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
 import copy
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from onn_core.errors import OnnError
 from onn_core.figure import Bars, Figure, Line, Panel
+from onn_core.record import read_json
+from onn_core.report import frame
 from onn_core.sizing import geometry_of, predict
 
 SCHEMA_VERSION = 1
@@ -18,22 +17,17 @@ PHASES = ("read", "forward", "head", "backward")  # what a timeline shows
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
     """Read a record that `bench` wrote; OnnError if it is not one."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record["schema_version"] != SCHEMA_VERSION:
-            raise OnnError(
-                f"{path} has benchmark schema {record['schema_version']}, this version reads "
-                f"{SCHEMA_VERSION}: measure again."
-            )
-        return record | {"rows": list(record["rows"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OnnError(f"{path} is not a benchmark's record ({error}): measure again.") from error
+    return read_json(
+        path,
+        lambda record: record | {"rows": list(record["rows"])},
+        "a benchmark's record",
+        "measure again",
+        SCHEMA_VERSION,
+    )
 
 
 def speed_table(record: dict[str, Any]) -> Any:
     """One row a measurement: time, throughput, memory, percent of the limit."""
-    import pandas as pd
-
     rows = [
         {
             "system": row["system"],
@@ -51,13 +45,11 @@ def speed_table(record: dict[str, Any]) -> Any:
         }
         for row in record["rows"]
     ]
-    return pd.DataFrame(rows).set_index(["system", "batch", "tokens", "layers"])
+    return frame(rows, ["system", "batch", "tokens", "layers"])
 
 
 def ledger_table(record: dict[str, Any]) -> Any:
     """Where the time of a step of this project goes, in seconds; the median of its timed steps."""
-    import pandas as pd
-
     columns = {"wait_s": "waiting for weights", "forward_s": "forward", "head_s": "head"}
     columns |= {"backward_s": "backward", "optimizer_s": "optimizer", "step_s": "whole step"}
     rows = [
@@ -66,7 +58,7 @@ def ledger_table(record: dict[str, Any]) -> Any:
         for row in record["rows"]
         if "wait_s" in row
     ]
-    return pd.DataFrame(rows, dtype=object).set_index(["system", "batch"])
+    return frame(rows, ["system", "batch"])
 
 
 def overlap_table(record: dict[str, Any]) -> Any:
@@ -90,7 +82,6 @@ def overlap_table(record: dict[str, Any]) -> Any:
 
 def ratio_table(record: dict[str, Any]) -> Any:
     """How many times faster a sample is in this project than elsewhere, with the range of steps."""
-    import pandas as pd
 
     def per_sample(row: dict[str, Any]) -> list[float]:
         return [step_s / row["batch_size"] for step_s in row["step_s_all"]]
@@ -111,7 +102,7 @@ def ratio_table(record: dict[str, Any]) -> Any:
                     "most": round(max(others) / min(times), 2),
                 }
             )
-    return pd.DataFrame(rows, dtype=object).set_index(["this project", "against"])
+    return frame(rows, ["this project", "against"])
 
 
 def ceilings_table(record: dict[str, Any]) -> Any:

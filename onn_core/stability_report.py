@@ -1,15 +1,13 @@
 """Outcomes of the stability study: a table, a figure, JSON out and in."""
 
 import dataclasses
-import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
-from onn_core.errors import OnnError
 from onn_core.figure import Figure, Line, Panel
-from onn_core.record import RunRecord, describe_environment, write_json
+from onn_core.record import RunRecord, describe_environment, read_json, write_json
+from onn_core.report import frame
 from onn_core.stability import MENDS, Event, Outcome
 
 SCHEMA_VERSION = 1
@@ -17,8 +15,6 @@ SCHEMA_VERSION = 1
 
 def outcome_table(outcomes: dict[str, Outcome]) -> Any:
     """One row a variant: the first NaN or Inf, loss, and how large values became."""
-    import pandas as pd
-
     rows = []
     for label, outcome in outcomes.items():
         first, last = outcome.steps[0], outcome.steps[-1]
@@ -37,13 +33,11 @@ def outcome_table(outcomes: dict[str, Outcome]) -> Any:
                 "learned": "YES" if outcome.learned else "NO",
             }
         )
-    return pd.DataFrame(rows).set_index("configuration")
+    return frame(rows, "configuration")
 
 
 def event_table(events: list[Event]) -> Any:
     """One row for the first NaN or Inf of each phase, in order of time."""
-    import pandas as pd
-
     phases = {"backward": "gradients of activations", "gradient": "gradients of adapters"}
     phases |= {"forward": "activations", "loss": "loss", "update": "adapters after the update"}
     rows = [
@@ -55,7 +49,7 @@ def event_table(events: list[Event]) -> Any:
         }
         for event in events
     ]
-    return pd.DataFrame(rows).set_index("among")
+    return frame(rows, "among")
 
 
 def mend_table(outcomes: dict[str, Outcome]) -> Any:
@@ -90,8 +84,6 @@ def error_table(errors: list[dict[str, float]]) -> Any:
 
 def step_table(record: RunRecord) -> Any:
     """One row an optimizer step under loss scaling."""
-    import pandas as pd
-
     rows = [
         {
             "step": step.step,
@@ -102,7 +94,7 @@ def step_table(record: RunRecord) -> Any:
         }
         for step in record.steps
     ]
-    return pd.DataFrame(rows).set_index("step")
+    return frame(rows, "step")
 
 
 def shown(frame: Any) -> Any:
@@ -133,13 +125,11 @@ def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> 
 
 def load(path: str | os.PathLike) -> dict[str, Outcome]:
     """The outcomes that `save` wrote; OnnError if the file holds none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema {content['schema_version']}, not {SCHEMA_VERSION}")
+
+    def build(content: dict[str, Any]) -> dict[str, Outcome]:
         return {label: _outcome(fields) for label, fields in content["runs"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OnnError(f"{path} is not a stability study ({error}): run it again.") from error
+
+    return read_json(path, build, "a stability study", "run it again", SCHEMA_VERSION)
 
 
 def _outcome(fields: dict[str, Any]) -> Outcome:

@@ -1,12 +1,10 @@
 """Does it learn? Runs over several seeds, a verdict from a stated rule, a file that keeps them."""
 
 import dataclasses
-import json
 import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onn_core import data
 from onn_core.config import TrainConfig
 from onn_core.corpus import prepare
-from onn_core.errors import NonFiniteError, OnnError
+from onn_core.errors import NonFiniteError
 from onn_core.lora import add_adapter
-from onn_core.record import EvalRecord, RunRecord, StepRecord, write_json
+from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 
 SCHEMA_VERSION = 1
@@ -53,13 +51,8 @@ class Study:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Study":
         """Read a study that `save` wrote; OnnError if it is not one."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if fields["schema_version"] != SCHEMA_VERSION:
-                raise OnnError(
-                    f"{path} has study schema {fields['schema_version']}, this version reads "
-                    f"{SCHEMA_VERSION}: run 02_learning_curves again."
-                )
+
+        def build(fields: dict[str, Any]) -> "Study":
             del fields["rule"], fields["verdicts"]
             fields["reference"] = [RunRecord.from_dict(record) for record in fields["reference"]]
             for group in ("runs", "controls", "layouts"):
@@ -68,10 +61,8 @@ class Study:
                     for label, records in fields[group].items()
                 }
             return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OnnError(
-                f"{path} is not a study ({error}): run 02_learning_curves again."
-            ) from error
+
+        return read_json(path, build, "a study", "run 02_learning_curves again", SCHEMA_VERSION)
 
 
 def train(

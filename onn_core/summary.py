@@ -220,12 +220,12 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         ends.here = "at equal time loss falls by " + ", ".join(
             f"{100 * value:.1f} % ({label})" for label, value in falls.items()
         )
-        reading = curves.layout_reading(found.layouts)
-        settled = (
-            reading.endswith("by more than the noise over the seeds.") and "not" not in reading
+        best, second = sorted(falls, key=falls.__getitem__, reverse=True)[:2]
+        settled = study.compare(found.layouts[second], found.layouts[best])[2] == "lower"
+        ends.verdict = (
+            DIFFERENT if not settled else CONFIRMED if best.startswith("ends") else REFUTED
         )
-        first_is_ends = max(falls, key=falls.__getitem__).startswith("ends")
-        ends.verdict = DIFFERENT if not settled else CONFIRMED if first_is_ends else REFUTED
+        reading = curves.layout_reading(found.layouts)
         ends.why = reading.split("; ")[-1].removeprefix("but ").rstrip(".")
     return rows
 

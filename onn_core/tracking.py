@@ -104,15 +104,6 @@ def write_metrics(folder: str | os.PathLike) -> list[Path]:
     return list(files)
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a file of `write_metrics`; OnnError if it is not one."""
-    try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return [row | {"value": float(row["value"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OnnError(f"{path} is not a file of metrics ({error}): write it again.") from error
-
-
 def find_records(folder: str | os.PathLike) -> list[Path]:
     """The files under `folder` that are a run record each, but for those inside checkpoints."""
     return [path for path, fields in _json_files(folder) if _is_record(fields)]

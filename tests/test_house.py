@@ -30,18 +30,8 @@ FLOORS = (
     ("lora", "merging", "evaluate", "progress", "nonfinite"),
     ("resume",),
     ("trainer", "merge"),
-    (
-        "background",
-        "outline",
-        "report",
-        "tracking",
-        "peers",
-        "stability",
-        "study",
-        "pages",
-        "sizing",
-    ),
-    ("speed", "stability_report", "curves", "live"),
+    ("background", "report", "tracking", "peers", "stability", "study", "pages", "sizing"),
+    ("speed", "stability_report", "curves", "live", "outline"),
     ("bench", "summary", "explore"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

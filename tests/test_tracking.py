@@ -46,6 +46,11 @@ def results(toy_with_tokenizer, tmp_path_factory):
     return folder
 
 
+def read_metrics(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row | {"value": float(row["value"])} for row in rows]
+
+
 def values(rows, name, **context):
     return [row["value"] for row in rows if (row["name"], row["context"]) == (name, context)]
 
@@ -60,7 +65,7 @@ def test_jsonl_holds_what_the_record_holds(results):
     record = onn_core.RunRecord.load(quick / "02_toy.json")
     (path,) = tracking.write_metrics(quick)
     assert path.name == "learning_02_toy.jsonl"
-    rows = tracking.read_metrics(path)
+    rows = read_metrics(path)
     assert rows == list(tracking.metric_rows(record))
     assert all(row.keys() == {"name", "value", "step", "epoch", "context"} for row in rows)
     assert values(rows, "loss", subset="train") == [step.loss for step in record.steps]
@@ -109,15 +114,12 @@ def test_a_benchmark_and_a_nan_are_told_apart(results, tmp_path):
 
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=refuse)
-    assert math.isnan(values(tracking.read_metrics(path), "loss", subset="train")[1])
+    assert math.isnan(values(read_metrics(path), "loss", subset="train")[1])
 
 
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(OnnError, match="no run record under .*: make report"):
         tracking.load_runs(tmp_path)
-    (tmp_path / "x.jsonl").write_text("{}\n")
-    with pytest.raises(OnnError, match="not a file of metrics"):
-        tracking.read_metrics(tmp_path / "x.jsonl")
     code = "import sys; sys.modules['aim'] = None; from onn_core import tracking; "
     code += "tracking.show_aim('.')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
