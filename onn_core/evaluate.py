@@ -68,13 +68,10 @@ def perplexity(
     examples.sort(key=lambda example: -len(example.input_ids))  # little padding
     totals, n_tokens = 0.0, 0
     with _evaluating(model) as (base, n_ways):
-        size = base.session.micro_batch_size or batch_size
-        while examples:
-            n_rows = min(len(examples), batch_size)
-            n_rows -= n_rows % size if n_rows > size else 0  # whole micro-batches, or one
-            part, examples = examples[:n_rows], examples[n_rows:]
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
             batch = data.collate(part, tokenizer.pad_token_id)
-            with _halves(base, n_ways, n_rows, min(n_rows, size)):
+            with _halves(base, len(part)):
                 losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
             totals = totals + losses.double().view(n_ways, -1).sum(-1).cpu()  # (n_ways,)
             n_tokens += sum(label != IGNORED for example in part for label in example.labels)
@@ -105,7 +102,7 @@ def answers(
             padded = [[pad_id] * n + ids for n, ids in zip(n_pads, part, strict=True)]
             mask = [[0] * n + [1] * (length - n) for n in n_pads]
             batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
-            with _halves(base, n_ways, n_rows, n_rows):
+            with _halves(base, n_rows):
                 ids = model.generate(
                     **_repeated(batch, n_ways, base.device),
                     max_new_tokens=max_new_tokens,
@@ -142,16 +139,11 @@ def _evaluating(model: Any) -> Iterator[tuple[Any, int]]:
 
 
 @contextlib.contextmanager
-def _halves(base: Any, n_ways: int, n_rows: int, micro_batch_size: int) -> Iterator[None]:
+def _halves(base: Any, n_rows: int) -> Iterator[None]:
     """Inside, each layer runs the first `n_rows` of a batch with its adapters, the rest without."""
     session, twins = base.session, {}
-    n_calls = n_ways * n_rows // micro_batch_size  # of a layer in one visit
-    before = session.micro_batch_size, session.cache_rows
-    session.micro_batch_size, session.cache_rows = micro_batch_size, n_rows
 
     def by_half(own: Callable, tuners: list[BaseTunerLayer]) -> Callable:
-        calls = itertools.count()
-
         def twin(value: Any) -> Any:  # the cache of the half without adapters
             return twins[value] if is_cache(value) else value
 
@@ -159,7 +151,7 @@ def _halves(base: Any, n_ways: int, n_rows: int, micro_batch_size: int) -> Itera
             for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
                 if cache not in twins:
                     twins[cache] = copy.deepcopy(cache)  # still empty
-            adapted = next(calls) % n_calls < n_calls // n_ways
+            adapted = session.row < n_rows
             for tuner in tuners:  # PEFT's own switch would change requires_grad as well
                 tuner._disable_adapters = not adapted
             if not adapted:
@@ -173,11 +165,12 @@ def _halves(base: Any, n_ways: int, n_rows: int, micro_batch_size: int) -> Itera
         t: t._disable_adapters for layer in base.streamed_layers for t in _tuners(layer.module)
     }
     try:
+        session.part_rows = n_rows
         for layer, own in zip(base.streamed_layers, owns, strict=True):
             layer.forward = by_half(own, _tuners(layer.module))
         yield
     finally:
-        session.micro_batch_size, session.cache_rows = before
+        session.part_rows = None
         for layer, own in zip(base.streamed_layers, owns, strict=True):
             layer.forward = own
         for tuner, disabled in switches.items():

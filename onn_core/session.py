@@ -53,7 +53,8 @@ class Session:
     micro_batch_size: int | None = None
     fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
     n_trained: int = 0  # parameters
-    cache_rows: int | None = None  # rows that share a key-value cache; None is the whole batch
+    part_rows: int | None = None  # no micro-batch or cache crosses these; None is the whole batch
+    row: int = 0  # the first of the micro-batch that is in a layer
     batching: Batching = dataclasses.field(default_factory=Batching)
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock

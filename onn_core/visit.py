@@ -26,12 +26,14 @@ class Call:
         batching = self.session.batching
         self.number = batching.enter()
         self.batch_size = batching.batch_size or next(len(x) for x in leaves if is_tensor(x))
-        size = self.session.micro_batch_size or self.batch_size
+        part = self.session.part_rows or self.batch_size
+        size = self.session.micro_batch_size or part
         if any(map(is_cache, leaves)):  # generation: a cache is filled in one go
-            size = self.session.cache_rows or self.batch_size
+            size = part
         self.slices = [
-            slice(start, min(start + size, self.batch_size))
-            for start in range(0, self.batch_size, size)
+            slice(start, min(start + size, end))
+            for end in range(part, self.batch_size + 1, part)
+            for start in range(end - part, end, size)
         ]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors
@@ -65,6 +67,7 @@ class Call:
             whole: list[Any] = []
             for rows in self.slices:
                 layer.begin_micro_batch(rows is self.slices[-1])
+                session.row = rows.start
                 self.random_states.append(_random_state(session.device))
                 part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
                 if len(self.slices) == 1:

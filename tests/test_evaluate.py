@@ -46,12 +46,18 @@ def mean_loss(model, tokenizer, path):
 @pytest.mark.parametrize(
     "settings", [{}, {"use_dora": True}, {"layers_to_transform": [1]}], ids=str
 )
-@pytest.mark.parametrize(("micro_batch_size", "batch_size"), [(None, 32), (2, 5), (3, 4)])
-def test_perplexity_equals_two_passes_in_memory(
-    folder, text, settings, micro_batch_size, batch_size
-):
+@pytest.mark.parametrize(
+    ("how", "batch_size"),
+    [
+        ({}, 32),
+        ({"micro_batch_size": 2}, 5),
+        ({"micro_batch_size": 3}, 4),
+        ({"memory_budget": "4GB"}, 32),  # plans its micro-batches within the pass
+    ],
+)
+def test_perplexity_equals_two_passes_in_memory(folder, text, settings, how, batch_size):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = with_lora(streamed(folder, micro_batch_size=micro_batch_size), **settings)
+    model = with_lora(streamed(folder, **how), **settings)
     expected = with_lora(in_memory(folder), **settings).eval()
     found = onn_core.perplexity(model, tokenizer, text, max_length=40, batch_size=batch_size)
     loss, n_tokens = mean_loss(expected, tokenizer, text)
