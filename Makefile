@@ -56,8 +56,8 @@ test-browser: venv model ## tests that need AIM, TensorBoard, or drive chromium
 	@$(PY) -m pip install -q -e '.[aim,tensorboard,browser]'
 	$(PY) -m pytest -m browser tests
 
-report: venv model ## run the notebooks into results/PROFILE
-	$(PY) notebooks/run.py $(PROFILE)
+report: venv model ## run the notebooks into results/PROFILE; RESUME=1: go on with one that was cut
+	$(PY) notebooks/run.py $(PROFILE) $(if $(RESUME),resume=true)
 
 track: venv ## every record under results into AIM (or TRACKER=tensorboard), installed at need
 	@$(PY) -c 'import $(TRACKER)' 2>/dev/null || $(PY) -m pip install -q -e '.[$(TRACKER)]'

@@ -1,6 +1,7 @@
 """Run the notebooks of a profile through papermill into results/<profile>/.
 
-`run.py PROFILE NAME=VALUE ...` changes parameters of all of them.
+`run.py PROFILE NAME=VALUE ...` changes parameters of all of them; `resume=true` goes on with a
+report that was cut: what it finished is not run again, and the runs of the others continue.
 """
 
 import json
@@ -19,7 +20,7 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
-from onn_core import pages, tracking
+from onn_core import pages, record, tracking
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -82,12 +83,21 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parameters = yaml.safe_load(chosen.read_text())
     given = yaml.safe_load("\n".join(text.replace("=", ": ", 1) for text in sys.argv[2:])) or {}
+    resume = given.pop("resume", False)
     parameters = {name: (values or {}) | given for name, values in parameters.items()}
+    finished = folder / ".finished.json"
+    if not resume:
+        finished.unlink(missing_ok=True)
+    done = json.loads(finished.read_text()) if finished.is_file() else {}
     for number, (name, values) in enumerate(parameters.items(), start=1):
         print(f"{number}/{len(parameters)} {name}: {json.dumps(values)}", flush=True)
-        started = time.perf_counter()
+        if done.get(name) == values:
+            print("    done before", flush=True)
+            continue
+        started, path = time.perf_counter(), HERE / f"{name}.ipynb"
+        again = {"resume": True} if resume and "resume" in papermill.inspect_notebook(path) else {}
         try:
-            execute(HERE / f"{name}.ipynb", values, folder)
+            execute(path, values | again, folder)
         except papermill.PapermillExecutionError as error:
             cell = error.source.strip().splitlines()[0]
             sys.exit(f"{name} failed in the cell {cell!r}: {error.ename}: {error.evalue}")
@@ -95,7 +105,9 @@ def main() -> None:
             sys.exit(f"{name}: its Python was ended, perhaps for memory: lower batch_size")
         tracking.write_metrics(folder)
         pages.write_index(folder, f"Results of the {profile} profile")
+        record.write_json(finished, done := done | {name: values})
         print(f"    done in {time.perf_counter() - started:.0f} s", flush=True)
+    finished.unlink()
     print(f"see results/{profile}/index.html")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from onn_core.errors import ConfigError
@@ -152,6 +153,12 @@ class TrainConfig:
             name: list(value) if isinstance(value, tuple | range | list) else value
             for name, value in values.items()
         }
+
+    def without_paths(self) -> dict[str, Any]:
+        """The settings as JSON values, with names in place of paths of this machine."""
+        values = self.to_dict()
+        names = ("model_dir", "data", "output_dir", "adapter")
+        return values | {name: Path(values[name]).name for name in names if values[name]}
 
 
 def _is_dataset(value: Any) -> bool:

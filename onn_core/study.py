@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from onn_core.corpus import prepare
 from onn_core.errors import NonFiniteError
 from onn_core.lora import add_adapter
 from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
+from onn_core.saved import FOLDER, Checkpoints
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 
 SCHEMA_VERSION = 1
@@ -69,8 +72,18 @@ def train(
     config: TrainConfig,
     on_step: Callable[[RunRecord], None] = lambda record: None,
     seconds: float | None = None,
+    resume: bool = False,
 ) -> RunRecord:
-    """One run. `seconds`: stop after that much time in optimizer steps. A NaN ends it, recorded."""
+    """One run. `seconds`: stop after that much time in optimizer steps. A NaN ends it, recorded.
+
+    resume: a run of these settings that finished is read, one that was cut goes on.
+    """
+    folder = Path(config.output_dir)
+    if resume and (folder / "record.json").is_file():
+        record = RunRecord.load(folder / "record.json")
+        if record.status == "finished" and record.config == config.without_paths():
+            on_step(record)
+            return record
 
     def watch(record: RunRecord) -> None:
         on_step(record)
@@ -79,7 +92,7 @@ def train(
 
     trainer = ChunkedLoraTrainer(config, watch)
     try:
-        return trainer.train()
+        trainer.train(resume and bool(Checkpoints(folder, 1).paths()))
     except NonFiniteError:
         return trainer.record
     except _TimeSpent:
@@ -90,7 +103,9 @@ def train(
             record.evals.append(EvalRecord(len(record.steps), samples, record.wall_s, loss))
             trainer.base.close()
         record.status = "finished"
-        return record
+        record.save(folder / "record.json")
+    shutil.rmtree(folder / FOLDER)  # its record and its adapter are all that is used
+    return trainer.record
 
 
 def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[float]:

@@ -100,7 +100,7 @@ class ChunkedLoraTrainer:
         run = describe_run(config, self.base.checkpoint, [*self.train_set, *self.held_out])
         self.keeper = RunKeeper(config, self.model, state, run, digests)
         self.record = RunRecord(
-            config=config.to_dict(),
+            config=config.without_paths(),
             model={
                 "name": Path(config.model_dir).name,
                 "type": self.base.config.model_type,
@@ -113,9 +113,6 @@ class ChunkedLoraTrainer:
             data=corpus.facts,
             environment=describe_environment(self.device),
         )
-        for name in ("model_dir", "data", "output_dir", "adapter"):  # no path of this machine
-            if self.record.config[name] is not None:
-                self.record.config[name] = Path(self.record.config[name]).name
         self._memory_before = memory_before
 
     def train(self, resume: bool = False) -> RunRecord:

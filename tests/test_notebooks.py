@@ -1,12 +1,19 @@
 """The notebooks keep their form; nbval notices a changed number; a failing run leaves nothing."""
 
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+import yaml
+from small import write_small
+
+from onn_core.study import Study
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -94,3 +101,44 @@ def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*|@import""", page)
     assert str(tmp_path) not in page + (results / "00_quickstart.ipynb").read_text()
     assert 'href="00_quickstart.html"' in (results / "index.html").read_text()
+
+
+@pytest.mark.faults
+def test_a_report_that_was_killed_goes_on(tmp_path):
+    """What it finished, notebooks and runs, is not made again; its numbers are a whole one's."""
+    model_dir, data = write_small(tmp_path, n_layers=8)
+    values = {"model_dir": str(model_dir), "data": str(data), "output_dir": "../runs"}
+    values |= {"n_samples": 16, "layout_seconds": 0.2}
+    name, studies = "02_learning_curves", []
+    for end in ("whole", "killed"):
+        folder = tmp_path / end
+        runner = runner_of(folder, "00_first", "open('count', 'a').write('x')")
+        shutil.copy(FOLDER / f"{name}.ipynb", folder / "notebooks")
+        profile = {"00_first": {}, name: values}
+        (folder / "notebooks/params/quick.yaml").write_text(yaml.safe_dump(profile))
+        command, first = [sys.executable, runner, "quick"], folder / "runs/4-0/record.json"
+        if end == "killed":
+            report = subprocess.Popen(command)
+            while not first.exists():
+                assert report.poll() is None
+                time.sleep(0.01)
+            for process in [*psutil.Process(report.pid).children(recursive=True), report]:
+                process.kill()
+                process.wait()
+            written = first.stat().st_mtime_ns
+            command.append("resume=true")
+        subprocess.run(command, check=True)
+        assert (folder / "notebooks/count").read_text() == "x"
+        assert not (folder / "results/quick/.finished.json").exists()
+        studies.append(Study.load(folder / "results/quick/learning_results.json"))
+    assert first.stat().st_mtime_ns == written
+    whole, resumed = (
+        [
+            ([step.loss for step in run.steps], run.evals[-1].loss)
+            for runs in (study.runs | study.controls).values()
+            for run in [*runs, *study.reference]
+        ]
+        for study in studies
+    )
+    assert whole == resumed and len(whole) > 8
+    assert studies[0].answers == studies[1].answers

@@ -259,3 +259,26 @@ def test_the_comparison_page_shows_all_records_and_what_is_missing(real, tmp_pat
     (tmp_path / "training_benchmark.json").write_text("{}")
     with pytest.raises(OnnError, match="measure again"):
         summary.read(tmp_path)
+
+
+def test_a_run_that_was_cut_goes_on_and_a_finished_one_is_read(toy_with_tokenizer, tmp_path):
+    def cut(record):
+        if len(record.steps) == 2:
+            raise KeyboardInterrupt
+
+    def went_on(**changes):
+        steps.clear()
+        changed = dataclasses.replace(config, **changes)
+        return study.train(changed, lambda record: steps.append(len(record.steps)), resume=True)
+
+    config, steps = settings(toy_with_tokenizer, tmp_path / "cut"), []
+    with pytest.raises(KeyboardInterrupt):
+        study.train(config, cut)
+    resumed, whole = went_on(), study.train(settings(toy_with_tokenizer, tmp_path / "whole"))
+    assert steps == [3]
+    assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps]
+    assert [done.loss for done in resumed.evals] == [done.loss for done in whole.evals]
+    assert str(went_on()) == str(resumed) and steps == [3]
+    assert not (tmp_path / "cut/checkpoints").exists()
+    went_on(learning_rate=2e-2)
+    assert steps == [1, 2, 3]
