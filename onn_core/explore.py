@@ -12,6 +12,7 @@ from typing import Any
 from onn_core.background import BackgroundRun
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
+from onn_core.figure import Figure
 from onn_core.live import figure
 from onn_core.lora import select_layers
 from onn_core.outline import Outline
@@ -267,19 +268,16 @@ class Explorer:
             except OnnError as error:
                 self._say(str(error), alert=True)
         if shown:
-            with self._drawing:  # matplotlib's log labels are not made by two threads at once
-                self.png = figure(shown, run.events if run is not None else []).png()
+            self.drawn = figure(shown, run.events if run is not None else [])
             text = ", ".join(f"{label}: loss {r.steps[-1].loss:.3f}" for label, r in shown.items())
-            data = base64.b64encode(self.png).decode()
+            with self._drawing:  # matplotlib's log labels are not made by two threads at once
+                data = base64.b64encode(self.drawn.png()).decode()
             source = f'src="data:image/png;base64,{data}"'
             self.figure.value = f'<img {source} alt="{html.escape(text)}" style="max-width:100%">'
 
-    def show(self) -> None:
-        """The figure as a picture."""
-        from IPython.display import display
-
-        text = re.sub("<[^>]+>", "", self.status.value)
-        display({"image/png": base64.b64encode(self.png).decode(), "text/plain": text}, raw=True)
+    def show(self) -> Figure:
+        """The figure, for the notebook."""
+        return self.drawn
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The widgets, and for readers without them what they show now."""

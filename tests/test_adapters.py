@@ -19,7 +19,6 @@ from onn_core.errors import OnnError
 from onn_core.models import write_random_checkpoint
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. .* invalid shape"),  # of lora_bias
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]

@@ -14,7 +14,6 @@ from onn_core import data
 from onn_core.corpus import prepare, require_packing
 from onn_core.errors import OnnError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 ROWS = [{"prompt": f"Count to {n}.", "response": "one two three " * n} for n in range(1, 8)]
 
 

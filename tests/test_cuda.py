@@ -15,7 +15,6 @@ from toy import (
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
 ]
 

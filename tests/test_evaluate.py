@@ -13,8 +13,6 @@ import onn_core
 from onn_core import data
 from onn_core.errors import OnnError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 @pytest.fixture
 def folder(toy_with_tokenizer):

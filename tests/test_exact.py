@@ -24,9 +24,6 @@ from toy import (
     with_lora,
 )
 
-# transformers renames a property that PEFT asks for, and the method that trainers call.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
 # Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order;
 # float64 shows that this is all (test_micro_batches_change_only_the_order_of_sums). In float32 the
 # oracle itself lies 4e-6 to 8e-6 from its own float64 gradients, and how far the two orders differ

@@ -13,9 +13,7 @@ import onn_core
 from onn_core.background import BackgroundRun
 from onn_core.explore import Explorer
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing`:FutureWarning", "ignore::DeprecationWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def settings(output_dir, **changes):

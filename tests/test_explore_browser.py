@@ -15,7 +15,6 @@ from test_explore import loads_in_memory
 ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 
 

@@ -24,7 +24,6 @@ from onn_core.saved import Checkpoints
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 N_KILLS = 9  # for each phase
 SEED = 0

@@ -50,7 +50,6 @@ def test_geometry_has_the_published_parameters(name, parameters):
 
 
 # PEFT asks for a name that transformers is about to drop.
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_phi4_adapters_of_the_report():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(models.geometry("phi-4"))

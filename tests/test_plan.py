@@ -15,8 +15,6 @@ from onn_core.models import geometry
 from onn_core.plan import MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
 from onn_core.sizing import geometry_of, predict
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
 
 def within(n_bytes):
     """A budget with room for `n_bytes` beside what every process takes."""

@@ -7,8 +7,6 @@ from toy import assert_same, difference, in_memory, step, streamed, toy_batch, t
 
 from onn_core import product
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_tokens", [1, 7, 64, 65, 200])

@@ -17,8 +17,6 @@ import onn_core
 from onn_core.errors import NonFiniteError, OnnError
 from onn_core.saved import Checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 class Ended(BaseException):
     """Stands for the sudden end of the process."""

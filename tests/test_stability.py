@@ -11,8 +11,6 @@ from onn_core import data, stability, stability_report
 from onn_core.errors import OnnError
 from onn_core.stability import BROKEN, SOUND
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def study(smollm2_dir):

@@ -12,7 +12,6 @@ from small import trainer, write_small
 import onn_core
 from onn_core.saved import Checkpoints
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 LONG = {"max_steps": 100_000, "checkpoint_every": 3, "eval_every": 0}
 
 

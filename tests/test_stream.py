@@ -32,8 +32,6 @@ from onn_core.errors import CheckpointError
 from onn_core.items import count_slots
 from onn_core.stream import WeightStream
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def no_hang():

@@ -25,8 +25,6 @@ from transformers import AutoModelForCausalLM
 
 from onn_core import OnnError
 
-# transformers renames a property that PEFT asks for, and the method that trainers call.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 BOTH = (in_memory, streamed)
 HEADS = ["llama", "llama-tied", "gemma2", "phi", "granitemoe"]  # tied, soft cap, bias, scaling
 

@@ -18,8 +18,6 @@ from onn_core import (
 )
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment, write_json
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 def settings(folder, output_dir, **changes):
     fixed = {"model_dir": str(folder), "data": "chatterbot", "output_dir": str(output_dir)}

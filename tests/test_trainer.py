@@ -13,8 +13,6 @@ import onn_core
 from onn_core.errors import NonFiniteError, OnnError
 from onn_core.trainer import MAX_SKIPS, ChunkedLoraTrainer, learning_rate
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
 
 def settings(folder, output_dir, **changes):
     fixed = {"model_dir": str(folder), "data": "chatterbot", "output_dir": str(output_dir)}
