@@ -1,5 +1,7 @@
 """The same code on CUDA: pinned staging, copies on a side stream, boundaries on the host."""
 
+import os
+
 import pytest
 import torch
 from toy import (
@@ -13,6 +15,8 @@ from toy import (
     with_lora,
 )
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
@@ -25,7 +29,7 @@ def on_device(batch):
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
