@@ -73,7 +73,9 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
             "compute": flops / ceilings.flops_per_s[n_tokens],
         }
         if ceilings.copy_bytes_per_s is not None:
-            limits_s["copy"] = row["bytes_read"] / ceilings.copy_bytes_per_s
+            limits_s["copy"] = (
+                row.get("bytes_streamed", row["bytes_read"]) / ceilings.copy_bytes_per_s
+            )
         row |= {f"limit_{what}_s": seconds for what, seconds in limits_s.items()}
         row["limited_by"] = max(limits_s, key=limits_s.get)
         row["percent_of_limit"] = 100 * max(limits_s.values()) / row["step_s"]
@@ -151,6 +153,7 @@ def benchmark(
     runs: Sequence[Run],
     *,
     cap: int | None = None,
+    host_cap: int | None = None,
     budget: int | None = None,
     n_steps: int = 3,
     device: str = "auto",
@@ -158,7 +161,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Each of `runs` in a process of its own, inside one cap: the record.
 
-    cap: bytes of a process, on CUDA of the device's allocator. budget: what this project may fill
+    cap: bytes of a process, on CUDA of the device's allocator. host_cap: on CUDA, bytes of the
+    process, its files' pages included, except for "cached". budget: what this project may fill
     of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. on_row: called with the rows
     so far, without limits, after each run.
     """
@@ -172,12 +176,17 @@ def benchmark(
         print(run, flush=True)
         evict(model_dir)
         own_cap = None if run.system == "in_memory" else cap
-        host_cap = own_cap if where.type == "cpu" else None
-        with first_layers(model_dir, run.layers) as folder, memory_cap(host_cap) as group:
-            capped &= group is not None or host_cap is None
+        of_host = own_cap
+        if where.type == "cuda":
+            of_host = None if run.system in ("cached", "in_memory") else host_cap
+        with first_layers(model_dir, run.layers) as folder, memory_cap(of_host) as group:
+            capped &= group is not None or of_host is None
             settings = {"system": run.system, "batch_size": run.batch_size}
             settings |= {"model_dir": str(folder), "sequence": run.sequence, "n_steps": n_steps}
-            settings |= {"device": device, "room_bytes": budget if run.system == "onn" else room}
+            settings |= {
+                "device": device,
+                "room_bytes": budget if run.system in ("onn", "cached") else room,
+            }
             if where.type == "cuda":
                 settings["device_cap"] = own_cap
             command = [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(settings)]
@@ -200,6 +209,7 @@ def benchmark(
         "schema_version": SCHEMA_VERSION,
         "environment": describe_environment(where),
         "cap_bytes": cap,
+        "host_cap_bytes": host_cap,
         "capped": capped,
         "budget_bytes": budget,
         "ceilings": {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},

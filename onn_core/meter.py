@@ -1,6 +1,7 @@
 """Peak memory, and the two ceilings of this machine: reading and matrix products."""
 
 import dataclasses
+import functools
 import statistics
 import threading
 import time
@@ -42,6 +43,7 @@ def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak, on the host and on the device."""
     Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -50,6 +52,18 @@ def peak_memory_bytes(device: torch.device, before_bytes: int = 0) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return memory_bytes("VmHWM") - before_bytes
+
+
+@functools.cache
+def library_bytes(device: torch.device) -> int:
+    """What CUDA's libraries take of the device at the first product, forward and backward."""
+    if device.type != "cuda":
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    values = torch.ones(16, 16, dtype=torch.float16, device=device, requires_grad=True)
+    torch.autograd.grad((values @ values).sum(), values)
+    del values
+    return torch.cuda.memory_allocated(device) - before
 
 
 def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0) -> float:

@@ -25,7 +25,7 @@ from onn_core.footprint import Footprint
 from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
-from onn_core.meter import memory_bytes
+from onn_core.meter import library_bytes, memory_bytes
 from onn_core.plan import Sizes, make_plan
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
 from onn_core.reader import keep_freed_memory
@@ -89,7 +89,7 @@ def from_pretrained(
     sizes = Sizes(
         layers=units,
         head=head_units,
-        held_bytes=_held_bytes(model),
+        held_bytes=_held_bytes(model) + library_bytes(device),
         hidden_bytes=hidden_size * dtype.itemsize,
         visit_bytes=Footprint(checkpoint.config, dtype),
         on_cpu=device.type == "cpu",

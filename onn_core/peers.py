@@ -1,5 +1,6 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
+import dataclasses
 import statistics
 import time
 import warnings
@@ -19,6 +20,7 @@ from onn_core.stream import WeightStream
 
 SYSTEMS = {
     "onn": "this project",
+    "cached": "this project, on CUDA, in a host with memory to spare for its files",
     "baseline": "the report's baseline: a layer is read when it is entered, nothing is kept",
     "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
@@ -76,7 +78,8 @@ def run_steps(
     for number in range(n_steps + 1):
         ids = torch.randint(model.config.vocab_size, (batch_size, sequence)).to(where)
         read_before = read_so_far()
-        wait_before = session.stream.counts.wait_s if session else 0.0
+        if session:
+            before = dataclasses.replace(session.stream.counts)
         if session:
             session.seconds.clear()
             session.trace = session.stream.trace = [] if number == n_steps else None
@@ -93,7 +96,8 @@ def run_steps(
         step = {"step_s": stopped - started, "bytes_read": read_so_far() - read_before}
         if session:
             step |= {f"{phase}_s": session.seconds[phase] for phase in PHASES}
-            step["wait_s"] = session.stream.counts.wait_s - wait_before
+            step["wait_s"] = session.stream.counts.wait_s - before.wait_s
+            step["bytes_streamed"] = session.stream.counts.bytes_read - before.bytes_read
             step["optimizer_s"] = stopped - optimizer_started
         steps.append(step)
         print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
@@ -144,11 +148,13 @@ def open_system(
 
     room_bytes: memory that it may fill (None: no limit). settings: those of `from_pretrained`.
     """
-    if system in ("onn", "baseline"):
-        budget = room_bytes if system == "onn" else None
+    if system in ("onn", "cached", "baseline"):
+        budget = None if system == "baseline" else room_bytes
         model = from_pretrained(model_dir, device=device, memory_budget=budget, **settings)
         if system == "baseline":
             model.session.stream.__class__ = NothingKept
+        if system == "cached":
+            return model, _disk_bytes
         return model, lambda: model.session.stream.counts.bytes_read
     where: Any = {"device_map": device}
     if system == "offload":  # what does not fit stays in the checkpoint's own files

@@ -12,7 +12,8 @@ from onn_core.loss import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
 HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
-MARGIN = 1.05  # of a budget, for what the sum does not see
+MARGIN = 1.05  # of a budget, for what the sum does not see; a CUDA allocator is counted to the byte
+CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 FEW_TOKENS = 256  # a micro-batch below this multiplies slower; above, not faster
 
@@ -28,6 +29,10 @@ class Sizes:
     visit_bytes: Callable[[int, int], int]  # (B, T) -> activations of a layer's visit
     on_cpu: bool = True
     n_trained: int = 0  # parameters
+
+    @property
+    def margin(self) -> float:
+        return MARGIN if self.on_cpu else CUDA_MARGIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +89,12 @@ def make_plan(
     for (n_resident, slots), place, size in itertools.product(weights, places, micro):
         count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
         plan = Plan(slots, n_resident, size, place, count)
-        if budget is None or MARGIN * plan.peak_bytes <= budget:
+        if budget is None or sizes.margin * plan.peak_bytes <= budget:
             return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
-        f"{n_tokens} tokens: {plan}, and 5 % for safety: raise it, or lower chunk_size, batch_size "
-        "or max_length."
+        f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or lower "
+        "chunk_size, batch_size or max_length."
     )
 
 
@@ -115,7 +120,7 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
     for n_resident, slots in choices:
         parts = plan.parts | {"weights": slots_bytes(slots)}
-        if MARGIN * sum(parts.values()) <= budget:
+        if sizes.margin * sum(parts.values()) <= budget:
             kept = {"n_resident": n_resident, "slots": slots, "count": parts.copy}
             return dataclasses.replace(plan, **kept)
     return plan

@@ -51,10 +51,30 @@ def pinned_buffer(n_bytes: int) -> torch.Tensor:
     return memory[start : start + n_bytes]
 
 
-class DirectFiles:
-    """Descriptors that many threads read from; opened at first use."""
+def host_memory_bytes() -> int:
+    """Memory that this process could fill: what is available, within its control group's limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    room = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder, name = Path("/sys/fs/cgroup"), "memory.max"
+        if controllers:
+            folder, name = folder / "memory", "memory.limit_in_bytes"
+        if controllers in ("", "memory"):
+            for group in (folder / path[1:], *(folder / path[1:]).parents):
+                with contextlib.suppress(OSError, ValueError):  # "max", or no such group
+                    room = min(room, int((group / name).read_text()))
+    return room
 
-    def __init__(self):
+
+class DirectFiles:
+    """Descriptors that many threads read from; opened at first use.
+
+    cached: read through the page cache and leave it the pages.
+    """
+
+    def __init__(self, cached: bool = False):
+        self.cached = cached
         self._opened: dict[Path, tuple[int, bool]] = {}  # descriptor, direct
         self._lock = threading.Lock()
 
@@ -82,7 +102,7 @@ class DirectFiles:
                 f"{path.name} cannot be read at byte {start} ({error.strerror}): "
                 "check the disk, restore the file and start again."
             ) from error
-        if not direct and hasattr(os, "posix_fadvise"):
+        if not direct and not self.cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, start, n_whole, os.POSIX_FADV_DONTNEED)
         return n_read
 
@@ -90,7 +110,7 @@ class DirectFiles:
         with self._lock:
             if path not in self._opened:
                 try:
-                    self._opened[path] = _open_direct(path)
+                    self._opened[path] = _open(path) if self.cached else _open_direct(path)
                 except OSError as error:
                     raise CheckpointError(
                         f"{path.name} cannot be opened ({error.strerror}): "
@@ -105,16 +125,20 @@ class DirectFiles:
                 os.close(self._opened.popitem()[1][0])
 
 
+def _open(path: Path) -> tuple[int, bool]:
+    return os.open(path, os.O_RDONLY), False
+
+
 def _open_direct(path: Path) -> tuple[int, bool]:
     """A descriptor, and whether it reads past the page cache."""
     if O_DIRECT:
         try:
             descriptor = os.open(path, os.O_RDONLY | O_DIRECT)
         except OSError:
-            return os.open(path, os.O_RDONLY), False
+            return _open(path)
         try:
             os.preadv(descriptor, [host_buffer(PAGE_BYTES).numpy()], 0)
             return descriptor, True
         except OSError:  # accepted at opening, refused at reading
             os.close(descriptor)
-    return os.open(path, os.O_RDONLY), False
+    return _open(path)

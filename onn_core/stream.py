@@ -22,7 +22,7 @@ import torch
 from onn_core.checkpoint import Checkpoint, TensorEntry
 from onn_core.errors import CheckpointError, ConfigError
 from onn_core.items import Item, Slot, Staging, no_memory
-from onn_core.reader import DirectFiles, host_buffer
+from onn_core.reader import DirectFiles, host_buffer, host_memory_bytes
 
 N_READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # a half of the cores compute
 CHECK_S = 0.2  # between two looks, while the compute waits, at whether to stop
@@ -62,7 +62,10 @@ class WeightStream:
         self.check: Callable[[], None] = lambda: None  # may raise, to abandon a step
         self._checkpoint = checkpoint
         self._device = device
-        self._files = DirectFiles()
+        # a CUDA budget is the device's: host memory that nobody needs may keep what was read
+        n_bytes = sum(item.n_bytes for unit in self.units for item in unit)
+        cached = device.type == "cuda" and 2 * n_bytes <= host_memory_bytes()
+        self.files = DirectFiles(cached)
         self._held: dict[int, list[Slot]] = defaultdict(list)
         self._entered: list[Item] = []  # of the unit that is visited now
         self._future: list[int] = []
@@ -171,7 +174,7 @@ class WeightStream:
                 item.slot = item.tensor = None
                 item.in_use = False
         self._error = None
-        self._files.close()
+        self.files.close()
 
     def _start_readers(self) -> None:
         self._closed = False
@@ -285,11 +288,11 @@ class WeightStream:
         entry = source.entry
         into = memory[start - item.first_page :]
         if item.in_place and self._copies is None:
-            n_read = self._files.read(entry.path, start, stop, into)
+            n_read = self.files.read(entry.path, start, stop, into)
             self._verify(entry, start, into[: stop - start])
             return n_read
         buffer = staging.buffer()
-        n_read = self._files.read(entry.path, start, stop, buffer)
+        n_read = self.files.read(entry.path, start, stop, buffer)
         self._verify(entry, start, buffer[: stop - start])
         if item.in_place:
             staging.copy(into[: stop - start], buffer[: stop - start], item.slot)

@@ -27,10 +27,16 @@ LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
 ENDS_BYTES = 2 * 100352 * 5120 * 2
 DEPTH = 40
 CAP = 4 << 30
-BUDGET = int(1.5 * 2**30)
-RUNS = "onn:32,onn:128,baseline:1,onn:1@8,baseline:1@8,offload:1@8"
-# layers, samples, tokens of a sample, budget: what is profiled
-CASES = [(8, 1, 128, BUDGET), (8, 32, 128, BUDGET), (2, 32, 512, int(3.5 * 2**30))]
+HOST_CAP = 8 << 30  # less than a half of the weights: they come from the disk
+BUDGET = int(1.53 * 2**30)  # the report's largest figure
+RUNS = "onn:32,onn:128,baseline:1,onn:1@8,offload:1@8,cached:32,cached:1@8"
+# what is profiled: layers, samples, tokens of a sample, budget, whether its files are cached
+CASES = [
+    (8, 32, 128, BUDGET, False),
+    (8, 1, 128, BUDGET, True),
+    (8, 32, 128, BUDGET, True),
+    (2, 32, 128, int(3.5 * 2**30), True),
+]
 
 
 def deepest(scratch: Path) -> int:
@@ -68,10 +74,13 @@ def both(first: list[tuple[float, float]], second: list[tuple[float, float]]) ->
     return length(first) + length(second) - length(merged([*first, *second]))
 
 
-def overlap(model_dir: Path, batch_size: int, sequence: int, budget: int, scratch: Path) -> dict:
+def overlap(
+    model_dir: Path, batch_size: int, sequence: int, budget: int, cached: bool, scratch: Path
+) -> dict:
     """One profiled step: seconds of copies to the device, of kernels, and of both at once."""
     device = torch.device("cuda", 0)
-    base, _ = peers.open_system("onn", str(model_dir), device, budget)
+    base, read_so_far = peers.open_system("cached", str(model_dir), device, budget)
+    base.session.stream.files.cached = cached
     model, _ = peers.add_adapters(base, device)
     ids = torch.randint(model.config.vocab_size, (batch_size, sequence), device=device)
 
@@ -81,7 +90,7 @@ def overlap(model_dir: Path, batch_size: int, sequence: int, budget: int, scratc
 
     step()
     counts = base.session.stream.counts
-    wait_s, n_bytes = counts.wait_s, counts.bytes_read
+    wait_s, n_bytes, n_streamed = counts.wait_s, read_so_far(), counts.bytes_read
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     started = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profiler:
@@ -103,7 +112,8 @@ def overlap(model_dir: Path, batch_size: int, sequence: int, budget: int, scratc
         "batch_size": batch_size,
         "sequence": sequence,
         "budget_bytes": budget,
-        "bytes_read": counts.bytes_read - n_bytes,
+        "bytes_read": read_so_far() - n_bytes,
+        "bytes_streamed": counts.bytes_read - n_streamed,
         "step_s": step_s,
         "copies_s": length(copies),
         "kernels_s": length(kernels),
@@ -125,6 +135,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.scratch.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"  # as on the report's card
     started = time.perf_counter()
 
     def say(what: str) -> None:
@@ -141,6 +152,7 @@ def main() -> None:
         folder,
         runs,
         cap=CAP,
+        host_cap=HOST_CAP,
         budget=BUDGET,
         n_steps=arguments.steps,
         device="cuda",
@@ -150,9 +162,9 @@ def main() -> None:
     print(bench.speed_table(record).to_string(), record["failed"], flush=True)
     say("overlap")  # a model that streams, then one that fits: what is read decides who waits
     record["overlap"] = []
-    for n_layers, size, sequence, budget in CASES:
+    for n_layers, *case in CASES:
         with bench.first_layers(folder, min(n_layers, layers)) as shallow:
-            seen = overlap(shallow, size, sequence, budget, arguments.scratch)
+            seen = overlap(shallow, *case, arguments.scratch)
         print(json.dumps(seen), flush=True)
         record["overlap"].append(seen)
         write_json(arguments.out / "training_benchmark.json", record)

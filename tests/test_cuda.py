@@ -49,6 +49,13 @@ def test_gradients_are_those_of_peft_in_memory(family, dtype, micro_batch_size):
         assert_same(got, want, rounding if micro_batch_size is None else 4e-6)
 
 
+def test_direct_reads(monkeypatch):
+    batch = on_device(toy_batch())
+    want = step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch)
+    monkeypatch.setattr("onn_core.stream.host_memory_bytes", lambda: 0)
+    assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
+
+
 def test_cast_on_the_way():
     got, want = (
         step(

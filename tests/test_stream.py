@@ -422,7 +422,7 @@ def test_garbage_collection_in_a_reader_thread_closes_as_well():
         del model
         assert alive() is not None
         gate.set()
-        while readers() or stream._files._opened:
+        while readers() or stream.files._opened:
             time.sleep(0.01)
         assert alive() is None
     finally:
@@ -543,6 +543,17 @@ def test_many_shards(family):
     assert len(list(folder.glob("*.safetensors"))) > N_LAYERS
     want = step(with_lora(in_memory(folder)), toy_batch())
     assert_same(step(with_lora(streamed(folder)), toy_batch()), want)
+
+
+def test_through_the_page_cache():
+    """As on CUDA in a host with memory to spare."""
+    want = step(with_lora(streamed(toy_dir("llama"))), toy_batch())
+    model = with_lora(streamed(toy_dir("llama")))
+    files = model.base_model.model.session.stream.files
+    files.cached = True
+    assert_same(step(model, toy_batch()), want)
+    flags = [fcntl.fcntl(descriptor, fcntl.F_GETFL) for descriptor, _ in files._opened.values()]
+    assert flags and not any(f & os.O_DIRECT for f in flags)
 
 
 @pytest.mark.parametrize("how", ["not there", "refused at opening", "refused at reading"])
