@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -230,7 +231,8 @@ def _measure(command: list[str]) -> tuple[dict[str, Any] | None, str]:
                 print(line, end="", flush=True)
             last = line.strip() or last
     if worker.returncode:
-        return None, f"status {worker.returncode}: {last[:300]}"
+        killed = " (killed: its memory cap)" if worker.returncode == -signal.SIGKILL else ""
+        return None, f"status {worker.returncode}{killed}: {last[:300]}"
     return json.loads(last), ""
 
 

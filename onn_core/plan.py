@@ -93,8 +93,8 @@ def make_plan(
             return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
-        f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or lower "
-        "chunk_size, batch_size or max_length."
+        f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
+        "lower chunk_size, batch_size or max_length."
     )
 
 
