@@ -30,6 +30,7 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "learning_curves.png": "the learning curves as a picture",
     "03_stability.html": "where NaN comes from and which mend matters",
     "04_speed.html": "time per sample, memory, percent of the limit",
+    "06_your_own_loop.html": "Trainer, TRL, perplexity with and without the adapter, merge",
     "learning_results.json": "every run of the learning study, step by step",
     "stability.json": "every run of the stability study",
     "training_benchmark.json": "every row of the speed benchmark",

@@ -54,14 +54,14 @@ RULES = {
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
     "num_decoder_layers num_blocks": N_LAYERS,
     "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
-    "encoder_attention_heads attention_heads mamba_n_heads": HEADS,
+    "encoder_attention_heads attention_heads mamba_n_heads linear_num_heads": HEADS,
     "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token "
     "moe_topk moe_k top_k_experts num_experts_per_topk n_groups mamba_n_groups": 2,
     "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size decoder_ffn_dim encoder_ffn_dim "
     "max_position_embeddings n_positions n_ctx max_seq_len shared_expert_intermediate_size "
     "mlp_hidden_size max_sequence_length": 64,
     "head_dim attention_head_size qk_rope_head_dim qk_nope_head_dim rotary_dim v_head_dim d_kv "
-    "kv_channels mamba_d_head linear_key_head_dim linear_value_head_dim mamba_d_state state_size "
+    "kv_channels mamba_d_head linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_state state_size "
     "d_state": 8,
     "moe_intermediate_size expert_dim expert_intermediate_size kv_lora_rank q_lora_rank": 16,
     "num_experts num_local_experts n_routed_experts moe_num_experts sliding_window "
@@ -89,6 +89,9 @@ VARIANTS = [
     (dict.fromkeys((n for n, v in RULES.items() if v == HEADS), 2 * HEADS), False),
     ({"num_key_value_heads": HEADS}, False),
     ({"head_dim": None, "num_key_value_heads": HEADS}, False),
+    ({"num_key_value_heads": HEADS, "n_group": 2, "topk_group": 1}, True),
+    ({"mamba_expand": 1, "mamba_d_ssm": WIDTH, "use_cache": False}, False),
+    (dict.fromkeys(n for n, v in RULES.items() if v == N_LAYERS), False),  # as deep as they come
 ]
 
 
