@@ -61,8 +61,8 @@ RULES = {
     "max_position_embeddings n_positions n_ctx max_seq_len shared_expert_intermediate_size "
     "mlp_hidden_size max_sequence_length": 64,
     "head_dim attention_head_size qk_rope_head_dim qk_nope_head_dim rotary_dim v_head_dim d_kv "
-    "kv_channels mamba_d_head linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_state state_size "
-    "d_state": 8,
+    "kv_channels mamba_d_head linear_key_head_dim linear_value_head_dim mamba_d_state state_size "
+    "d_state linear_head_dim": 8,
     "moe_intermediate_size expert_dim expert_intermediate_size kv_lora_rank q_lora_rank": 16,
     "num_experts num_local_experts n_routed_experts moe_num_experts sliding_window "
     "attention_window linear_num_key_heads linear_num_value_heads": 4,
