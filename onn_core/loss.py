@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from onn_core.product import product, product_back
 
 IGNORED = -100  # a label that is not counted
-LOGITS_BYTES = 64 << 20  # float32 logits of one chunk of tokens
+LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of tokens
 HEAD_TOKENS = 1024  # at most, that meet a block of the head at once
 GRADIENT_BYTES = 256 << 20  # float32 sums for the gradient; beyond, they stay on the host
 

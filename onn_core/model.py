@@ -97,7 +97,7 @@ def from_pretrained(
     budget = parse_bytes(memory_budget)
     plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(budget is not None)  # whose plan says when to trim
     stream = WeightStream(checkpoint, units + head_units, plan.slots, device)
     session = Session(
         stream=stream,

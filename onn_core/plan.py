@@ -144,15 +144,23 @@ def _parts(
 
 
 def head_bytes(sizes: Sizes, n_tokens: int) -> int:
-    """Peak of the head: float32 gradient sums of all tokens, and logits of a chunk of them."""
+    """Peak of the head: the gradient so far, and the logits of a chunk of the tokens.
+
+    In one block: log-softmax, its gradient and the loss's, in float32. In several: the logits as
+    they are, in float32 and as exponentials; and two float32 sums for the gradient.
+    """
     if not sizes.head:
         return 0
     n_rows, n_hidden = sizes.head[0][0].shape  # (v, C)
-    chunk = min(n_tokens, HEAD_TOKENS, max(1, LOGITS_BYTES // (4 * n_rows)))
+    most = max(1, LOGITS_BYTES // (4 * n_rows))
+    gradient = n_tokens * sizes.hidden_bytes
+    if len(sizes.head) == 1:
+        return 2 * gradient + 12 * n_rows * min(n_tokens, most)
+    chunk = min(n_tokens, HEAD_TOKENS, most)
     sums = 8 * n_hidden * n_tokens
     if not sizes.on_cpu and sums > GRADIENT_BYTES:
         sums = 8 * n_hidden * chunk
-    return sums + n_tokens * sizes.hidden_bytes + chunk * (10 * n_rows + 10 * n_hidden)
+    return sums + gradient + chunk * (10 * n_rows + 10 * n_hidden)
 
 
 def slots_bytes(slots: Counter) -> int:

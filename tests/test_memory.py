@@ -171,10 +171,11 @@ def test_budgets_are_kept_from_matrix_by_matrix_to_the_whole_model(folders):
 
 
 @pytest.mark.heavy
-def test_phi4_geometry_trains_within_one_and_a_half_gib(tmp_path):
+@pytest.mark.parametrize("budget", [None, 3 << 29])
+def test_phi4_geometry_trains_within_one_and_a_half_gib(tmp_path, budget):
     folder = write_random_checkpoint(tmp_path / "phi-4", geometry("phi-4", 2), progress=False)
     settings = {"system": "onn", "model_dir": str(folder), "batch_size": 32, "sequence": 16}
-    settings |= {"n_steps": 2, "device": "cpu", "room_bytes": 3 << 29}
+    settings |= {"n_steps": 3, "device": "cpu", "room_bytes": budget}
     child = subprocess.run(
         [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(settings)],
         capture_output=True,
