@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -155,6 +156,7 @@ def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
     if not os.path.isfile(path):
         raise CheckpointError(f"{model_dir} has no config.json: give a Hugging Face model folder.")
     try:
+        json.loads(path.read_bytes(), parse_int=np.int64)  # a larger number would fail in torch
         return transformers.AutoConfig.from_pretrained(
             model_dir, trust_remote_code=False, local_files_only=True
         )

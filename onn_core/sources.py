@@ -30,6 +30,7 @@ class Source:
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+    converted_shape: torch.Size | None = None
 
     @property
     def entry(self) -> TensorEntry:
@@ -120,7 +121,7 @@ def _converted(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
-    return {target: Source(entries, maker(target)) for target in made}
+    return {target: Source(entries, maker(target), made[target].shape) for target in made}
 
 
 def _check(
@@ -136,8 +137,9 @@ def _check(
                 f"the model needs {name}, which no shard has: "
                 "download the folder again or save it with save_pretrained."
             )
-        if sources[name].convert is None and sources[name].entry.shape != tuple(tensor.shape):
+        shape = sources[name].converted_shape or sources[name].entry.shape
+        if shape != tensor.shape:
             raise CheckpointError(
-                f"{sources[name].entry.name} has shape {list(sources[name].entry.shape)}, but "
-                f"config.json asks for {list(tensor.shape)}: the two do not belong together."
+                f"{sources[name].entry.name} has shape {list(shape)}, but config.json asks for "
+                f"{list(tensor.shape)}: the two do not belong together."
             )
