@@ -33,7 +33,7 @@ from onn_core.record import describe_environment, write_json
 from onn_core.speed import SCHEMA_VERSION, ratio_table, speed_table
 
 RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
-READERS = (2, 4, 8)  # outstanding reads that are tried for the ceiling
+READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
 
