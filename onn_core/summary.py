@@ -151,7 +151,7 @@ def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
         f"{times:.1f} times less: {best['ms_per_sample']:,.0f} ms at batch {best['batch_size']}, "
         f"{one['ms_per_sample']:,.0f} ms at batch 1"
     )
-    ratio.verdict = CONFIRMED if times >= 7 else DIFFERENT if times > 1 else REFUTED
+    ratio.verdict = speed.verdict(times)
     ratio.why = (
         "the ratio of reading to computing time belongs to the machine; "
         f"{best['percent_of_limit']:.0f} % of its limit at batch {best['batch_size']}, "
