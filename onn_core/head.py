@@ -222,9 +222,10 @@ class _HeadLoss(torch.autograd.Function):
                 on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
                 grad = grad.div_(on_home)
         else:
-            losses, grads = [], []
+            losses = torch.empty(len(chunks), device=flat.device)  # made first: no gaps in the heap
+            grad = torch.empty_like(flat) if with_grad else None
             for _, weight, bias in head.resident_blocks():
-                for tokens in chunks:
+                for number, tokens in enumerate(chunks):
                     part = flat[tokens].detach()
                     with torch.set_grad_enabled(with_grad):
                         part.requires_grad_(with_grad)
@@ -235,11 +236,10 @@ class _HeadLoss(torch.autograd.Function):
                             num_items_in_batch=n_counted,
                             shift_labels=flat_labels[tokens],
                         )
-                    losses.append(loss.detach())
+                    losses[number] = loss.detach()
                     if with_grad:
-                        grads.append(torch.autograd.grad(loss, part)[0])
-            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-            grad = torch.cat(grads) if with_grad else None
+                        grad[tokens] = torch.autograd.grad(loss, part)[0]
+            loss = losses[0] if len(chunks) == 1 else losses.sum()
         ctx.shape = hidden.shape
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
         if with_grad:

@@ -42,6 +42,7 @@ class Plan:
     slots: Counter  # size in bytes -> how many
     n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
     micro_batch_size: int
+    n_micro_batches: int
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count: Callable[[], dict[str, int]]  # -> parts; traces a layer
 
@@ -79,16 +80,17 @@ def make_plan(
     weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
-    if micro_batch_size is not None:
-        micro = [min(micro_batch_size, batch_size)]
-    elif budget is None:
-        micro = [batch_size]
-    else:
-        micro = _micro_batches(sizes, batch_size, n_tokens, budget)
     places = ("memory", "disk" if sizes.on_cpu else "host")
-    for (n_resident, slots), place, size in itertools.product(weights, places, micro):
+    tries = itertools.product(weights, places, _all_micro_batches(batch_size))
+    if micro_batch_size is not None:
+        tries = itertools.product(weights, places, [min(micro_batch_size, batch_size)])
+    elif budget is not None:
+        fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
+        tries = [t for t in tries if t[2] <= fast or not t[0][0]]
+        tries.sort(key=lambda t: 0 if t[0][0] else 1 / t[2])  # by matrix, each reads all anew
+    for (n_resident, slots), place, size in tries:
         count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, place, count)
+        plan = Plan(slots, n_resident, size, -(-batch_size // size), place, count)
         if budget is None or sizes.margin * plan.peak_bytes <= budget:
             return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
@@ -98,18 +100,22 @@ def make_plan(
     )
 
 
-def _micro_batches(sizes: Sizes, batch_size: int, n_tokens: int, budget: int) -> list[int]:
-    """Sizes to try, from one that multiplies at full speed: on a CPU the smallest such.
-
-    On CUDA the largest that takes a quarter of the budget.
-    """
+def _all_micro_batches(batch_size: int) -> list[int]:
     all_sizes = [batch_size]
     while all_sizes[-1] > 1:
         all_sizes.append(-(-all_sizes[-1] // 2))
+    return all_sizes
+
+
+def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int) -> int:
+    """One that multiplies at full speed: on a CPU the smallest such.
+
+    On CUDA the largest that takes a quarter of the budget.
+    """
+    all_sizes = _all_micro_batches(batch_size)
     fast = [size for size in all_sizes if size * n_tokens >= FEW_TOKENS] or all_sizes[:1]
     small = [size for size in fast if sizes.visit_bytes(size, n_tokens) <= budget // 4]
-    first = small[0] if small and not sizes.on_cpu else fast[-1]
-    return [size for size in all_sizes if size <= first]
+    return small[0] if small and not sizes.on_cpu else fast[-1]
 
 
 def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
@@ -179,8 +185,10 @@ def items_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
     below = Counter(item.slot_bytes for unit in sizes.layers[:lowest] for item in unit)
     for size, count in every.items():
         back, slots = count - below[size], plan.slots[size]
-        if plan.by_matrix:
-            found[size] += count + 2 * back
+        if plan.by_matrix and slots * len(sizes.layers) < count:  # at most, what stays is less
+            found[size] += plan.n_micro_batches * (count + 2 * back)
+        elif plan.by_matrix:
+            found[size] += count + back
         elif slots < count:
             found[size] += count - max(0, slots - below[size]) + max(0, back - slots)
     head = Counter(item.slot_bytes for unit in sizes.head for item in unit)
