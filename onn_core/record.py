@@ -170,6 +170,7 @@ def describe_environment(device: Any = "cpu") -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "threads": torch.get_num_threads(),  # on which the order of sums depends
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "device": torch.cuda.get_device_name() if str(device).startswith("cuda") else "cpu",
         "system": platform.system(),

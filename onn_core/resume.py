@@ -140,8 +140,8 @@ class RunKeeper:
         ours, theirs = ({**r.environment, "date": ""} for r in (fresh, saved.record))
         if ours != theirs:
             warnings.warn(
-                "the checkpoint is of another machine or other versions: the resumed run may "
-                "differ from an uninterrupted one in the last bits.",
+                "the checkpoint is of another machine, other versions or another number of "
+                "threads: the resumed run may differ from a whole one in the last bits.",
                 stacklevel=3,
             )
         return dataclasses.replace(saved.record, config=fresh.config, status="running")

@@ -13,6 +13,7 @@ import time
 import warnings
 
 import pytest
+import torch
 from forks import Forks
 from jobs import PHASES
 from safetensors.torch import load_file
@@ -27,6 +28,15 @@ pytestmark = [
 ]
 N_KILLS = 9  # for each phase
 SEED = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the forked jobs: sums are in the order of the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

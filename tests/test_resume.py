@@ -151,6 +151,17 @@ def test_an_error_also_saves_the_last_finished_step(small, whole, tmp_path):
     require_equal(tmp_path, whole)
 
 
+def test_another_number_of_threads_is_warned_of(small, tmp_path):
+    stopped(small, tmp_path, 50, end)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        with pytest.warns(UserWarning, match="another number of threads"):
+            trainer(small, tmp_path).train(resume=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
