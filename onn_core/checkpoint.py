@@ -75,7 +75,10 @@ class Checkpoint:
         """
         model_dir = Path(model_dir)
         if not os.path.isdir(model_dir):
-            raise CheckpointError(f"{model_dir} is not a folder: give that of a downloaded model.")
+            raise CheckpointError(
+                f"{model_dir} is not a folder: give that of a downloaded model "
+                "(hf download NAME --local-dir FOLDER)."
+            )
         checkpoint = cls(model_dir, _read_config(model_dir))
         weight_map = _read_weight_map(model_dir)
         try:

@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 from onn_core.config import TrainConfig
 from onn_core.data import IGNORED, Dataset, Example, pack, shuffle_targets, split, tokenize
 from onn_core.errors import ConfigError
-from onn_core.models import cache_dir
-from onn_core.record import write_atomic
+from onn_core.record import cache_dir, write_atomic
 from onn_core.rows import Row, load_rows
 
 # What decides how a folder's tokenizer works.

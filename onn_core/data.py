@@ -6,18 +6,21 @@ of counted tokens is simply the number of labels that are not -100.
 """
 
 import dataclasses
+import os
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from onn_core.errors import DataError
 from onn_core.rows import Message, Row
 from onn_core.rows import load_rows as load_rows
 
 IGNORED = -100
+NO_TOKENIZER = "no tokenizer can be loaded: copy tokenizer.json and its like from the original"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,18 @@ class Dataset:
     rows: int
     truncated: int
     dropped: int
+
+
+def load_tokenizer(model_dir: str | os.PathLike) -> Any:
+    """The tokenizer in a model's folder; DataError if none is there."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made up from config.json alone
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise DataError(f"{model_dir}: {NO_TOKENIZER} ({str(error)[:200]}).") from error
+    if empty:
+        raise DataError(f"{model_dir}: {NO_TOKENIZER}.")
+    return tokenizer
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Dataset:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from onn_core.errors import CheckpointError, ConfigError, OnnError
-from onn_core.record import new_folder, write_json
+from onn_core.record import cache_dir, new_folder, write_json
 
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -102,12 +102,6 @@ def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Pa
         write_random_checkpoint(folder, config)
         AutoTokenizer.from_pretrained(default).save_pretrained(folder)
     return folder
-
-
-def cache_dir() -> Path:
-    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
-    return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
 
 
 def write_random_checkpoint(

@@ -117,6 +117,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_atomic(path, (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode())
 
 
+def cache_dir() -> Path:
+    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
+    return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
+
+
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
     """Write `content` under a temporary name, sync it, and rename it to `path`."""
     path = Path(path)

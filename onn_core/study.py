@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from onn_core import data
 from onn_core.config import TrainConfig
@@ -114,7 +114,7 @@ def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[floa
     All weights are in memory, in `dtype`; data, order, adapter and optimizer are the same.
     """
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(config.model_dir, local_files_only=True)
+    tokenizer = data.load_tokenizer(config.model_dir)
     examples = prepare(config, tokenizer).train
     model = AutoModelForCausalLM.from_pretrained(config.model_dir, dtype=getattr(torch, dtype))
     model = add_adapter(model.to(device), config)

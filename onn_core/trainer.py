@@ -9,7 +9,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from onn_core import data
 from onn_core.config import TrainConfig
@@ -61,7 +60,7 @@ class ChunkedLoraTrainer:
         )
         digests = self.base.session.stream.digests = {} if config.verify_weights else None
         self.device = self.base.session.device
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model_dir, local_files_only=True)
+        self.tokenizer = data.load_tokenizer(config.model_dir)
         context = getattr(self.base.config, "max_position_embeddings", None)
         if context is not None and config.max_length > context:
             raise ConfigError(

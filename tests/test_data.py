@@ -234,3 +234,11 @@ def test_shuffled_targets_keep_inputs_masks_and_frequencies():
     assert Counter(before) == Counter(after)
     kept = sum(a == b for a, b in zip(before, after, strict=True) if a != -100)
     assert kept <= math.ceil(0.05 * len(before))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, smollm2_dir):
+    """transformers makes an empty tokenizer up from config.json alone."""
+    (tmp_path / "config.json").write_bytes((smollm2_dir / "config.json").read_bytes())
+    with pytest.raises(DataError, match="no tokenizer can be loaded"):
+        data.load_tokenizer(tmp_path)
+    assert len(data.load_tokenizer(smollm2_dir)) == 49152
