@@ -30,7 +30,7 @@ from onn_core.meter import Ceilings, measure_copy, measure_flops, measure_read
 from onn_core.model import from_pretrained, resolve_device
 from onn_core.peers import SYSTEMS, run_steps
 from onn_core.record import describe_environment, write_json
-from onn_core.speed import SCHEMA_VERSION, ratio_table, speed_table
+from onn_core.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 
 RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
 READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
@@ -186,7 +186,7 @@ def benchmark(
             settings |= {"model_dir": str(folder), "sequence": run.sequence, "n_steps": n_steps}
             settings |= {
                 "device": device,
-                "room_bytes": budget if run.system in ("onn", "cached") else room,
+                "room_bytes": budget if run.system in OWN else room,
             }
             if where.type == "cuda":
                 settings["device_cap"] = own_cap
@@ -287,7 +287,7 @@ def main() -> None:
     if not record["rows"]:
         parser.exit(1, "every run failed: see above\n")
     print(speed_table(record).to_string())
-    if {row["system"] for row in record["rows"]} > {"onn"}:
+    if any(row["system"] not in OWN for row in record["rows"]):
         print(ratio_table(record).to_string())
     if record["disturbed"]:
         print("disturbed: the ceilings before and after differ by more than a quarter")

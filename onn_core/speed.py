@@ -12,6 +12,7 @@ from onn_core.report import frame
 from onn_core.sizing import geometry_of, predict
 
 SCHEMA_VERSION = 1
+OWN = ("onn", "cached")  # of the systems, those that are this project
 PHASES = ("read", "forward", "head", "backward")  # what a timeline shows
 
 
@@ -67,8 +68,11 @@ def overlap_table(record: dict[str, Any]) -> Any:
 
     rows = [
         {
+            "layers": step["layers"],
             "batch": step["batch_size"],
             "tokens": step["sequence"],
+            "GB to the device": f"{step['bytes_streamed'] / 1e9:.1f}",
+            "of them from disk": f"{step['bytes_read'] / 1e9:.1f}",
             "step (s)": f"{step['step_s']:.2f}",
             "copies (s)": f"{step['copies_s']:.3f}",
             "kernels (s)": f"{step['kernels_s']:.3f}",
@@ -77,7 +81,9 @@ def overlap_table(record: dict[str, Any]) -> Any:
         }
         for step in record.get("overlap", [])
     ]
-    return pd.DataFrame(rows) if rows else "no trace: this run was on a CPU"
+    if not rows:
+        return "no trace: this run was on a CPU"
+    return pd.DataFrame(rows).set_index(["layers", "batch", "tokens"])
 
 
 def ratio_table(record: dict[str, Any]) -> Any:
@@ -87,15 +93,15 @@ def ratio_table(record: dict[str, Any]) -> Any:
         return [step_s / row["batch_size"] for step_s in row["step_s_all"]]
 
     rows = []
-    for other in (row for row in record["rows"] if row["system"] != "onn"):
-        for own in (row for row in record["rows"] if row["system"] == "onn"):
+    for other in (row for row in record["rows"] if row["system"] not in OWN):
+        for own in (row for row in record["rows"] if row["system"] in OWN):
             same = own["layers"] == other["layers"] and own["sequence"] == other["sequence"]
             if not same or own["batch_size"] < other["batch_size"]:
                 continue
             times, others = per_sample(own), per_sample(other)
             rows.append(
                 {
-                    "this project": f"batch {own['batch_size']}",
+                    "this project": f"{own['system']}, batch {own['batch_size']}",
                     "against": f"{other['system']}, batch {other['batch_size']}",
                     "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
                     "least": round(min(others) / max(times), 2),

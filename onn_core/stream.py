@@ -65,7 +65,7 @@ class WeightStream:
         self._device = device
         # a CUDA budget is the device's: host memory that nobody needs may keep what was read
         n_bytes = sum(item.n_bytes for unit in self.units for item in unit)
-        cached = device.type == "cuda" and 2 * n_bytes <= host_memory_bytes()
+        cached = device.type == "cuda" and 5 * n_bytes <= 4 * host_memory_bytes()
         self.files = DirectFiles(cached)
         self._held: dict[int, list[Slot]] = defaultdict(list)
         self._entered: list[Item] = []  # of the unit that is visited now

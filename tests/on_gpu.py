@@ -27,7 +27,7 @@ LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
 ENDS_BYTES = 2 * 100352 * 5120 * 2
 DEPTH = 40
 CAP = 4 << 30
-HOST_CAP = 8 << 30  # less than a half of the weights: they come from the disk
+HOST_CAP = 8 << 30  # less than the weights: they come from the disk
 BUDGET = int(1.53 * 2**30)  # the report's largest figure
 RUNS = "onn:32,onn:128,baseline:1,onn:1@8,offload:1@8,cached:32,cached:1@8"
 # what is profiled: layers, samples, tokens of a sample, budget, whether its files are cached
