@@ -91,7 +91,6 @@ VARIANTS = [
     ({"head_dim": None, "num_key_value_heads": HEADS}, False),
     ({"num_key_value_heads": HEADS, "n_group": 2, "topk_group": 1}, True),
     ({"mamba_expand": 1, "mamba_d_ssm": WIDTH, "use_cache": False}, False),
-    ({"linear_num_heads": None, "linear_head_dim": None}, False),
     (dict.fromkeys(n for n, v in RULES.items() if v == N_LAYERS), False),  # as deep as they come
 ]
 
