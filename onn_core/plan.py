@@ -119,17 +119,27 @@ def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int)
 
 
 def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
-    """`plan` with as many layers as the budget has room for, and the head once all are there."""
+    """`plan` with as many layers as the budget has room for, and the head once all are there.
+
+    What room is then left keeps single matrices, the largest first.
+    """
+
+    def fits(slots: Counter) -> bool:
+        beside = plan.peak_bytes - plan.parts["weights"]
+        return sizes.margin * (beside + slots_bytes(slots)) <= budget
+
     n_layers, head = len(sizes.layers), sizes.head
     choices = [(n_layers, count_slots(sizes.layers, n_layers) + count_slots(head, len(head) or 1))]
     for n in range(n_layers, plan.n_resident or n_layers, -1):
         choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
-    for n_resident, slots in choices:
-        parts = plan.parts | {"weights": slots_bytes(slots)}
-        if sizes.margin * sum(parts.values()) <= budget:
-            kept = {"n_resident": n_resident, "slots": slots, "count": parts.copy}
-            return dataclasses.replace(plan, **kept)
-    return plan
+    choices.append((plan.n_resident, plan.slots.copy()))
+    n_resident, slots = next(choice for choice in choices if fits(choice[1]))
+    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
+    for size in sorted(every if n_resident else (), reverse=True):
+        while slots[size] < every[size] and fits(slots + Counter({size: 1})):
+            slots[size] += 1
+    parts = plan.parts | {"weights": slots_bytes(slots)}
+    return dataclasses.replace(plan, n_resident=n_resident, slots=slots, count=parts.copy)
 
 
 def _parts(
