@@ -222,7 +222,8 @@ class _HeadLoss(torch.autograd.Function):
                 on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
                 grad = grad.div_(on_home)
         else:
-            losses = torch.empty(len(chunks), device=flat.device)  # made first: no gaps in the heap
+            wide = torch.promote_types(flat.dtype, torch.float32)
+            losses = flat.new_empty(len(chunks), dtype=wide)  # made first: no gaps in the heap
             grad = torch.empty_like(flat) if with_grad else None
             for _, weight, bias in head.resident_blocks():
                 for number, tokens in enumerate(chunks):

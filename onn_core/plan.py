@@ -162,9 +162,9 @@ def _parts(
 def head_bytes(sizes: Sizes, n_tokens: int) -> int:
     """Peak of the head: the gradient so far, and the logits of a chunk of the tokens.
 
-    In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and what
-    8 x 32 tokens of SmolLM2 took beside. In several: the logits as
-    they are, in float32 and as exponentials; and two float32 sums for the gradient.
+    In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and the
+    gaps that many chunks leave. In several: the logits as they are, in float32 and as exponentials;
+    and two float32 sums for the gradient.
     """
     if not sizes.head:
         return 0
@@ -172,7 +172,7 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
     most = max(1, LOGITS_BYTES // (4 * n_rows))
     gradient = n_tokens * sizes.hidden_bytes
     if len(sizes.head) == 1:
-        return 2 * gradient + 13 * n_rows * min(n_tokens, most)
+        return 2 * gradient + 14 * n_rows * min(n_tokens, most)
     chunk = min(n_tokens, HEAD_TOKENS, most)
     sums = 8 * n_hidden * n_tokens
     if not sizes.on_cpu and sums > GRADIENT_BYTES:
