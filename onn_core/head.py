@@ -222,8 +222,7 @@ class _HeadLoss(torch.autograd.Function):
                 on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
                 grad = grad.div_(on_home)
         else:
-            wide = torch.promote_types(flat.dtype, torch.float32)
-            losses = flat.new_empty(len(chunks), dtype=wide)  # made first: no gaps in the heap
+            losses = torch.zeros(len(chunks), dtype=torch.float64, device=flat.device)
             grad = torch.empty_like(flat) if with_grad else None
             for _, weight, bias in head.resident_blocks():
                 for number, tokens in enumerate(chunks):
@@ -240,7 +239,7 @@ class _HeadLoss(torch.autograd.Function):
                     losses[number] = loss.detach()
                     if with_grad:
                         grad[tokens] = torch.autograd.grad(loss, part)[0]
-            loss = losses[0] if len(chunks) == 1 else losses.sum()
+            loss = losses.sum().to(loss.dtype)
         ctx.shape = hidden.shape
         ctx.dtype, ctx.device = hidden.dtype, hidden.device
         if with_grad:
