@@ -184,8 +184,8 @@ def _skeleton(
         or (named and model_class.__name__ not in named)
     ):
         raise ConfigError(
-            f"{checkpoint.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, which is "
-            "not a causal language model: choose a decoder-only model."
+            f"{checkpoint.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, "
+            "which is not a causal language model: choose a decoder-only model."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
