@@ -208,7 +208,9 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
             groups.setdefault(fixed, []).append(row)
         groups = {fixed: rows for fixed, rows in groups.items() if len(rows) >= 3}
         times, memory = [], []
+        alone = len(groups) == 1
         for number, (fixed, rows) in enumerate(groups.items()):
+            of = "" if alone else f": {fixed}"
             found = [_predicted(record, row, config) for row in rows] if config else []
             known = [
                 (row[against], found) for row, found in zip(rows, found, strict=False) if found
@@ -218,12 +220,12 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
                 (memory, "peak_memory_bytes", "peak_bytes", 2**30),
             ):
                 x, y = [row[against] for row in rows], [row[measured] / unit for row in rows]
-                parts.append(Line(f"measured: {fixed}", x, y, number, mode="markers", width=3))
+                parts.append(Line(f"measured{of}", x, y, number, mode="markers", width=3))
                 if known:
                     x, y = [at for at, _ in known], [found[predicted] / unit for _, found in known]
-                    parts.append(Line(f"predicted: {fixed}", x, y, number, mode="lines"))
+                    parts.append(Line(f"predicted{of}", x, y, number, mode="lines"))
         if groups:
-            axes = {"x": title, "from_zero": True}
+            axes = {"x": title, "from_zero": True, "title": next(iter(groups)) if alone else ""}
             panels.append(
                 [
                     Panel(times, y="seconds per step", **axes),
@@ -240,6 +242,7 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
     config = copy.deepcopy(config)
     config.num_hidden_layers = row["layers"]
     ceilings = record["ceilings"]["before"]
+    flops_per_s = {int(n): rate for n, rate in ceilings["flops_per_s"].items()}  # JSON: text
     geometry = geometry_of(
         config,
         sparse_layers=row["trained_layers"],
@@ -251,7 +254,7 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
         row["batch_size"],
         row["sequence"],
         read_bytes_per_s=ceilings["read_bytes_per_s"],
-        flops_per_s=ceilings["flops_per_s"][str(row["batch_size"] * row["sequence"])],
+        flops_per_s=flops_per_s[row["batch_size"] * row["sequence"]],
         memory_budget=record["budget_bytes"],
     )
     return found if found["trainable"] == row["trainable"] and "plan" in found else {}

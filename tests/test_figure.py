@@ -50,7 +50,7 @@ def test_the_picture_has_every_colour_and_one_bundle_holds_both(drawn):
 def test_growth_draws_the_predictions_beside_what_was_measured():
     record = speed.load_benchmark(FULL)
     time, memory = speed.growth(record, models.geometry("phi-4")).rows[0]
-    for panel, allowed in ((time, 0.35), (memory, 0.02)):
+    for panel, allowed in ((time, 0.35), (memory, 0.1)):
         measured, predicted = panel.parts
         assert list(measured.x) == list(predicted.x) == [4, 8, 16, 24, 40]
         assert predicted.y == pytest.approx(measured.y, rel=allowed)
