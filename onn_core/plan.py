@@ -121,11 +121,12 @@ def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int)
 def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
     """`plan` with as many layers as the budget has room for, and the head once all are there.
 
-    What room is then left keeps single matrices, the largest first.
+    What room is then left keeps single matrices, the largest first, but for what the heap may
+    grow by before it is trimmed, which costs time.
     """
 
-    def fits(slots: Counter) -> bool:
-        beside = plan.peak_bytes - plan.parts["weights"]
+    def fits(slots: Counter, gaps: int = 0) -> bool:
+        beside = plan.peak_bytes - plan.parts["weights"] + gaps
         return sizes.margin * (beside + slots_bytes(slots)) <= budget
 
     n_layers, head = len(sizes.layers), sizes.head
@@ -135,8 +136,9 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
     choices.append((plan.n_resident, plan.slots.copy()))
     n_resident, slots = next(choice for choice in choices if fits(choice[1]))
     every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
+    gaps = plan.parts["activations"] // 2 if sizes.on_cpu else 0
     for size in sorted(every if n_resident else (), reverse=True):
-        while slots[size] < every[size] and fits(slots + Counter({size: 1})):
+        while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
             slots[size] += 1
     parts = plan.parts | {"weights": slots_bytes(slots)}
     return dataclasses.replace(plan, n_resident=n_resident, slots=slots, count=parts.copy)
