@@ -80,7 +80,6 @@ def run_steps(
         read_before = read_so_far()
         if session:
             before = dataclasses.replace(session.stream.counts)
-        if session:
             session.seconds.clear()
             session.trace = session.stream.trace = [] if number == n_steps else None
         started = time.perf_counter()

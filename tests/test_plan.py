@@ -51,6 +51,15 @@ def test_more_budget_keeps_more_and_no_plan_exceeds_it():
     assert plans[0].by_matrix and plans[-1].micro_batch_size == 5
 
 
+def test_what_is_left_of_a_budget_keeps_single_matrices():
+    sizes = geometry_of(geometry("phi-4", 8)).sizes
+    few, more = (make_plan(sizes, 1, 16, budget) for budget in (2500 << 20, 2900 << 20))
+    layer = sum(item.slot_bytes for item in sizes.layers[0])
+    assert few.n_resident == more.n_resident < 8
+    assert 0 < slots_bytes(more.slots) - slots_bytes(few.slots) < layer
+    assert MARGIN * more.peak_bytes <= 2900 << 20
+
+
 def test_a_refusal_shows_its_arithmetic():
     with pytest.raises(ConfigError, match=r"weights \+ .* boundary .*= 4\d MiB, and 5 % .*raise"):
         plan_of(-(1 << 20))
