@@ -49,8 +49,8 @@ class LiveBytes(TorchDispatchMode):
 
 def visit_bytes(
     config: Any, batch_size: int, n_tokens: int, dtype: torch.dtype, lora_rank: int = 8
-) -> int:
-    """Peak of the activations of one adapted layer, forward and back, on (batch_size, n_tokens).
+) -> tuple[int, int]:
+    """Peak of the activations of one adapted layer on (batch_size, n_tokens): forward, backward.
 
     The first layer of `config` stands for all; attention counts as the fused kernel.
     """
@@ -67,11 +67,16 @@ def visit_bytes(
         size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
         mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)
-        with mock.patch.object(F, "scaled_dot_product_attention", _attention), LiveBytes() as live:
-            out = base(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
-            trained = [p for p in base.parameters() if p.requires_grad]
-            torch.autograd.grad(out, [hidden, *trained], torch.zeros_like(out), allow_unused=True)
-    return live.peak
+        given = {"inputs_embeds": hidden, "attention_mask": mask, "use_cache": False}
+        with mock.patch.object(F, "scaled_dot_product_attention", _attention):
+            with LiveBytes() as forward, torch.no_grad():
+                base(**given)
+            with LiveBytes() as live:
+                out = base(**given)[0]
+                trained = [p for p in base.parameters() if p.requires_grad]
+                at = [hidden, *trained]
+                torch.autograd.grad(out, at, torch.zeros_like(out), allow_unused=True)
+    return forward.peak, live.peak
 
 
 class Footprint:
@@ -79,23 +84,23 @@ class Footprint:
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced: dict[int, tuple[int, int]] = {}  # T -> bytes of one sample, of each further
+        self._traced: dict[int, list[tuple[int, int]]] = {}  # T -> of one sample, of two
 
-    def __call__(self, batch_size: int, n_tokens: int) -> int:
+    def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int]:
         if n_tokens not in self._traced:
-            one, two = (self._trace(size, n_tokens) for size in (1, 2))
-            self._traced[n_tokens] = one, two - one
-        one, further = self._traced[n_tokens]
-        return one + (batch_size - 1) * further
+            traces = (self._trace(size, n_tokens) for size in (1, 2))
+            self._traced[n_tokens] = list(zip(*traces, strict=True))
+        forward, backward = self._traced[n_tokens]
+        return tuple(one + (batch_size - 1) * (two - one) for one, two in (forward, backward))
 
-    def _trace(self, batch_size: int, n_tokens: int) -> int:
+    def _trace(self, batch_size: int, n_tokens: int) -> tuple[int, int]:
         try:
             return visit_bytes(self.config, batch_size, n_tokens, self.dtype)
         except Exception:  # a layer whose code asks for values: as a dense layer of its widths
             text = self.config.get_text_config()
             width = 4 * getattr(text, "intermediate_size", 0) or 16 * text.hidden_size
             values = batch_size * n_tokens * (width + 16 * text.hidden_size)
-            return values * (self.dtype.itemsize + 4)
+            return 2 * (values * (self.dtype.itemsize + 4),)
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):

@@ -17,7 +17,7 @@ from onn_core.product import linear, product, product_back
 from onn_core.session import Session
 from onn_core.sources import Source
 
-HEAD_BLOCK_BYTES = 64 << 20
+HEAD_BLOCK_BYTES = 64 << 20  # a head in one has the loss of memory to the last bit
 # Elementwise functions of logits, with numbers at most, that wait until the logits are made.
 ELEMENTWISE = {
     *("float", "to", "type", "contiguous", "clone", "neg", "__neg__", "tanh", "mul", "__mul__"),
@@ -268,8 +268,13 @@ def _in_blocks(
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of equal blocks of rows, none above HEAD_BLOCK_BYTES."""
-    n_blocks = max(1, -(-n_rows * row_bytes // HEAD_BLOCK_BYTES))
+    """(start, stop) of all rows up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
+
+    The blocks are alike if some few are: each size of a block has slots of its own.
+    """
+    n_bytes = n_rows * row_bytes
+    least = 1 if n_bytes <= HEAD_BLOCK_BYTES else -(-2 * n_bytes // HEAD_BLOCK_BYTES)
+    n_blocks = next((n for n in range(least, 2 * least) if n_rows % n == 0), least)
     size = -(-n_rows // n_blocks)
     return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 

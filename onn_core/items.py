@@ -79,12 +79,14 @@ def lookahead(items: Sequence[Item]) -> list[Item]:
     return list(items[: max(1, largest)])
 
 
-def count_slots(units: Sequence[Sequence[Item]], n_resident: int) -> Counter:
+def count_slots(
+    units: Sequence[Sequence[Item]], n_resident: int, look_ahead: bool = True
+) -> Counter:
     """Size in bytes -> slots, for `n_resident` units at once and the look-ahead into the next."""
     slots: Counter = Counter()
     for first in range(len(units)):
         window = [item for unit in units[first : first + n_resident] for item in unit]
-        for unit in units[first + n_resident : first + n_resident + 1]:
+        for unit in units[first + n_resident : first + n_resident + look_ahead]:
             window += lookahead(unit)
         slots |= Counter(item.slot_bytes for item in window)  # the larger count of each size
     return slots

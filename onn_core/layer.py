@@ -65,7 +65,9 @@ class StreamedLayer:
             self._usual_calls.clear()
         trained = [p for p in parameters if p.requires_grad]
         inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
-        if not torch.is_grad_enabled() or not (trained or inputs):
+        if not inputs:  # of the first layer: it waits for backward as the others do
+            inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x is leaves[0]]
+        if not torch.is_grad_enabled() or not (trained or any(x.requires_grad for x in inputs)):
             outputs = call.run_forward()
         else:
             if any(map(is_cache, leaves)):

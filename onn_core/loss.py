@@ -44,6 +44,7 @@ class OnlineCrossEntropy:
 
     def __post_init__(self):
         n_tokens, hidden_size = self.hidden.shape
+        self._host_labels = self.labels.cpu()  # so that no block waits for the device to find its
         new = self.hidden.new_zeros
         self._top = new(n_tokens, dtype=torch.float32).fill_(-torch.inf)  # running maximum
         self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
@@ -51,9 +52,11 @@ class OnlineCrossEntropy:
         if self.with_grad:
             large = 8 * n_tokens * hidden_size > GRADIENT_BYTES
             home = torch.device("cpu") if large else self.hidden.device
-            shape = (n_tokens, hidden_size)
-            self._pull = new(shape, dtype=torch.float32, device=home)  # sum of exp * weight
-            self._push = new(shape, dtype=torch.float32, device=home)  # weight of the label
+            shape, pinned = (n_tokens, hidden_size), large and self.hidden.is_cuda
+            self._pull = torch.zeros(  # sum of exp * weight
+                shape, dtype=torch.float32, device=home, pin_memory=pinned
+            )
+            self._pushes: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, label's weight
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
@@ -89,15 +92,19 @@ class OnlineCrossEntropy:
             )
             (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
             slope = slopes.gather(-1, column[:, None]).float()
-        so_far = self._pull[tokens].to(pull.device)  # a copy only where it stays on the host
+        # a copy only where it stays on the host
+        so_far = self._pull[tokens].to(pull.device, non_blocking=True)
         so_far.mul_(shrink[:, None]).add_(product_back(pull, weight).float())
         if self._pull.device != pull.device:
-            self._pull[tokens] = so_far.to(self._pull.device)
-        rows = here.nonzero()[:, 0]
-        push = weight[column[rows]].float()
-        push = push if slope is None else push * slope[rows]
-        home = self._push.device
-        self._push[tokens.start + rows.to(home)] = push.to(home)
+            self._pull[tokens].copy_(so_far, non_blocking=True)
+        columns = self._host_labels[tokens] - first
+        rows = ((columns >= 0) & (columns < len(weight))).nonzero()[:, 0]
+        if len(rows):
+            there = rows.to(pull.device, non_blocking=True)
+            push = weight[column[there]]
+            push = push if slope is None else push.float() * slope[there]
+            home = self._pull.device
+            self._pushes.append(((tokens.start + rows).to(home), push.to(home, non_blocking=True)))
 
     def token_losses(self) -> torch.Tensor:
         """The loss of each token (n,) in float32, 0 where it is not counted."""
@@ -110,5 +117,9 @@ class OnlineCrossEntropy:
         if not self.with_grad:
             return loss, None
         home = self._pull.device
-        grad = self._pull.div_(self._sum[:, None].to(home)).sub_(self._push)
+        if home != self.hidden.device:
+            torch.cuda.synchronize(self.hidden.device)
+        grad = self._pull.div_(self._sum[:, None].to(home))
+        for rows, push in self._pushes:
+            grad[rows] -= push.float()
         return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)

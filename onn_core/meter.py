@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 import statistics
 import threading
 import time
@@ -14,6 +15,7 @@ from onn_core.product import product
 from onn_core.reader import DirectFiles, host_buffer
 
 PIECE_BYTES = 8 << 20
+STRETCH = 32  # pieces that are read one after another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +69,19 @@ def library_bytes(device: torch.device) -> int:
 
 
 def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0) -> float:
-    """Bytes a second that `n_readers` threads read directly, in turn over the files' pieces."""
+    """Bytes a second that `n_readers` threads read directly, in turn over the files' pieces.
+
+    In stretches from all over the files: what is below the disk may cache what was read last.
+    """
     files, lock, totals = DirectFiles(), threading.Lock(), [0]
     pieces = [
         (path, start, min(start + PIECE_BYTES, path.stat().st_size))
         for path in paths
         for start in range(0, path.stat().st_size, PIECE_BYTES)
     ]
-    pieces.reverse()
+    starts = list(range(0, len(pieces), STRETCH))
+    random.Random(n_readers).shuffle(starts)
+    pieces = [piece for start in starts for piece in pieces[start : start + STRETCH][::-1]]
     stop_at = time.perf_counter() + limit_s
 
     def read() -> None:

@@ -26,6 +26,7 @@ from onn_core.head import StreamedHead, head_items
 from onn_core.items import Item
 from onn_core.layer import StreamedLayer
 from onn_core.meter import library_bytes, memory_bytes
+from onn_core.norm import NormInParts, is_norm
 from onn_core.plan import Sizes, make_plan
 from onn_core.product import cast_in_cache, keep_as, multiplies_fast
 from onn_core.reader import keep_freed_memory
@@ -124,8 +125,13 @@ def from_pretrained(
     streamed_head = None
     if in_blocks:
         head.forward = streamed_head = StreamedHead(head, blocks, session)
+    inside = {part for layer in layers for part in layer.modules()}
+    for module in model.modules():
+        if is_norm(module) and module not in inside:
+            module.forward = NormInParts(module)
     become_streamed(model, session, checkpoint, streamed, streamed_head, rows)
     weakref.finalize(model, stream.close)
+    weakref.finalize(model, session.host_memory.close)
     return model.eval()
 
 

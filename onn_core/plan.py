@@ -26,7 +26,7 @@ class Sizes:
     head: Sequence[Sequence[Item]]
     held_bytes: int  # what always stays
     hidden_bytes: int  # of a token between two layers
-    visit_bytes: Callable[[int, int], int]  # (B, T) -> activations of a layer's visit
+    visit_bytes: Callable[[int, int], tuple[int, int]]  # (B, T) -> activations, forward, backward
     on_cpu: bool = True
     n_trained: int = 0  # parameters
 
@@ -78,6 +78,8 @@ def make_plan(
     """
     head = count_slots(sizes.head, 1)
     weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
+    if chunk_size == 1 and not sizes.on_cpu:
+        weights.append((1, count_slots(sizes.layers, 1, look_ahead=False) + head))
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
     places = ("memory", "disk" if sizes.on_cpu else "host")
@@ -87,7 +89,8 @@ def make_plan(
     elif budget is not None:
         fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
-        tries.sort(key=lambda t: 0 if t[0][0] else 1 / t[2])  # by matrix, each reads all anew
+        # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
+        tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
     for (n_resident, slots), place, size in tries:
         count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
         plan = Plan(slots, n_resident, size, -(-batch_size // size), place, count)
@@ -114,7 +117,7 @@ def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int)
     """
     all_sizes = _all_micro_batches(batch_size)
     fast = [size for size in all_sizes if size * n_tokens >= FEW_TOKENS] or all_sizes[:1]
-    small = [size for size in fast if sizes.visit_bytes(size, n_tokens) <= budget // 4]
+    small = [size for size in fast if sizes.visit_bytes(size, n_tokens)[1] <= budget // 4]
     return small[0] if small and not sizes.on_cpu else fast[-1]
 
 
@@ -147,11 +150,15 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
 def _parts(
     sizes: Sizes, slots: Counter, place: str, batch_size: int, micro_batch_size: int, n_tokens: int
 ) -> dict[str, int]:
-    """The terms of the peak: the backward visit of the last layer, or the head before it."""
+    """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
+
+    Forward, the embedding stays too: transformers refers to it until the last layer is done.
+    """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
-    visit = sizes.visit_bytes(micro_batch_size, n_tokens)
-    activations = max(visit, head_bytes(sizes, batch_size * n_tokens))
+    forward, backward = sizes.visit_bytes(micro_batch_size, n_tokens)
+    head = head_bytes(sizes, batch_size * n_tokens)
+    activations = max(forward + batch_bytes, backward, head)
     return {
         "weights": slots_bytes(slots),
         "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
@@ -166,7 +173,7 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
 
     In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and the
     gaps that many chunks leave. In several: the logits as they are, in float32 and as exponentials;
-    and two float32 sums for the gradient.
+    and two float32 sums for the gradient. On CUDA a large gradient is made on the host.
     """
     if not sizes.head:
         return 0
@@ -177,9 +184,10 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
         return 2 * gradient + 14 * n_rows * min(n_tokens, most)
     chunk = min(n_tokens, HEAD_TOKENS, most)
     sums = 8 * n_hidden * n_tokens
+    logits = chunk * (10 * n_rows + 10 * n_hidden)
     if not sizes.on_cpu and sums > GRADIENT_BYTES:
-        sums = 8 * n_hidden * chunk
-    return sums + gradient + chunk * (10 * n_rows + 10 * n_hidden)
+        return max(8 * n_hidden * chunk + logits, gradient)
+    return sums + gradient + logits
 
 
 def slots_bytes(slots: Counter) -> int:

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
 import operator
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from onn_core.batching import Batching
+from onn_core.boundaries import HostMemory, OnDisk, OnHost
 from onn_core.errors import ConfigError
 from onn_core.items import Item
 from onn_core.meter import memory_bytes
@@ -56,6 +57,7 @@ class Session:
     part_rows: int | None = None  # no micro-batch or cache crosses these; None is the whole batch
     row: int = 0  # the first of the micro-batch that is in a layer
     batching: Batching = dataclasses.field(default_factory=Batching)
+    host_memory: HostMemory = dataclasses.field(default_factory=HostMemory)
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None
@@ -94,7 +96,8 @@ class Session:
         if self.plan.boundaries == "host" or (
             on_cuda and unplanned and n_bytes > torch.cuda.mem_get_info(self.device)[0] // 4
         ):
-            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+            save = functools.partial(OnHost, memory=self.host_memory)
+            return torch.autograd.graph.saved_tensors_hooks(save, OnHost.read)
         return contextlib.nullcontext()
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -141,21 +144,3 @@ class Session:
             self.seconds[phase] += stopped - started - (counts.wait_s - waited_s)
             if self.trace is not None:
                 self.trace.append((phase, unit, started, stopped))
-
-
-class OnDisk:
-    """A tensor in a file without a name, which ends with it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-
-    def read(self) -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.file.seek(0)
-        self.file.readinto(tensor.view(-1).view(torch.uint8).numpy())
-        return tensor
-
-    def __del__(self):
-        self.file.close()

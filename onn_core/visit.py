@@ -113,13 +113,15 @@ class Call:
         return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
 
     def build_graph(self, rows: slice, number: int, inputs: list[torch.Tensor]) -> "Graph":
-        """Run a micro-batch again with a graph; `inputs` (B, ...) are those that need gradients."""
+        """Run a micro-batch again with a graph; `inputs` (B, ...) may need gradients."""
         remaining = iter(inputs)
         leaves, roots = [], []
         for leaf, place in zip(self.leaves, self.rows_of, strict=True):
             if leaf is _INPUT:
-                leaf = cut(next(remaining), place, rows).detach().requires_grad_()
-                roots.append(leaf)
+                whole = next(remaining)  # it may wait on the host
+                leaf = cut(whole, place, rows).detach().to(self.session.device, non_blocking=True)
+                if whole.requires_grad:
+                    roots.append(leaf.requires_grad_())
             else:
                 leaf = cut(leaf, place, rows)
             leaves.append(leaf)
@@ -179,9 +181,7 @@ class Visit(torch.autograd.Function):
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
         outputs = call.run_forward()
-        call.leaves = [
-            _INPUT if is_tensor(leaf) and leaf.requires_grad else leaf for leaf in call.leaves
-        ]
+        call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         return outputs
@@ -195,6 +195,7 @@ class Visit(torch.autograd.Function):
             future = session.backward_pass(layer.number) + session.forward_pass()
         input_grads: list[torch.Tensor | None] = [None] * len(inputs)
         trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
+        wanted = [index for index, x in enumerate(inputs) if x.requires_grad]
         in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
         out_rows = call.out_rows or [None] * len(grads)
         with layer.visiting("backward", future or [layer.number]):
@@ -212,14 +213,14 @@ class Visit(torch.autograd.Function):
                     [grad for _, grad in grad_of],
                     allow_unused=True,
                 )
-                for index, grad in enumerate(found[: len(inputs)]):
+                for index, grad in zip(wanted, found, strict=False):
                     if in_rows[index] is None or grad is None:
                         _add(input_grads, index, grad)
                     else:
                         if input_grads[index] is None:
-                            input_grads[index] = torch.zeros_like(inputs[index])
+                            input_grads[index] = grad.new_zeros(inputs[index].shape)
                         in_rows[index].cut(input_grads[index], rows).copy_(grad)
-                for index, grad in enumerate(found[len(inputs) :]):
+                for index, grad in enumerate(found[len(wanted) :]):
                     _add(trained_grads, index, grad)
                 del graph, found, grad_of
         if layer.number == session.lowest:  # before any optimizer step can use these gradients

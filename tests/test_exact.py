@@ -202,7 +202,7 @@ BLOCKS = ["llama", "qwen2", "gemma2", "phi", "granitemoe"]  # tied, soft cap, bi
 @pytest.mark.parametrize("family", BLOCKS)
 def test_head_in_many_blocks(family, n_counted, monkeypatch):
     """The online softmax sums the vocabulary in another order: a few roundings more."""
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 10 * 32 * 4)  # 10 rows
+    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 2 * 10 * 32 * 4)  # 10 rows a block
     monkeypatch.setattr("onn_core.loss.LOGITS_BYTES", 4 * 10 * 7)  # 7 tokens of a block at once
     model = streamed(toy_dir(family))
     assert len(model.streamed_head.blocks) == 10

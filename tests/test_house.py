@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors",),
     ("rows", "figure"),
-    ("config", "record", "reader", "product", "lazy", "batching"),
-    ("meter", "checkpoint", "data", "loss", "saved", "stopping"),
+    ("config", "record", "reader", "product", "lazy", "batching", "norm"),
+    ("meter", "checkpoint", "data", "loss", "saved", "stopping", "boundaries"),
     ("sources", "models"),
     ("items", "corpus"),
     ("footprint",),

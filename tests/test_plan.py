@@ -133,7 +133,7 @@ def test_live_bytes_are_those_of_tensors_that_are_referred_to():
 
 def test_activations_of_phi4_are_counted_without_memory_for_them():
     """260 MiB at 512 tokens: gate_up's adapter alone makes two tensors (512, 35840) in float32."""
-    found = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
+    _, found = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
     assert found / 2**20 == pytest.approx(261, abs=15)
 
 
