@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import random
 import statistics
 import threading
@@ -25,6 +26,14 @@ class Ceilings:
     read_bytes_per_s: float
     flops_per_s: dict[int, float]  # tokens in a matrix product -> FLOP/s
     copy_bytes_per_s: float | None = None  # host to device
+
+    def mean(self, later: "Ceilings") -> "Ceilings":
+        """What it sustained between the two; the better of two moments it did not sustain."""
+        return Ceilings(
+            (self.read_bytes_per_s + later.read_bytes_per_s) / 2,
+            {n: (flops + later.flops_per_s[n]) / 2 for n, flops in self.flops_per_s.items()},
+            self.copy_bytes_per_s and (self.copy_bytes_per_s + later.copy_bytes_per_s) / 2,
+        )
 
     def disturbed(self, later: "Ceilings") -> bool:
         """Whether a second measurement differs by more than a quarter."""
@@ -68,10 +77,13 @@ def library_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) - before
 
 
-def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0) -> float:
+def measure_read(
+    paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0, into_bytes: int = 256 << 20
+) -> float:
     """Bytes a second that `n_readers` threads read directly, in turn over the files' pieces.
 
     In stretches from all over the files: what is below the disk may cache what was read last.
+    into_bytes: of memory, where the reads go by turns; the processor's cache takes them faster.
     """
     files, lock, totals = DirectFiles(), threading.Lock(), [0]
     pieces = [
@@ -82,13 +94,13 @@ def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0)
     starts = list(range(0, len(pieces), STRETCH))
     random.Random(n_readers).shuffle(starts)
     pieces = [piece for start in starts for piece in pieces[start : start + STRETCH][::-1]]
-    stop_at = time.perf_counter() + limit_s
+    n_buffers = max(1, into_bytes // PIECE_BYTES // n_readers)  # of each reader
+    buffers = [host_buffer(PIECE_BYTES).zero_() for _ in range(n_buffers * n_readers)]
 
-    def read() -> None:
-        buffer = host_buffer(PIECE_BYTES)
-        while time.perf_counter() < stop_at:
+    def read(number: int) -> None:
+        for buffer in itertools.cycle(buffers[number::n_readers]):
             with lock:
-                if not pieces:
+                if not pieces or time.perf_counter() > stop_at:
                     return
                 path, start, stop = pieces.pop()
             n_bytes = files.read(path, start, stop, buffer)
@@ -96,7 +108,8 @@ def measure_read(paths: Sequence[Path], *, n_readers: int, limit_s: float = 3.0)
                 totals[0] += n_bytes
 
     started = time.perf_counter()
-    threads = [threading.Thread(target=read) for _ in range(n_readers)]
+    stop_at = started + limit_s
+    threads = [threading.Thread(target=read, args=[number]) for number in range(n_readers)]
     for thread in threads:
         thread.start()
     for thread in threads:

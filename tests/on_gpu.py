@@ -30,7 +30,7 @@ DEPTH = 40
 CAP = 4 << 30
 HOST_CAP = 12 << 30  # less than the weights: they come from the disk
 BUDGET = int(1.53 * 2**30)  # the report's largest figure
-RUNS = "onn:32,onn:128,baseline:1,onn:1@8,offload:1@8,cached:32,cached:1@8"
+RUNS = "onn:32,onn:128,baseline:1,onn:1@16,offload:1@8,cached:32,cached:1@8"
 # what is profiled: layers, samples, tokens of a sample, budget, whether its files are cached, dtype
 CASES = [
     (8, 32, 128, BUDGET, False, "bfloat16"),
