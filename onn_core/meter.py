@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from onn_core.product import product
+from onn_core.product import product, product_back
 from onn_core.reader import DirectFiles, host_buffer
 
 PIECE_BYTES = 8 << 20
@@ -123,10 +123,13 @@ def measure_flops(
     n_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-    repeats: int = 5,
+    repeats: int = 3,
     stored: torch.dtype | None = None,
 ) -> float:
-    """FLOP/s of the products (n_tokens, in) x (in, out) for `shapes` (out, in), one by one.
+    """FLOP/s of the products of a step with matrices of `shapes` (out, in), one by one.
+
+    Of each three: forward, recompute, (n_tokens, in) x (in, out), and dL/dh, (n_tokens, out) x
+    (out, in), which libraries multiply slower: here by a seventh in bfloat16.
 
     stored: the matrices' dtype in memory; the faster of `product` on them and of `dtype` counts.
     """
@@ -137,15 +140,18 @@ def measure_flops(
         rates = []
         weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
     inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
+    grads = [torch.randn(n_tokens, shape[0], dtype=dtype, device=device) for shape in shapes]
     times_s = []
     for _ in range(repeats + 1):
         _synchronize(device)
         started = time.perf_counter()
-        for values, weight in zip(inputs, weights, strict=True):
+        for values, grad, weight in zip(inputs, grads, weights, strict=True):
             product(values, weight)
+            product(values, weight)
+            product_back(grad, weight)
         _synchronize(device)
         times_s.append(time.perf_counter() - started)
-    flops = 2 * n_tokens * sum(out * size for out, size in shapes)
+    flops = 6 * n_tokens * sum(out * size for out, size in shapes)
     return max(*rates, flops / statistics.median(times_s[1:]), 0.0)
 
 
