@@ -141,18 +141,23 @@ def measure_flops(
         weights = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]  # (out, in)
     inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
     grads = [torch.randn(n_tokens, shape[0], dtype=dtype, device=device) for shape in shapes]
-    times_s = []
-    for _ in range(repeats + 1):
+
+    def multiply(times: int) -> float:
+        """Seconds of all products, as many times."""
         _synchronize(device)
         started = time.perf_counter()
-        for values, grad, weight in zip(inputs, grads, weights, strict=True):
+        for values, grad, weight in times * list(zip(inputs, grads, weights, strict=True)):
             product(values, weight)
             product(values, weight)
             product_back(grad, weight)
         _synchronize(device)
-        times_s.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    multiply(1)
+    times = max(1, round(0.1 / multiply(1)))  # a GPU's are too short to be timed one by one
+    seconds = statistics.median(multiply(times) for _ in range(repeats)) / times
     flops = 6 * n_tokens * sum(out * size for out, size in shapes)
-    return max(*rates, flops / statistics.median(times_s[1:]), 0.0)
+    return max(*rates, flops / seconds, 0.0)
 
 
 def measure_copy(device: torch.device, n_bytes: int = 1 << 28, repeats: int = 5) -> float:

@@ -63,7 +63,7 @@ def ledger_table(record: dict[str, Any]) -> Any:
 
 
 def overlap_table(record: dict[str, Any]) -> Any:
-    """Of a profiled step on a GPU: seconds of copies to the device, of kernels, and of both."""
+    """Of a profiled step on a GPU: seconds of the weights' copies, of kernels, and of both."""
     import pandas as pd
 
     rows = [
@@ -71,6 +71,8 @@ def overlap_table(record: dict[str, Any]) -> Any:
             "layers": step["layers"],
             "batch": step["batch_size"],
             "tokens": step["sequence"],
+            "dtype": step.get("dtype", "bfloat16"),
+            "budget (GiB)": f"{step['budget_bytes'] / 2**30:.2f}",
             "GB to the device": f"{step['bytes_streamed'] / 1e9:.1f}",
             "of them from disk": f"{step['bytes_read'] / 1e9:.1f}",
             "step (s)": f"{step['step_s']:.2f}",
