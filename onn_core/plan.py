@@ -144,6 +144,9 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
             slots[size] += 1
     parts = plan.parts | {"weights": slots_bytes(slots)}
+    if any(slots[size] < count for size, count in every.items()):  # else there is room anyway
+        room = int(budget / sizes.margin) - sum(parts.values())
+        parts |= {"heap's gaps": max(0, min(gaps, room))} if gaps else {}
     return dataclasses.replace(plan, n_resident=n_resident, slots=slots, count=parts.copy)
 
 
