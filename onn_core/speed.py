@@ -53,13 +53,14 @@ def ledger_table(record: dict[str, Any]) -> Any:
     """Where the time of a step of this project goes, in seconds; the median of its timed steps."""
     columns = {"wait_s": "waiting for weights", "forward_s": "forward", "head_s": "head"}
     columns |= {"backward_s": "backward", "optimizer_s": "optimizer", "step_s": "whole step"}
+    index = {"system": "system", "batch": "batch_size", "tokens": "sequence", "layers": "layers"}
     rows = [
-        {"system": row["system"], "batch": row["batch_size"]}
+        {title: row[name] for title, name in index.items()}
         | {title: round(row[name], 2) for name, title in columns.items()}
         for row in record["rows"]
         if "wait_s" in row
     ]
-    return frame(rows, ["system", "batch"])
+    return frame(rows, list(index))
 
 
 def overlap_table(record: dict[str, Any]) -> Any:
@@ -103,6 +104,7 @@ def ratio_table(record: dict[str, Any]) -> Any:
             times, others = per_sample(own), per_sample(other)
             rows.append(
                 {
+                    "layers": own["layers"],
                     "this project": f"{own['system']}, batch {own['batch_size']}",
                     "against": f"{other['system']}, batch {other['batch_size']}",
                     "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
@@ -110,7 +112,7 @@ def ratio_table(record: dict[str, Any]) -> Any:
                     "most": round(max(others) / min(times), 2),
                 }
             )
-    return frame(rows, ["this project", "against"])
+    return frame(rows, ["layers", "this project", "against"])
 
 
 def ceilings_table(record: dict[str, Any]) -> Any:
