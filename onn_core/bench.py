@@ -74,13 +74,13 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
             "read": row["bytes_read"] / ceilings.read_bytes_per_s,
             "compute": flops / ceilings.flops_per_s[n_tokens],
         }
-        if ceilings.copy_bytes_per_s is not None:
-            limits_s["copy"] = (
-                row.get("bytes_streamed", row["bytes_read"]) / ceilings.copy_bytes_per_s
-            )
+        if ceilings.copy_bytes_per_s is not None and "bytes_streamed" in row:
+            limits_s["copy"] = row["bytes_streamed"] / ceilings.copy_bytes_per_s
         row |= {f"limit_{what}_s": seconds for what, seconds in limits_s.items()}
         row["limited_by"] = max(limits_s, key=limits_s.get)
         row["percent_of_limit"] = 100 * max(limits_s.values()) / row["step_s"]
+        if ceilings.copy_bytes_per_s is not None and "bytes_streamed" not in row:
+            row |= {"limited_by": "unknown", "percent_of_limit": None}  # a peer's copies
 
 
 @contextlib.contextmanager

@@ -1,57 +1,80 @@
 """Where the inputs of layers wait for backward if the device has no room: on the host, on disk."""
 
 import tempfile
-from collections import defaultdict
+import weakref
 
 import torch
 
+from onn_core.errors import ConfigError
 from onn_core.reader import host_buffer
+
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class HostMemory:
     """Pinned buffers that are used again; torch's own are as large as the next power of two."""
 
     def __init__(self) -> None:
-        self._all: list[torch.Tensor] = []
-        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)  # size in bytes -> buffers
+        self._taken: list[torch.Tensor] = []
+        self._free: list[torch.Tensor] = []
 
     def take(self, n_bytes: int) -> torch.Tensor:
-        """(n_bytes,) uint8."""
-        if not self._free[n_bytes]:
+        """(n_bytes or more,) uint8. ConfigError if the host has no more to pin.
+
+        Where none is large enough, those that are free make room: a batch longer than all before
+        has as many buffers, not more.
+        """
+        fits = [buffer for buffer in self._free if buffer.nbytes >= n_bytes]
+        if fits:
+            buffer = min(fits, key=lambda buffer: buffer.nbytes)
+            self._free = [other for other in self._free if other is not buffer]
+        else:
+            self._unpin(self._free)
+            self._free = []
             buffer = host_buffer(n_bytes)
-            runtime = torch.cuda.cudart()
-            torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), n_bytes, 0))
-            self._all.append(buffer)
-            self._free[n_bytes].append(buffer)
-        return self._free[n_bytes].pop()
+            register = torch.cuda.cudart().cudaHostRegister
+            try:
+                torch.cuda.check_error(register(buffer.data_ptr(), n_bytes, PORTABLE))
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"the host has no memory to pin for the layers' inputs ({error}): lower "
+                    "batch_size or max_length, or free some."
+                ) from error
+        self._taken.append(buffer)
+        return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """The next to take it may fill it only on the stream that last used it."""
-        self._free[buffer.nbytes].append(buffer)
+        if any(other is buffer for other in self._taken):  # else it was unpinned in between
+            self._taken = [other for other in self._taken if other is not buffer]
+            self._free.append(buffer)
 
     def close(self) -> None:
         """Unpin all; what is taken stays readable."""
-        if self._all:
-            torch.cuda.synchronize()
-        for buffer in self._all:
+        self._unpin(self._free + self._taken)
+        self._free, self._taken = [], []
+
+    @staticmethod
+    def _unpin(buffers: list[torch.Tensor]) -> None:
+        for device in range(torch.cuda.device_count() if buffers else 0):
+            torch.cuda.synchronize(device)
+        for buffer in buffers:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
-        self._all.clear()
-        self._free.clear()
 
 
 class OnHost:
     """A tensor in pinned host memory, from where a micro-batch at a time is fetched."""
 
     def __init__(self, tensor: torch.Tensor, memory: HostMemory):
-        self.memory, self.buffer = memory, memory.take(tensor.nbytes)
-        self.tensor = self.buffer.view(tensor.dtype).view(tensor.shape)
+        buffer = memory.take(tensor.nbytes)
+        weakref.finalize(self, memory.give_back, buffer)
+        self.tensor = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self.tensor.copy_(tensor, non_blocking=True)
+        self.copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def read(self) -> torch.Tensor:
+        self.copied.synchronize()  # rows that are not contiguous are gathered by the processor
         return self.tensor
-
-    def __del__(self):
-        self.memory.give_back(self.buffer)
 
 
 class OnDisk:

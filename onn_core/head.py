@@ -270,7 +270,7 @@ def _in_blocks(
 def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
     """(start, stop) of all rows up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
 
-    The blocks are alike if some few are: each size of a block has slots of its own.
+    Of one size, if a number of blocks up to twice the least divides the rows: every size has slots.
     """
     n_bytes = n_rows * row_bytes
     least = 1 if n_bytes <= HEAD_BLOCK_BYTES else -(-2 * n_bytes // HEAD_BLOCK_BYTES)
@@ -282,7 +282,7 @@ def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
 def head_items(
     source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype
 ) -> list[tuple[int, Item]]:
-    """The head's weight (V, C) as items of at most HEAD_BLOCK_BYTES, each with its first row."""
+    """The head's weight (V, C) as items of rows, each with its first row."""
     return [
         (start, Item(source.rows(start, stop), (stop - start, hidden_size), dtype))
         for start, stop in split_rows(n_rows, hidden_size * dtype.itemsize)

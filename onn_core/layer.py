@@ -57,7 +57,8 @@ class StreamedLayer:
         if self.session.batching.probing:
             return self.session.batching.answer(leaves)
         if self.number == 0:
-            self.session.fit(*leaves[0].shape[:2])  # (B, T, C)
+            *_, n_tokens, _ = leaves[0].shape  # (B, T, C), or streams (4, B, T, C)
+            self.session.fit(self.session.batching.batch_size or len(leaves[0]), n_tokens)
         call = Call(self, leaves, spec)
         parameters = list(self.module.parameters())
         if len(parameters) != self._n_parameters:  # adapters came or went: learn the calls anew

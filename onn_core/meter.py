@@ -39,6 +39,8 @@ class Ceilings:
         """Whether a second measurement differs by more than a quarter."""
         pairs = [(self.read_bytes_per_s, later.read_bytes_per_s)]
         pairs += [(flops, later.flops_per_s[n]) for n, flops in self.flops_per_s.items()]
+        if self.copy_bytes_per_s:
+            pairs.append((self.copy_bytes_per_s, later.copy_bytes_per_s))
         return any(max(pair) > 1.25 * min(pair) for pair in pairs)
 
 

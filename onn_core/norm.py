@@ -13,7 +13,7 @@ class NormInParts:
     """Takes the place of the forward of a norm whose input (..., C) is that of the whole batch.
 
     Its own graph would keep the batch several times in float32; here each part is computed again
-    in backward.
+    in backward. Under autocast, or if the norm is trained, it runs as it is.
     """
 
     def __init__(self, module: nn.Module):

@@ -119,9 +119,11 @@ def predict(
     )
     read_s = sum(size for size, _ in passes) / read_bytes_per_s
     compute_s = sum(seconds for _, seconds in passes)
-    # at each end of the head every slot holds what is used next: nothing is read for a visit
+    # where a pass ends every slot holds what is used next: nothing is read for a layer's visit
     turn_s = one_layer["forward_s"] if layer_bytes else 0.0
-    step_s = sum(max(size / read_bytes_per_s + turn_s, seconds) for size, seconds in passes)
+    step_s = sum(
+        max(size / read_bytes_per_s + min(turn_s, seconds), seconds) for size, seconds in passes
+    )
     return found | {
         "plan": plan,
         "peak_bytes": plan.peak_bytes,

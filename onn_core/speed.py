@@ -1,6 +1,7 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
 import copy
+import math
 import os
 from typing import Any
 
@@ -41,7 +42,7 @@ def speed_table(record: dict[str, Any]) -> Any:
             "tokens per s": f"{row['tokens_per_s']:.3g}",
             "peak GiB": f"{row['peak_memory_bytes'] / 2**30:.2f}",
             "GB read per step": f"{row['bytes_read'] / 1e9:.3g}",
-            "percent of limit": f"{row['percent_of_limit']:.0f}",
+            "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
             "limited by": row["limited_by"],
         }
         for row in record["rows"]
@@ -154,7 +155,8 @@ def sample_times(record: dict[str, Any]) -> Figure:
         for row in rows
     ]
     times = [row["ms_per_sample"] / 1e3 for row in rows]
-    limits = [t * row["percent_of_limit"] / 100 for t, row in zip(times, rows, strict=True)]
+    known = [math.nan if (of := row["percent_of_limit"]) is None else of for row in rows]
+    limits = [t * of / 100 for t, of in zip(times, known, strict=True)]
     places = range(len(rows))
     bars = Bars("measured", places, [0] * len(rows), times)
     dots = Line("limit", limits, places, mode="ticks", colour="black")

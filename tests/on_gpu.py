@@ -28,7 +28,7 @@ LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
 ENDS_BYTES = 2 * 100352 * 5120 * 2
 DEPTH = 40
 CAP = 4 << 30
-HOST_CAP = 12 << 30  # less than the weights: they come from the disk
+HOST_CAP = 12 << 30  # less than the weights of 16 layers or more: they come from the disk
 BUDGET = int(1.53 * 2**30)  # the report's largest figure
 RUNS = "onn:32,onn:128,baseline:1,onn:1@16,offload:1@8,cached:32,cached:1@8"
 # what is profiled: layers, samples, tokens of a sample, budget, whether its files are cached, dtype
@@ -108,7 +108,9 @@ def overlap(
     events = json.loads(trace.read_text())["traceEvents"]
     spans: dict[str, list] = {"kernel": [], "gpu_memcpy": []}
     launched = Counter(e["args"]["stream"] for e in events if e.get("cat") == "kernel")
-    compute = launched.most_common(1)[0][0]  # the other stream copies, and casts, the weights
+    compute = launched.most_common(1)[0][
+        0
+    ]  # the other copies the weights; its casts count as neither
     for event in events:
         kind = event.get("cat")
         if kind in spans and (event["args"]["stream"] == compute) == (kind == "kernel"):
