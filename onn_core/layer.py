@@ -155,6 +155,11 @@ class StreamedLayer:
             self.item_at.pop(item.tensor.untyped_storage().data_ptr(), None)
         self.session.stream.release(item)
 
+    def keeps_graph(self) -> bool:
+        """Whether backward comes next and the plan has room for the activations of the batch."""
+        last = self.number == self.session.n_layers - 1
+        return last and self.session.plan.keeps_last and not self._wrapped
+
     def begin_micro_batch(self, last: bool) -> None:
         if self._calls:
             if not self._usual_calls:

@@ -15,6 +15,7 @@ HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 an
 MARGIN = 1.05  # of a budget, for what the sum does not see; a CUDA allocator is counted to the byte
 CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
+KEPT = 8  # the last layer's activations may take one such part of the budget
 FEW_TOKENS = 256  # a micro-batch below this multiplies slower; above, not faster
 
 
@@ -43,6 +44,7 @@ class Plan:
     n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
     micro_batch_size: int
     n_micro_batches: int
+    keeps_last: bool  # the activations of the last layer, whose backward comes next
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count: Callable[[], dict[str, int]]  # -> parts; traces a layer
 
@@ -92,15 +94,29 @@ def make_plan(
         # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
     for (n_resident, slots), place, size in tries:
-        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, -(-batch_size // size), place, count)
-        if budget is None or sizes.margin * plan.peak_bytes <= budget:
-            return plan if budget is None else _keep_more(plan, sizes, budget)
+        for keeps in (True, False):
+            if keeps and not _may_keep(sizes, n_resident, batch_size, n_tokens, budget):
+                continue
+            count = functools.partial(
+                _parts, sizes, slots, place, batch_size, size, n_tokens, keeps
+            )
+            plan = Plan(slots, n_resident, size, -(-batch_size // size), keeps, place, count)
+            if budget is None or sizes.margin * plan.peak_bytes <= budget:
+                return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
         f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
         "lower chunk_size, batch_size or max_length."
     )
+
+
+def _may_keep(
+    sizes: Sizes, n_resident: int, batch_size: int, n_tokens: int, budget: int | None
+) -> bool:
+    """Whether the last layer's activations of the whole batch are a small part of the budget."""
+    if budget is None or not n_resident:
+        return False
+    return KEPT * sizes.visit_bytes(batch_size, n_tokens)[1] <= budget
 
 
 def _all_micro_batches(batch_size: int) -> list[int]:
@@ -151,7 +167,13 @@ def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
 
 
 def _parts(
-    sizes: Sizes, slots: Counter, place: str, batch_size: int, micro_batch_size: int, n_tokens: int
+    sizes: Sizes,
+    slots: Counter,
+    place: str,
+    batch_size: int,
+    micro_batch_size: int,
+    n_tokens: int,
+    keeps_last: bool,
 ) -> dict[str, int]:
     """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
 
@@ -161,7 +183,8 @@ def _parts(
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
-    activations = max(forward + batch_bytes, backward, head)
+    kept = sizes.visit_bytes(batch_size, n_tokens)[1] if keeps_last else 0
+    activations = max(forward + batch_bytes, backward, head + kept)
     return {
         "weights": slots_bytes(slots),
         "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),

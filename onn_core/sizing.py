@@ -112,10 +112,11 @@ def predict(
     head_bytes = bytes_read(dataclasses.replace(sizes, layers=[]), plan)
     layer_bytes = bytes_read(sizes, plan, geometry.lowest) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
+    kept_s = plan.keeps_last * one_layer["forward_s"]  # is not done again
     passes = (
         (forward_bytes, n_layers * one_layer["forward_s"]),
         (head_bytes, one_layer["head_s"]),
-        (layer_bytes - forward_bytes, n_back * one_layer["backward_s"]),
+        (layer_bytes - forward_bytes, n_back * one_layer["backward_s"] - kept_s),
     )
     read_s = sum(size for size, _ in passes) / read_bytes_per_s
     compute_s = sum(seconds for _, seconds in passes)

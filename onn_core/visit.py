@@ -1,6 +1,8 @@
 """One visit of a layer by the whole batch: without a graph forward, with a recompute backward."""
 
+import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Any
 
@@ -44,6 +46,7 @@ class Call:
             name = type(layer.module).__name__
             self.rows_of = batching.rows_of(self.number, leaves, name)
         self.random_states: list[Any] = []
+        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are kept
         device_type = self.session.device.type
         self.autocast = {
             "device_type": device_type,
@@ -58,8 +61,12 @@ class Call:
         outputs, self.out_spec = pytree.tree_flatten(outputs, is_leaf=is_cache)
         return outputs
 
-    def run_forward(self) -> tuple[torch.Tensor, ...]:
-        """Every micro-batch through the resident layer, without a graph: the output tensors."""
+    def run_forward(self, inputs: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        """Every micro-batch through the resident layer: the output tensors.
+
+        Without a graph; but of the last layer, whose backward comes next, with one that is kept if
+        the plan has room for it. inputs: those that wait for backward.
+        """
         session, layer = self.session, self.layer
         future = [*range(layer.number, session.n_layers), *session.head_units]
         future += session.backward_pass(session.n_layers - 1) + session.forward_pass()
@@ -69,7 +76,11 @@ class Call:
                 layer.begin_micro_batch(rows is self.slices[-1])
                 session.row = rows.start
                 self.random_states.append(_random_state(session.device))
-                part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
+                if inputs and layer.keeps_graph():
+                    self.graphs.append(self.build_graph(rows, inputs))
+                    part = [x.detach() if is_tensor(x) else x for x in self.graphs[-1].leaves]
+                else:
+                    part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
                 if len(self.slices) == 1:
                     whole = part
                 else:
@@ -112,12 +123,12 @@ class Call:
         remaining = iter(tensors)
         return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
 
-    def build_graph(self, rows: slice, number: int, inputs: list[torch.Tensor]) -> "Graph":
-        """Run a micro-batch again with a graph; `inputs` (B, ...) may need gradients."""
+    def build_graph(self, rows: slice, inputs: Sequence[torch.Tensor]) -> "Graph":
+        """Run a micro-batch with a graph; `inputs` (B, ...) may need gradients."""
         remaining = iter(inputs)
         leaves, roots = [], []
         for leaf, place in zip(self.leaves, self.rows_of, strict=True):
-            if leaf is _INPUT:
+            if any(leaf is x for x in (_INPUT, *inputs)):
                 whole = next(remaining)  # it may wait on the host
                 leaf = cut(whole, place, rows).detach().to(self.session.device, non_blocking=True)
                 if whole.requires_grad:
@@ -125,29 +136,49 @@ class Call:
             else:
                 leaf = cut(leaf, place, rows)
             leaves.append(leaf)
+        weights = Weights(self.layer)
+        by_item = torch.autograd.graph.saved_tensors_hooks(weights.pack, weights.unpack)
+        with torch.enable_grad(), torch.autocast(**self.autocast), by_item:
+            return Graph(weights, roots, self.run(leaves))
+
+    def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
+        """That of a micro-batch: kept, or made by running it again as it ran before."""
         self.layer.begin_micro_batch(False)
-        graph = Graph(self.layer)
+        if self.graphs:
+            graph, self.graphs[number] = self.graphs[number], None
+            if graph is not None:  # else backward runs a second time
+                return graph
         devices = [self.session.device] if self.session.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(**self.autocast):
+        with torch.random.fork_rng(devices):
             _set_random_state(self.random_states[number], self.session.device)
-            with torch.autograd.graph.saved_tensors_hooks(graph.pack, graph.unpack):
-                outputs = self.run(leaves)
-        graph.roots = roots
-        graph.outputs = [leaf for leaf in outputs if is_tensor(leaf)]
-        return graph
+            return self.build_graph(self.slices[number], inputs)
 
 
 _INPUT = object()  # where a differentiable input stood
 _TENSOR = object()  # where an output tensor stood
 
 
+@dataclasses.dataclass
 class Graph:
-    """The graph of one micro-batch through a layer; refers to weights by item, not by memory."""
+    """The graph of one micro-batch through a layer."""
+
+    weights: "Weights"
+    roots: list[torch.Tensor]  # the inputs that need gradients
+    leaves: list[Any]  # what the layer returned
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if is_tensor(leaf)]
+
+
+class Weights:
+    """The weights in a graph, by item, not by memory.
+
+    The graph refers to this, so this must not refer to the graph: nobody would collect the two.
+    """
 
     def __init__(self, layer: Any):
         self.layer = layer
-        self.roots: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
         self.release = False  # let each matrix go after its last use
         self._uses_left: Counter = Counter()
         self._previous: Item | None = None
@@ -180,7 +211,7 @@ class Visit(torch.autograd.Function):
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
-        outputs = call.run_forward()
+        outputs = call.run_forward(inputs)
         call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
@@ -200,8 +231,8 @@ class Visit(torch.autograd.Function):
         out_rows = call.out_rows or [None] * len(grads)
         with layer.visiting("backward", future or [layer.number]):
             for number, rows in enumerate(call.slices):
-                graph = call.build_graph(rows, number, inputs)
-                graph.release = session.plan.by_matrix or rows is call.slices[-1]
+                graph = call.graph_of(number, inputs)
+                graph.weights.release = session.plan.by_matrix or rows is call.slices[-1]
                 grad_of = [
                     (out, cut(grad, place, rows))
                     for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)

@@ -1,6 +1,9 @@
 """What a memory budget holds: planned, kept, refused with the arithmetic; and all of it exact."""
 
+import gc
 import time
+import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,6 +17,7 @@ from onn_core.items import few_slots
 from onn_core.models import geometry
 from onn_core.plan import MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
 from onn_core.sizing import geometry_of, predict
+from onn_core.visit import Graph
 
 
 def within(n_bytes):
@@ -110,7 +114,8 @@ def test_boundaries_on_disk_change_nothing():
     assert_same(step(with_lora(model), toy_batch()), want("llama"))
 
 
-def test_a_huge_batch_is_planned_onto_the_disk():
+def test_a_huge_batch_is_planned_onto_the_disk(monkeypatch):
+    monkeypatch.setattr("onn_core.plan.KEPT", 1 << 40)  # beside no activations that are kept
     in_memory = plan_of(1 << 30, batch_size=4096, micro_batch_size=4)
     assert in_memory.boundaries == "memory"
     less = in_memory.peak_bytes - in_memory.parts["boundary activations"] // 2
@@ -182,3 +187,38 @@ def test_answers_for_models_that_are_not_here():
     assert plan.by_matrix and plan.n_micro_batches == 2  # each reads all anew
     assert 2 * 2 * 802e9 < found["bytes_read"] < 2 * 3 * 802e9
     assert "weights +" in predict(large, 32, 16, memory_budget="2GB", **ceilings)["refused"]
+
+
+def test_the_last_layer_s_forward_is_done_once_where_there_is_room(monkeypatch):
+    """With dropout, in micro-batches: its activations are kept, its random states are the same."""
+    settings = {"lora_dropout": 0.5}
+    got = {}
+    for kept in (8, 1 << 40):  # the second never has room
+        monkeypatch.setattr("onn_core.plan.KEPT", kept)
+        model = with_lora(streamed(toy_dir("llama"), memory_budget="200MB"), **settings).train()
+        model.base_model.model.session.micro_batch_size = 2
+        model.base_model.model.session.planner.keywords["micro_batch_size"] = 2
+        calls = Counter()
+        for layer in model.base_model.model.streamed_layers:
+            forward = layer.forward
+            layer.forward = lambda *args, n=layer.number, f=forward, seen=calls, **kw: (
+                seen.update([n]) or f(*args, **kw)
+            )
+        torch.manual_seed(0)
+        got[kept] = [step(model, toy_batch()) for _ in range(2)]
+        assert model.base_model.model.session.plan.keeps_last == (kept == 8)
+        n_parts = 3  # five samples, two at a time
+        assert calls[N_LAYERS - 2] == 2 * 2 * n_parts
+        assert calls[N_LAYERS - 1] == (1 if kept == 8 else 2) * 2 * n_parts
+    for first, second in zip(*got.values(), strict=True):
+        assert_same(first, second)
+
+
+def test_kept_activations_go_with_the_loss():
+    model = with_lora(streamed(toy_dir("llama"), memory_budget="200MB"))
+    loss = model(**toy_batch()).loss
+    kept = [weakref.ref(x) for x in gc.get_objects() if type(x) is Graph]
+    assert kept
+    del loss
+    gc.collect()
+    assert not any(ref() for ref in kept)
