@@ -1,7 +1,6 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
 import copy
-import math
 import os
 from typing import Any
 
@@ -155,11 +154,10 @@ def sample_times(record: dict[str, Any]) -> Figure:
         for row in rows
     ]
     times = [row["ms_per_sample"] / 1e3 for row in rows]
-    known = [math.nan if (of := row["percent_of_limit"]) is None else of for row in rows]
-    limits = [t * of / 100 for t, of in zip(times, known, strict=True)]
-    places = range(len(rows))
-    bars = Bars("measured", places, [0] * len(rows), times)
-    dots = Line("limit", limits, places, mode="ticks", colour="black")
+    known = [place for place, row in enumerate(rows) if row["percent_of_limit"] is not None]
+    limits = [times[place] * rows[place]["percent_of_limit"] / 100 for place in known]
+    bars = Bars("measured", range(len(rows)), [0] * len(rows), times)
+    dots = Line("limit", limits, known, mode="ticks", colour="black")
     x, height = "seconds per sample (logarithmic)", 0.8 + 0.34 * len(rows)
     panel = Panel([bars, dots], x, rows=names, log_x=True, height=height)
     return Figure([[panel]], "seconds per sample of every system")
