@@ -1,6 +1,7 @@
 """A figure says the same to both of its readers: plotly's own checks, and a picture's pixels."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,11 @@ def test_growth_draws_the_predictions_beside_what_was_measured():
     assert [len(panel.parts) for panel in other.rows[0]] == [1, 1]
     record["rows"] = record["rows"][:3]
     assert "nothing to draw" in speed.growth(record)
+
+
+def test_a_peer_whose_limit_is_unknown_has_no_mark():
+    record = speed.load_benchmark(FULL.parents[1] / "gpu" / FULL.name)
+    bars, limits = speed.sample_times(record).rows[0][0].parts
+    unknown = [row["system"] for row in record["rows"] if row["percent_of_limit"] is None]
+    assert unknown == ["offload"] and len(limits.x) == len(bars.rows) - 1
+    json.dumps(speed.sample_times(record).plotly(), allow_nan=False)
