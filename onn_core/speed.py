@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from onn_core.figure import Bars, Figure, Line, Panel
+from onn_core.meter import Ceilings
 from onn_core.record import read_json
 from onn_core.report import frame
 from onn_core.sizing import geometry_of, predict
@@ -245,8 +246,9 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
     """What `sizing` says of a measured row from the ceilings; empty where it is another model."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = row["layers"]
-    ceilings = record["ceilings"]["before"]
-    flops_per_s = {int(n): rate for n, rate in ceilings["flops_per_s"].items()}  # JSON: text
+    both = [Ceilings(**record["ceilings"][when]) for when in ("before", "after")]
+    ceilings = both[0].mean(both[1])
+    flops_per_s = {int(n): rate for n, rate in ceilings.flops_per_s.items()}  # JSON: text
     geometry = geometry_of(
         config,
         sparse_layers=row["trained_layers"],
@@ -257,7 +259,7 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
         geometry,
         row["batch_size"],
         row["sequence"],
-        read_bytes_per_s=ceilings["read_bytes_per_s"],
+        read_bytes_per_s=ceilings.read_bytes_per_s,
         flops_per_s=flops_per_s[row["batch_size"] * row["sequence"]],
         memory_budget=record["budget_bytes"],
     )
