@@ -79,8 +79,8 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
         row |= {f"limit_{what}_s": seconds for what, seconds in limits_s.items()}
         row["limited_by"] = max(limits_s, key=limits_s.get)
         row["percent_of_limit"] = 100 * max(limits_s.values()) / row["step_s"]
-        if ceilings.copy_bytes_per_s is not None and "bytes_streamed" not in row:
-            row |= {"limited_by": "unknown", "percent_of_limit": None}  # a peer's copies
+        if ceilings.copy_bytes_per_s is not None and "copy" not in limits_s:  # a peer's
+            row |= {"limited_by": "unknown", "percent_of_limit": None}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from onn_core.product import linear, product, product_back
 from onn_core.session import Session
 from onn_core.sources import Source
 
-HEAD_BLOCK_BYTES = 64 << 20  # a head in one has the loss of memory to the last bit
+HEAD_BLOCK_BYTES = 64 << 20  # a head of one block has the very loss of a head in memory
 # Elementwise functions of logits, with numbers at most, that wait until the logits are made.
 ELEMENTWISE = {
     *("float", "to", "type", "contiguous", "clone", "neg", "__neg__", "tanh", "mul", "__mul__"),
@@ -268,9 +268,10 @@ def _in_blocks(
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of all rows up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
+    """(start, stop) of one block up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
 
-    Of one size, if a number of blocks up to twice the least divides the rows: every size has slots.
+    All have as many rows if some number of blocks, up to twice the least, divides them: a last
+    block of another size would need slots of its own.
     """
     n_bytes = n_rows * row_bytes
     least = 1 if n_bytes <= HEAD_BLOCK_BYTES else -(-2 * n_bytes // HEAD_BLOCK_BYTES)

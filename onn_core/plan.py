@@ -85,38 +85,29 @@ def make_plan(
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
     places = ("memory", "disk" if sizes.on_cpu else "host")
-    tries = itertools.product(weights, places, _all_micro_batches(batch_size))
+    kept = 0  # of the last layer's activations, if those of the batch take little of the budget
+    if budget is not None and KEPT * sizes.visit_bytes(batch_size, n_tokens)[1] <= budget:
+        kept = sizes.visit_bytes(batch_size, n_tokens)[1]
+    micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
-        tries = itertools.product(weights, places, [min(micro_batch_size, batch_size)])
-    elif budget is not None:
+        micro = [min(micro_batch_size, batch_size)]
+    tries = itertools.product(weights, places, micro, (kept, 0) if kept else (0,))
+    if micro_batch_size is None and budget is not None:
         fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
         # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
-    for (n_resident, slots), place, size in tries:
-        for keeps in (True, False):
-            if keeps and not _may_keep(sizes, n_resident, batch_size, n_tokens, budget):
-                continue
-            count = functools.partial(
-                _parts, sizes, slots, place, batch_size, size, n_tokens, keeps
-            )
-            plan = Plan(slots, n_resident, size, -(-batch_size // size), keeps, place, count)
-            if budget is None or sizes.margin * plan.peak_bytes <= budget:
-                return plan if budget is None else _keep_more(plan, sizes, budget)
+    for (n_resident, slots), place, size, kept in tries:
+        kept = kept if n_resident else 0
+        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens, kept)
+        plan = Plan(slots, n_resident, size, -(-batch_size // size), kept > 0, place, count)
+        if budget is None or sizes.margin * plan.peak_bytes <= budget:
+            return plan if budget is None else _keep_more(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
         f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
         "lower chunk_size, batch_size or max_length."
     )
-
-
-def _may_keep(
-    sizes: Sizes, n_resident: int, batch_size: int, n_tokens: int, budget: int | None
-) -> bool:
-    """Whether the last layer's activations of the whole batch are a small part of the budget."""
-    if budget is None or not n_resident:
-        return False
-    return KEPT * sizes.visit_bytes(batch_size, n_tokens)[1] <= budget
 
 
 def _all_micro_batches(batch_size: int) -> list[int]:
@@ -173,7 +164,7 @@ def _parts(
     batch_size: int,
     micro_batch_size: int,
     n_tokens: int,
-    keeps_last: bool,
+    kept: int,
 ) -> dict[str, int]:
     """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
 
@@ -183,15 +174,14 @@ def _parts(
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
-    kept = sizes.visit_bytes(batch_size, n_tokens)[1] if keeps_last else 0
-    activations = max(forward + batch_bytes, backward, head + kept)
+    activations = max(forward + batch_bytes, backward, head)
     return {
         "weights": slots_bytes(slots),
         "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         "adapters": TRAINED_BYTES * sizes.n_trained,
         "boundary activations": saved,
         "activations": int((HEAP if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
-    }
+    } | ({"of the last layer": kept} if kept else {})
 
 
 def head_bytes(sizes: Sizes, n_tokens: int) -> int:

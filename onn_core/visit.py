@@ -1,4 +1,4 @@
-"""One visit of a layer by the whole batch: without a graph forward, with a recompute backward."""
+"""One visit of a layer by the whole batch: no graph in forward, recompute in backward."""
 
 import dataclasses
 from collections import Counter
@@ -205,7 +205,7 @@ class Weights:
 
 
 class Visit(torch.autograd.Function):
-    """The layer on the whole batch: no graph in forward, recompute in backward."""
+    """The layer on the whole batch: recomputed in backward, but for a graph that was kept."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:

@@ -108,9 +108,8 @@ def overlap(
     events = json.loads(trace.read_text())["traceEvents"]
     spans: dict[str, list] = {"kernel": [], "gpu_memcpy": []}
     launched = Counter(e["args"]["stream"] for e in events if e.get("cat") == "kernel")
-    compute = launched.most_common(1)[0][
-        0
-    ]  # the other copies the weights; its casts count as neither
+    # the other stream copies the weights; its casts count as neither
+    compute = max(launched, key=launched.get)
     for event in events:
         kind = event.get("cat")
         if kind in spans and (event["args"]["stream"] == compute) == (kind == "kernel"):

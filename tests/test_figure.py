@@ -50,11 +50,14 @@ def test_the_picture_has_every_colour_and_one_bundle_holds_both(drawn):
 
 def test_growth_draws_the_predictions_beside_what_was_measured():
     record = speed.load_benchmark(FULL)
-    time, memory = speed.growth(record, models.geometry("phi-4")).rows[0]
-    for panel, allowed in ((time, 0.35), (memory, 0.1)):
-        measured, predicted = panel.parts
-        assert list(measured.x) == list(predicted.x) == [4, 8, 16, 24, 40]
-        assert predicted.y == pytest.approx(measured.y, rel=allowed)
+    rows = speed.growth(record, models.geometry("phi-4")).rows  # in depth, batch, sequence
+    for row, points in zip(
+        rows, ([4, 8, 16, 24, 40], [1, 8, 32, 128], [16, 128, 512]), strict=True
+    ):
+        for panel, allowed in zip(row, (0.35, 0.05), strict=True):  # time, memory
+            measured, predicted = panel.parts
+            assert list(measured.x) == list(predicted.x) == points
+            assert predicted.y == pytest.approx(measured.y, rel=allowed)
     other = speed.growth(record, models.geometry("smollm2"))  # not the model that was measured
     assert [len(panel.parts) for panel in other.rows[0]] == [1, 1]
     record["rows"] = record["rows"][:3]

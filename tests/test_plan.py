@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
 from onn_core.footprint import LiveBytes, visit_bytes
-from onn_core.items import few_slots
+from onn_core.items import count_slots, few_slots
 from onn_core.models import geometry
-from onn_core.plan import MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
+from onn_core.plan import KEPT, MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
 from onn_core.sizing import geometry_of, predict
 from onn_core.visit import Graph
 
@@ -62,6 +62,16 @@ def test_what_is_left_of_a_budget_keeps_single_matrices():
     assert few.n_resident == more.n_resident < 8
     assert 0 < slots_bytes(more.slots) - slots_bytes(few.slots) < layer
     assert MARGIN * more.peak_bytes <= 2900 << 20
+
+
+def test_on_cuda_a_micro_batch_is_worth_more_than_reading_ahead():
+    sizes = geometry_of(geometry("phi-4", 8), on_cpu=False).sizes
+    budget = int(1.53 * 2**30)
+    small, large = (make_plan(sizes, batch_size, 128, budget) for batch_size in (32, 128))
+    ahead = count_slots(sizes.layers, 1)
+    assert not ahead - small.slots and ahead - large.slots
+    assert small.micro_batch_size == large.micro_batch_size == 4
+    assert (small.n_resident, large.n_resident) == (1, 1)
 
 
 def test_a_refusal_shows_its_arithmetic():
@@ -193,23 +203,21 @@ def test_the_last_layer_s_forward_is_done_once_where_there_is_room(monkeypatch):
     """With dropout, in micro-batches: its activations are kept, its random states are the same."""
     settings = {"lora_dropout": 0.5}
     got = {}
-    for kept in (8, 1 << 40):  # the second never has room
+    for kept in (KEPT, 1 << 40):  # the second never has room
         monkeypatch.setattr("onn_core.plan.KEPT", kept)
-        model = with_lora(streamed(toy_dir("llama"), memory_budget="200MB"), **settings).train()
-        model.base_model.model.session.micro_batch_size = 2
-        model.base_model.model.session.planner.keywords["micro_batch_size"] = 2
-        calls = Counter()
-        for layer in model.base_model.model.streamed_layers:
+        base = streamed(toy_dir("llama"), memory_budget="200MB", micro_batch_size=2)
+        model, calls = with_lora(base, **settings).train(), Counter()
+        for layer in base.streamed_layers:
             forward = layer.forward
             layer.forward = lambda *args, n=layer.number, f=forward, seen=calls, **kw: (
                 seen.update([n]) or f(*args, **kw)
             )
         torch.manual_seed(0)
         got[kept] = [step(model, toy_batch()) for _ in range(2)]
-        assert model.base_model.model.session.plan.keeps_last == (kept == 8)
+        assert base.session.plan.keeps_last == (kept == KEPT)
         n_parts = 3  # five samples, two at a time
         assert calls[N_LAYERS - 2] == 2 * 2 * n_parts
-        assert calls[N_LAYERS - 1] == (1 if kept == 8 else 2) * 2 * n_parts
+        assert calls[N_LAYERS - 1] == (1 if kept == KEPT else 2) * 2 * n_parts
     for first, second in zip(*got.values(), strict=True):
         assert_same(first, second)
 
