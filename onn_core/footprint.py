@@ -49,10 +49,11 @@ class LiveBytes(TorchDispatchMode):
 
 def visit_bytes(
     config: Any, batch_size: int, n_tokens: int, dtype: torch.dtype, lora_rank: int = 8
-) -> tuple[int, int]:
-    """Peak of the activations of one adapted layer on (batch_size, n_tokens): forward, backward.
+) -> tuple[int, int, int]:
+    """Bytes of the activations of one adapted layer on (batch_size, n_tokens).
 
-    The first layer of `config` stands for all; attention counts as the fused kernel.
+    The peak forward, the peak backward, and what the graph between the two keeps. The first layer
+    of `config` stands for all; attention counts as the fused kernel.
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1
@@ -73,10 +74,11 @@ def visit_bytes(
                 base(**given)
             with LiveBytes() as live:
                 out = base(**given)[0]
+                kept = live.now
                 trained = [p for p in base.parameters() if p.requires_grad]
                 at = [hidden, *trained]
                 torch.autograd.grad(out, at, torch.zeros_like(out), allow_unused=True)
-    return forward.peak, live.peak
+    return forward.peak, live.peak, kept
 
 
 class Footprint:
@@ -84,23 +86,23 @@ class Footprint:
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced: dict[int, list[tuple[int, int]]] = {}  # T -> of one sample, of two
+        self._traced: dict[int, list[tuple[int, ...]]] = {}  # T -> of one sample, of two
 
-    def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int]:
+    def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         if n_tokens not in self._traced:
             traces = (self._trace(size, n_tokens) for size in (1, 2))
             self._traced[n_tokens] = list(zip(*traces, strict=True))
-        forward, backward = self._traced[n_tokens]
-        return tuple(one + (batch_size - 1) * (two - one) for one, two in (forward, backward))
+        pairs = self._traced[n_tokens]
+        return tuple(one + (batch_size - 1) * (two - one) for one, two in pairs)
 
-    def _trace(self, batch_size: int, n_tokens: int) -> tuple[int, int]:
+    def _trace(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         try:
             return visit_bytes(self.config, batch_size, n_tokens, self.dtype)
         except Exception:  # a layer whose code asks for values: as a dense layer of its widths
             text = self.config.get_text_config()
             width = 4 * getattr(text, "intermediate_size", 0) or 16 * text.hidden_size
             values = batch_size * n_tokens * (width + 16 * text.hidden_size)
-            return 2 * (values * (self.dtype.itemsize + 4),)
+            return 3 * (values * (self.dtype.itemsize + 4),)
 
 
 def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from onn_core.errors import ConfigError
 from onn_core.items import Item
+from onn_core.plan import GRAPHS
 from onn_core.session import Binding, Session
 from onn_core.visit import Call, Visit, is_cache
 
@@ -156,9 +157,11 @@ class StreamedLayer:
         self.session.stream.release(item)
 
     def keeps_graph(self) -> bool:
-        """Whether backward comes next and the plan has room for the activations of the batch."""
-        last = self.number == self.session.n_layers - 1
-        return last and self.session.plan.keeps_last and not self._wrapped
+        """Whether the plan has room for the graph of the batch, of what others have left of it."""
+        session, plan = self.session, self.session.plan
+        if self.number not in plan.kept(session.n_layers) or self._wrapped:
+            return False
+        return session.kept_bytes <= plan.parts[GRAPHS] - plan.graph_bytes // 2
 
     def begin_micro_batch(self, last: bool) -> None:
         if self._calls:
@@ -177,8 +180,7 @@ class StreamedLayer:
         self._calls[owner] += 1
         before, self._previous = self._previous, owner
         by_matrix = self.session.plan.by_matrix
-        last = by_matrix or self._last_micro_batch and not torch.is_grad_enabled()
-        last = last and before not in self._holders
+        last = (by_matrix or self._last_micro_batch) and before not in self._holders
         if last and before not in (None, owner) and self._is_done(before):
             for item in self._items_of[before]:
                 if all(binding.module is before for binding in self._by_item[item]):

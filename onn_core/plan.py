@@ -15,8 +15,9 @@ HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 an
 MARGIN = 1.05  # of a budget, for what the sum does not see; a CUDA allocator is counted to the byte
 CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
-KEPT = 8  # the last layer's activations may take one such part of the budget
-FEW_TOKENS = 256  # a micro-batch below this multiplies slower; above, not faster
+KEPT = 8  # where reading is the limit, graphs that are kept take at most one such part of a budget
+GRAPHS = "of graphs that stay"
+FEW_TOKENS = 256  # a micro-batch below this multiplies slower; a CPU's batch above, than it reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sizes:
     head: Sequence[Sequence[Item]]
     held_bytes: int  # what always stays
     hidden_bytes: int  # of a token between two layers
-    visit_bytes: Callable[[int, int], tuple[int, int]]  # (B, T) -> activations, forward, backward
+    visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
     on_cpu: bool = True
     n_trained: int = 0  # parameters
 
@@ -44,7 +45,7 @@ class Plan:
     n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
     micro_batch_size: int
     n_micro_batches: int
-    keeps_last: bool  # the activations of the last layer, whose backward comes next
+    n_kept: int  # of the last layers, the graphs stay: their forward is not done again
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count: Callable[[], dict[str, int]]  # -> parts; traces a layer
 
@@ -55,6 +56,15 @@ class Plan:
     @property
     def by_matrix(self) -> bool:
         return self.n_resident == 0
+
+    def kept(self, n_layers: int) -> range:
+        """The layers whose graphs stay."""
+        return range(n_layers - self.n_kept, n_layers)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Of one layer whose graph stays."""
+        return self.parts[GRAPHS] // self.n_kept if self.n_kept else 0
 
     @property
     def peak_bytes(self) -> int:
@@ -85,24 +95,23 @@ def make_plan(
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
     places = ("memory", "disk" if sizes.on_cpu else "host")
-    kept = 0  # of the last layer's activations, if those of the batch take little of the budget
-    if budget is not None and KEPT * sizes.visit_bytes(batch_size, n_tokens)[1] <= budget:
-        kept = sizes.visit_bytes(batch_size, n_tokens)[1]
     micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
         micro = [min(micro_batch_size, batch_size)]
-    tries = itertools.product(weights, places, micro, (kept, 0) if kept else (0,))
+    tries = itertools.product(weights, places, micro)
     if micro_batch_size is None and budget is not None:
         fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
         # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
-    for (n_resident, slots), place, size, kept in tries:
-        kept = kept if n_resident else 0
-        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens, kept)
-        plan = Plan(slots, n_resident, size, -(-batch_size // size), kept > 0, place, count)
-        if budget is None or sizes.margin * plan.peak_bytes <= budget:
-            return plan if budget is None else _keep_more(plan, sizes, budget)
+    for (n_resident, slots), place, size in tries:
+        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
+        plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
+        if budget is None:
+            return plan
+        if sizes.margin * plan.peak_bytes <= budget:
+            plan = _keep_graphs(plan, sizes, budget, batch_size, n_tokens)
+            return _keep_weights(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
         f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
@@ -128,7 +137,26 @@ def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int)
     return small[0] if small and not sizes.on_cpu else fast[-1]
 
 
-def _keep_more(plan: Plan, sizes: Sizes, budget: int) -> Plan:
+def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> Plan:
+    """`plan` with the graphs of as many of the last layers as it has room for.
+
+    A byte of them saves more time than one of weights, where products are the limit: on a CPU with
+    FEW_TOKENS or more. Elsewhere they take a part of the budget: of few tokens they are small.
+    """
+    kept_bytes = sizes.visit_bytes(batch_size, n_tokens)[2]  # of a layer
+    if plan.boundaries != "memory":  # then its input is in memory only for the graph
+        kept_bytes += batch_size * n_tokens * sizes.hidden_bytes
+    room = int(budget / sizes.margin) - plan.peak_bytes
+    if not sizes.on_cpu or batch_size * n_tokens < FEW_TOKENS:
+        room = min(room, budget // KEPT)
+    n_kept = min(room // kept_bytes, len(sizes.layers)) if plan.n_resident else 0
+    if not n_kept:
+        return plan
+    parts = plan.parts | {GRAPHS: n_kept * kept_bytes}
+    return dataclasses.replace(plan, n_kept=n_kept, count=parts.copy)
+
+
+def _keep_weights(plan: Plan, sizes: Sizes, budget: int) -> Plan:
     """`plan` with as many layers as the budget has room for, and the head once all are there.
 
     What room is then left keeps single matrices, the largest first, but for what the heap may
@@ -164,7 +192,6 @@ def _parts(
     batch_size: int,
     micro_batch_size: int,
     n_tokens: int,
-    kept: int,
 ) -> dict[str, int]:
     """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
 
@@ -172,7 +199,7 @@ def _parts(
     """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
-    forward, backward = sizes.visit_bytes(micro_batch_size, n_tokens)
+    forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
     activations = max(forward + batch_bytes, backward, head)
     return {
@@ -181,7 +208,7 @@ def _parts(
         "adapters": TRAINED_BYTES * sizes.n_trained,
         "boundary activations": saved,
         "activations": int((HEAP if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
-    } | ({"of the last layer": kept} if kept else {})
+    }
 
 
 def head_bytes(sizes: Sizes, n_tokens: int) -> int:

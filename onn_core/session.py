@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import operator
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,7 @@ class Session:
     micro_batch_size: int | None = None
     fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
     n_trained: int = 0  # parameters
+    kept_bytes: int = 0  # of graphs that stay from forward to backward
     part_rows: int | None = None  # no micro-batch or cache crosses these; None is the whole batch
     row: int = 0  # the first of the micro-batch that is in a layer
     batching: Batching = dataclasses.field(default_factory=Batching)
@@ -70,8 +72,11 @@ class Session:
         return units + self.backward_pass(self.n_layers - 1)
 
     def backward_pass(self, start: int) -> list[int]:
-        """The units that backward visits from layer `start` on."""
-        return [] if self.lowest is None else list(range(start, self.lowest - 1, -1))
+        """The units that backward visits from layer `start` on; ~unit where a graph was kept."""
+        if self.lowest is None:
+            return []
+        kept = self.plan.kept(self.n_layers)
+        return [~n if n in kept else n for n in range(start, self.lowest - 1, -1)]
 
     def fit(self, batch_size: int, n_tokens: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits."""
@@ -86,6 +91,14 @@ class Session:
         if self.plan.slots != self.stream.slots:
             self.stream.close()  # what is there is given up
             self.stream.slots = self.plan.slots
+
+    def keep(self, graph: Any, n_bytes: int) -> None:
+        """Count what a graph takes, for as long as something refers to it."""
+        self.kept_bytes += n_bytes
+        weakref.finalize(graph, self._forget, n_bytes)
+
+    def _forget(self, n_bytes: int) -> None:
+        self.kept_bytes -= n_bytes
 
     def boundaries(self, inputs: list[torch.Tensor]):
         """Where a layer's inputs are saved: in host memory if all layers' are too much for CUDA."""
@@ -128,7 +141,9 @@ class Session:
         """
         self.on_visit(phase, unit)
         if self.budget is not None and self.device.type == "cpu":
+            grows = phase == "forward" and unit in self.plan.kept(self.n_layers)
             beside = self.budget - self.plan.parts["activations"] // 2
+            beside -= self.plan.graph_bytes if grows else 0
             # the layers' gaps are too small for logits; the heap's gaps have grown
             if [unit] == self.head_units[:1] or memory_bytes() - self.memory_before > beside:
                 give_back_memory()

@@ -112,7 +112,7 @@ def predict(
     head_bytes = bytes_read(dataclasses.replace(sizes, layers=[]), plan)
     layer_bytes = bytes_read(sizes, plan, geometry.lowest) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
-    kept_s = plan.keeps_last * one_layer["forward_s"]  # is not done again
+    kept_s = min(plan.n_kept, n_back) * one_layer["forward_s"]  # are not done again
     passes = (
         (forward_bytes, n_layers * one_layer["forward_s"]),
         (head_bytes, one_layer["head_s"]),

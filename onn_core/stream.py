@@ -84,10 +84,11 @@ class WeightStream:
     def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
         """Begin unit `future[0]` and return its items, each of which is then waited for.
 
-        future: the units that will be visited, this one first. claim: all its items at once.
+        future: the units that will be visited, this one first; ~unit is fetched last item first.
+        claim: all its items at once.
         """
         self.check()
-        items = self.units[future[0]]
+        items = self.units[max(future[0], ~future[0])]
         with self._changed:
             for item in self._entered:  # left behind by a visit that was interrupted
                 self.release(item)
@@ -95,7 +96,7 @@ class WeightStream:
             self._future = list(future)
             self._uses = defaultdict(list)
             for position, unit in enumerate(self._future):
-                self._uses[unit].append(position)
+                self._uses[max(unit, ~unit)].append(position)
             for item in items:
                 item.in_use = claim
             if not self._readers:
@@ -173,15 +174,13 @@ class WeightStream:
         self._pieces.clear()
         for unit in self.units:
             for item in unit:
-                item.slot = item.tensor = None
-                item.in_use = False
+                item.slot, item.tensor, item.in_use = None, None, False
         self._error = None
         self.files.close()
 
     def _start_readers(self) -> None:
         self._closed = False
-        few = N_READERS[self._device.type]
-        for number in range(N_COPIERS if self.files.cached else few):
+        for number in range(N_COPIERS if self.files.cached else N_READERS[self._device.type]):
             reader = threading.Thread(target=self._read, name=f"onn-reader-{number}", daemon=True)
             reader.start()
             self._readers.append(reader)
@@ -210,7 +209,7 @@ class WeightStream:
         """The absent item that is used soonest and has room; its slot is then its own."""
         full = set()  # sizes that have no room for an item used this late
         for position, unit in enumerate(self._future):
-            for item in self.units[unit]:
+            for item in self.units[unit] if unit >= 0 else self.units[~unit][::-1]:
                 if item.slot is not None or item.slot_bytes in full:
                     continue
                 if position == 0 and not item.in_use:  # already let go in this visit
@@ -222,7 +221,7 @@ class WeightStream:
                 if slot.item is not None:
                     slot.item.slot = slot.item.tensor = None
                 slot.item, item.slot = item, slot
-                self.counts.item_loads[unit] += 1
+                self.counts.item_loads[item.unit] += 1
                 return item
             if len(full) == len(self.slots):
                 break

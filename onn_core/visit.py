@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -64,21 +64,24 @@ class Call:
     def run_forward(self, inputs: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Every micro-batch through the resident layer: the output tensors.
 
-        Without a graph; but of the last layer, whose backward comes next, with one that is kept if
-        the plan has room for it. inputs: those that wait for backward.
+        Without a graph, or with one that is kept, if the plan has room for it. inputs: those that
+        wait for backward.
         """
         session, layer = self.session, self.layer
         future = [*range(layer.number, session.n_layers), *session.head_units]
         future += session.backward_pass(session.n_layers - 1) + session.forward_pass()
+        keeps = layer.keeps_graph()
         with layer.visiting("forward", future), torch.no_grad():
             whole: list[Any] = []
             for rows in self.slices:
                 layer.begin_micro_batch(rows is self.slices[-1])
                 session.row = rows.start
                 self.random_states.append(_random_state(session.device))
-                if inputs and layer.keeps_graph():
-                    self.graphs.append(self.build_graph(rows, inputs))
-                    part = [x.detach() if is_tensor(x) else x for x in self.graphs[-1].leaves]
+                if inputs and keeps:
+                    graph = self.build_graph(rows, inputs)
+                    session.keep(graph, graph.weights.n_bytes)
+                    self.graphs.append(graph)
+                    part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
                 else:
                     part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
                 if len(self.slices) == 1:
@@ -136,7 +139,7 @@ class Call:
             else:
                 leaf = cut(leaf, place, rows)
             leaves.append(leaf)
-        weights = Weights(self.layer)
+        weights = Weights(self.layer, filter(is_tensor, leaves))
         by_item = torch.autograd.graph.saved_tensors_hooks(weights.pack, weights.unpack)
         with torch.enable_grad(), torch.autocast(**self.autocast), by_item:
             return Graph(weights, roots, self.run(leaves))
@@ -177,15 +180,21 @@ class Weights:
     The graph refers to this, so this must not refer to the graph: nobody would collect the two.
     """
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, inputs: Iterable[torch.Tensor]):
         self.layer = layer
         self.release = False  # let each matrix go after its last use
+        self.n_bytes = 0  # that the graph keeps, beside its inputs and what is always there
+        known = [*inputs, *layer.module.parameters()]
+        self._known = {x.untyped_storage().data_ptr() for x in known}
         self._uses_left: Counter = Counter()
         self._previous: Item | None = None
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        item = self.layer.item_at.get(tensor.untyped_storage().data_ptr())
+        memory = tensor.untyped_storage()
+        item = self.layer.item_at.get(memory.data_ptr())
         if item is None:
+            self.n_bytes += memory.nbytes() if memory.data_ptr() not in self._known else 0
+            self._known.add(memory.data_ptr())
             return tensor
         self._uses_left[item] += 1
         offset = tensor.storage_offset() - item.tensor.storage_offset()

@@ -8,6 +8,7 @@ from toy import (
     FLOAT16_TOLERANCE,
     assert_same,
     in_memory,
+    keeping_graphs,
     step,
     streamed,
     toy_batch,
@@ -47,6 +48,16 @@ def test_gradients_are_those_of_peft_in_memory(family, dtype, micro_batch_size):
         got = step(model, on_device(toy_batch()))
         rounding = FLOAT16_TOLERANCE if dtype == "float16" else None
         assert_same(got, want, rounding if micro_batch_size is None else 4e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_graphs_that_are_kept_while_the_weights_go(micro_batch_size):
+    folder, batch = toy_dir("phi3"), on_device(toy_batch())
+    want = step(with_lora(in_memory(folder).cuda()), batch)
+    base = streamed(folder, device="cuda", micro_batch_size=micro_batch_size)
+    model = with_lora(keeping_graphs(base))
+    for _ in range(3):
+        assert_same(step(model, batch), want, None if micro_batch_size is None else 4e-6)
 
 
 def test_direct_reads(monkeypatch):

@@ -16,6 +16,7 @@ from toy import (
     assert_same,
     difference,
     in_memory,
+    keeping_graphs,
     step,
     streamed,
     take_gradients,
@@ -57,6 +58,17 @@ def test_every_gradient_is_that_of_peft_in_memory(family, chunk_size, micro_batc
     assert_same(step(with_lora(model), toy_batch()), reference(family), tolerance)
 
 
+@pytest.mark.parametrize(("n_kept", "micro_batch_size"), [(3, None), (N_LAYERS, 2)])
+@pytest.mark.parametrize("family", SETTINGS)
+def test_gradients_of_graphs_that_stay_while_their_weights_go(family, n_kept, micro_batch_size):
+    want = reference(family)
+    model = streamed(toy_dir(family), micro_batch_size=micro_batch_size)
+    model = with_lora(keeping_graphs(model, n_kept))
+    tolerance = None if micro_batch_size is None else TOLERANCE[family]
+    for _ in range(2):
+        assert_same(step(model, toy_batch()), want, tolerance)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("family", sorted(SETTINGS.keys() - NOT_IN_FLOAT64))
 def test_micro_batches_change_only_the_order_of_sums(family, micro_batch_size):
@@ -71,6 +83,8 @@ def test_dropout_draws_the_same_numbers(family):
     got = step(model, toy_batch())
     assert_same(got, reference(family, 0.3))
     assert not torch.equal(got[0], reference(family)[0])
+    model = with_lora(keeping_graphs(streamed(toy_dir(family))), lora_dropout=0.3)
+    assert_same(step(model, toy_batch()), got)
 
 
 def test_dropout_in_micro_batches_is_the_same_in_recompute():

@@ -8,14 +8,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import N_LAYERS, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+from toy import (
+    N_LAYERS,
+    assert_same,
+    in_memory,
+    keeping_graphs,
+    step,
+    streamed,
+    toy_batch,
+    toy_dir,
+    with_lora,
+)
 from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
 from onn_core.footprint import LiveBytes, visit_bytes
 from onn_core.items import count_slots, few_slots
 from onn_core.models import geometry
-from onn_core.plan import KEPT, MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
+from onn_core.plan import GRAPHS, KEPT, MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
 from onn_core.sizing import geometry_of, predict
 from onn_core.visit import Graph
 
@@ -124,11 +134,11 @@ def test_boundaries_on_disk_change_nothing():
     assert_same(step(with_lora(model), toy_batch()), want("llama"))
 
 
-def test_a_huge_batch_is_planned_onto_the_disk(monkeypatch):
-    monkeypatch.setattr("onn_core.plan.KEPT", 1 << 40)  # beside no activations that are kept
+def test_a_huge_batch_is_planned_onto_the_disk():
     in_memory = plan_of(1 << 30, batch_size=4096, micro_batch_size=4)
     assert in_memory.boundaries == "memory"
-    less = in_memory.peak_bytes - in_memory.parts["boundary activations"] // 2
+    parts = Counter(in_memory.parts)
+    less = in_memory.peak_bytes - parts[GRAPHS] - parts["boundary activations"] // 2
     plan = plan_of(less - PROCESS_BYTES, batch_size=4096, micro_batch_size=4)
     assert plan.boundaries == "disk" and plan.parts["boundary activations"] == 0
 
@@ -148,8 +158,9 @@ def test_live_bytes_are_those_of_tensors_that_are_referred_to():
 
 def test_activations_of_phi4_are_counted_without_memory_for_them():
     """260 MiB at 512 tokens: gate_up's adapter alone makes two tensors (512, 35840) in float32."""
-    _, found = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
+    _, found, kept = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
     assert found / 2**20 == pytest.approx(261, abs=15)
+    assert kept / 2**20 == pytest.approx(172, abs=10)
 
 
 def test_a_geometry_without_files_is_that_of_the_loaded_model():
@@ -199,13 +210,20 @@ def test_answers_for_models_that_are_not_here():
     assert "weights +" in predict(large, 32, 16, memory_budget="2GB", **ceilings)["refused"]
 
 
-def test_the_last_layer_s_forward_is_done_once_where_there_is_room(monkeypatch):
-    """With dropout, in micro-batches: its activations are kept, its random states are the same."""
+@pytest.mark.parametrize("room", [3, N_LAYERS])  # layers
+def test_forward_is_done_once_where_there_is_room(room, monkeypatch):
+    """With dropout, in micro-batches: graphs are kept, their random states are the same."""
     settings = {"lora_dropout": 0.5}
     got = {}
-    for kept in (KEPT, 1 << 40):  # the second never has room
-        monkeypatch.setattr("onn_core.plan.KEPT", kept)
+    for n_kept in (room, 0):
         base = streamed(toy_dir("llama"), memory_budget="200MB", micro_batch_size=2)
+        bytes_of = base.session.sizes.visit_bytes
+        sizes = replace(  # dropout keeps more
+            base.session.sizes, visit_bytes=lambda *size, f=bytes_of: [2 * n for n in f(*size)]
+        )
+        base.session.sizes = sizes
+        part = n_kept * sizes.visit_bytes(5, 10)[2]
+        monkeypatch.setattr("onn_core.plan.KEPT", 200_000_000 // part if part else 1 << 40)
         model, calls = with_lora(base, **settings).train(), Counter()
         for layer in base.streamed_layers:
             forward = layer.forward
@@ -213,13 +231,61 @@ def test_the_last_layer_s_forward_is_done_once_where_there_is_room(monkeypatch):
                 seen.update([n]) or f(*args, **kw)
             )
         torch.manual_seed(0)
-        got[kept] = [step(model, toy_batch()) for _ in range(2)]
-        assert base.session.plan.keeps_last == (kept == KEPT)
+        got[n_kept] = [step(model, toy_batch()) for _ in range(2)]
+        assert base.session.plan.n_kept == n_kept
         n_parts = 3  # five samples, two at a time
-        assert calls[N_LAYERS - 2] == 2 * 2 * n_parts
-        assert calls[N_LAYERS - 1] == (1 if kept == KEPT else 2) * 2 * n_parts
+        for number in range(N_LAYERS):
+            once = number >= N_LAYERS - n_kept
+            assert calls[number] == (1 if once else 2) * 2 * n_parts
     for first, second in zip(*got.values(), strict=True):
         assert_same(first, second)
+
+
+def test_graphs_take_what_reading_does_not_need_and_all_that_products_need():
+    """Few tokens: a part of the budget. Many on a CPU: before any layer more is resident."""
+    config = geometry("phi-4", 40)
+    sizes = geometry_of(config, sparse_layers="ends:4").sizes
+    few, many = (make_plan(sizes, size, 16, 3 << 30) for size in (8, 32))
+    assert 0 < few.n_kept * sizes.visit_bytes(8, 16)[2] <= (3 << 30) // KEPT
+    assert few.n_resident > many.n_resident == 1 and many.n_kept > 6
+    on_gpu = make_plan(replace(sizes, on_cpu=False), 32, 16, 3 << 30)
+    assert on_gpu.n_kept * sizes.visit_bytes(32, 16)[2] <= (3 << 30) // KEPT
+    for plan in (few, many, on_gpu):
+        assert plan.peak_bytes <= 3 << 30
+
+
+def test_graphs_that_take_more_than_was_planned_are_made_again():
+    base = streamed(toy_dir("llama"), memory_budget="200MB")
+    model = with_lora(base).train()
+    expected = want("llama")
+    assert_same(step(model, toy_batch()), expected)
+    session = base.session
+    planned = session.plan.parts[GRAPHS]
+    assert session.plan.n_kept == N_LAYERS and session.kept_bytes == 0
+    loss = model(**toy_batch()).loss
+    assert 0.5 * planned < session.kept_bytes <= planned  # what is counted is what is there
+    kept = session.kept_bytes / N_LAYERS
+    second = model(**toy_batch()).loss  # two at once: of the second the first layer fits by half
+    assert planned < session.kept_bytes + kept < planned + 2 * kept
+    del loss, second
+    session.plan = replace(session.plan, count=(session.plan.parts | {GRAPHS: 2 * kept}).copy)
+    assert_same(step(model, toy_batch()), expected)
+
+
+def test_a_layer_whose_graph_is_kept_is_fetched_last_first():
+    model = streamed(toy_dir("llama"))
+    session = model.session  # slots for a layer and a part of the next
+    stream, last, session.lowest = session.stream, N_LAYERS - 1, 0
+    keeping_graphs(model, 2)
+    future = session.backward_pass(last)
+    assert future == [~last, ~(last - 1), *range(last - 2, -1, -1)]
+    fetched = []
+    load = stream._load
+    stream._load = lambda item, *rest: fetched.append(item) or load(item, *rest)
+    for item in stream.enter(future)[::-1]:
+        stream.wait(item)
+    assert fetched[: len(stream.units[last])] == stream.units[last][::-1]
+    stream.close()
 
 
 def test_kept_activations_go_with_the_loss():

@@ -1,6 +1,7 @@
 """Toy models of several families: saved once, loaded in memory and streamed, and compared."""
 
 import atexit
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import onn_core
 from onn_core.lora import linear_names
 from onn_core.model import decoder_layers
+from onn_core.plan import GRAPHS
 
 N_LAYERS = 5
 VOCABULARY = 97
@@ -83,6 +85,14 @@ def in_memory(folder: Path, **settings) -> transformers.PreTrainedModel:
 def streamed(folder: Path, **settings) -> transformers.PreTrainedModel:
     stored = transformers.AutoConfig.from_pretrained(folder).dtype  # on any CPU, for equality
     return onn_core.from_pretrained(folder, **{"device": "cpu", "dtype": stored} | settings)
+
+
+def keeping_graphs(model: transformers.PreTrainedModel, n_kept: int = N_LAYERS):
+    """A streamed model that keeps the graphs of its last layers, though their weights go."""
+    plan = model.session.plan
+    count = (plan.parts | {GRAPHS: n_kept << 30}).copy
+    model.session.plan = dataclasses.replace(plan, n_kept=n_kept, count=count)
+    return model
 
 
 def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
