@@ -4,6 +4,9 @@ import contextlib
 import ctypes
 import mmap
 import os
+import platform
+import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from onn_core.errors import CheckpointError
 PAGE_BYTES = 4096
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # of asm/unistd.h
+SLICE_NS = 100_000  # the least that Linux takes
 MAPPED_BYTES = 8 << 20  # from here on a block is mapped; 32 MiB still left gaps of 300
 
 
@@ -34,6 +39,21 @@ def give_back_memory() -> None:
     """Give the pages of freed blocks back to the system, also those inside the heap."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def run_at_once() -> None:
+    """Let the calling thread run as soon as it wakes, also where products fill every processor.
+
+    Linux from 6.12 lets a thread with a short slice interrupt one with a longer, without privilege.
+    With the usual slice a reader whose read has ended waits up to 3 ms for a processor, and the
+    disk for its next read: 8 layers of phi-4 at batch 1 then take 1.80 s a step, not 1.77.
+    """
+    number = SCHED_SETATTR.get(platform.machine()) if sys.platform == "linux" else None
+    if number is not None:
+        size, niceness = struct.calcsize("IIQiIQQQ"), os.getpriority(os.PRIO_PROCESS, 0)
+        attributes = struct.pack("IIQiIQQQ", size, 0, 0, niceness, 0, SLICE_NS, 0, 0)
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 def host_buffer(n_bytes: int) -> torch.Tensor:

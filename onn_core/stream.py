@@ -22,7 +22,7 @@ import torch
 from onn_core.checkpoint import Checkpoint, TensorEntry
 from onn_core.errors import CheckpointError, ConfigError
 from onn_core.items import Item, Slot, Staging, no_memory
-from onn_core.reader import DirectFiles, host_buffer, host_memory_bytes
+from onn_core.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 
 # of a disk: one reads while the other is between two pieces; beside a GPU one has 2.5 GB/s, two 2.0
 N_READERS = {"cpu": 2, "cuda": 1}
@@ -251,6 +251,7 @@ class WeightStream:
     # --- the readers' side ----------------------------------------------------------------
 
     def _read(self) -> None:
+        run_at_once()
         staging = Staging(self._copies)
         while True:
             with self._changed:
