@@ -28,11 +28,13 @@ from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
 from onn_core.meter import Ceilings, measure_copy, measure_flops, measure_read
 from onn_core.model import from_pretrained, resolve_device
-from onn_core.peers import SYSTEMS, run_steps
+from onn_core.peers import SYSTEMS, UNCAPPED, run_steps
 from onn_core.record import describe_environment, write_json
 from onn_core.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 
-RUNS = "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32"
+RUNS = (
+    "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32,unbounded:32"
+)
 READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
@@ -59,7 +61,11 @@ def measure_ceilings(
 
 
 def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -> None:
-    """The percent of the limit of each row: of its own traffic, and of the products it must do."""
+    """The percent of the limit of each row: of its own traffic, and of the products it must do.
+
+    A layer whose graph is kept is not computed again. "percent_recomputed" is of the limit of a
+    step that keeps none: 6 P n.
+    """
     checkpoint = Checkpoint.open(model_dir)
     sizes = checkpoint.config
     checkpoint.close()
@@ -69,18 +75,21 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
     for row in rows:
         n_tokens = row["batch_size"] * row["sequence"]
         # forward, recompute, dL/dh: 6 P n; the head has no recompute: 4 P n
-        flops = n_tokens * (6 * layer * row["layers"] + 4 * hidden * sizes.vocab_size)
+        twice = n_tokens * (6 * layer * row["layers"] + 4 * hidden * sizes.vocab_size)
+        once = twice - n_tokens * 2 * layer * row["kept_layers"]
         limits_s = {
             "read": row["bytes_read"] / ceilings.read_bytes_per_s,
-            "compute": flops / ceilings.flops_per_s[n_tokens],
+            "compute": once / ceilings.flops_per_s[n_tokens],
         }
         if ceilings.copy_bytes_per_s is not None and "bytes_streamed" in row:
             limits_s["copy"] = row["bytes_streamed"] / ceilings.copy_bytes_per_s
         row |= {f"limit_{what}_s": seconds for what, seconds in limits_s.items()}
         row["limited_by"] = max(limits_s, key=limits_s.get)
-        row["percent_of_limit"] = 100 * max(limits_s.values()) / row["step_s"]
+        limit_s, twice_s = max(limits_s.values()), twice / ceilings.flops_per_s[n_tokens]
+        row["percent_of_limit"] = 100 * limit_s / row["step_s"]
+        row["percent_recomputed"] = 100 * max(limit_s, twice_s) / row["step_s"]
         if ceilings.copy_bytes_per_s is not None and "copy" not in limits_s:  # a peer's
-            row |= {"limited_by": "unknown", "percent_of_limit": None}
+            row |= {"limited_by": "unknown", "percent_of_limit": None, "percent_recomputed": None}
 
 
 @contextlib.contextmanager
@@ -177,10 +186,10 @@ def benchmark(
     for run in runs:
         print(run, flush=True)
         evict(model_dir)
-        own_cap = None if run.system == "in_memory" else cap
+        own_cap = None if run.system in UNCAPPED else cap
         of_host = own_cap
         if where.type == "cuda":
-            of_host = None if run.system in ("cached", "in_memory") else host_cap
+            of_host = None if run.system in ("cached", *UNCAPPED) else host_cap
         with first_layers(model_dir, run.layers) as folder, memory_cap(of_host) as group:
             capped &= group is not None or of_host is None
             settings = {"system": run.system, "batch_size": run.batch_size}

@@ -25,7 +25,9 @@ SYSTEMS = {
     "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
+    "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
 }
+UNCAPPED = ("in_memory", "unbounded")
 PHASES = ("forward", "head", "backward")
 
 
@@ -71,7 +73,7 @@ def run_steps(
     reset_peak_memory(where)
     base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
     model, trained = add_adapters(base, where)
-    session = getattr(base, "session", None)
+    session, n_layers = getattr(base, "session", None), base.config.num_hidden_layers
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     steps, losses = [], []
@@ -100,12 +102,14 @@ def run_steps(
             step["optimizer_s"] = stopped - optimizer_started
         steps.append(step)
         print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
+    n_kept = session.plan.n_kept if session else n_layers if system == "unbounded" else 0
     middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step_s, n_tokens = middle["step_s"], batch_size * sequence
     return {
         "system": system,
-        "layers": model.config.num_hidden_layers,
+        "layers": n_layers,
         "trained_layers": trained,
+        "kept_layers": n_kept,
         "trainable": sum(p.numel() for p in parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
@@ -160,8 +164,9 @@ def open_system(
         memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}
         where = {"device_map": "auto", "max_memory": memory}
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", **where)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    if system != "unbounded":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     model.config.use_cache = False
     return model, _disk_bytes
 

@@ -42,8 +42,10 @@ def speed_table(record: dict[str, Any]) -> Any:
             "tokens per s": f"{row['tokens_per_s']:.3g}",
             "peak GiB": f"{row['peak_memory_bytes'] / 2**30:.2f}",
             "GB read per step": f"{row['bytes_read'] / 1e9:.3g}",
-            "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
             "limited by": row["limited_by"],
+            "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
+            "layers kept": row["kept_layers"],
+            "percent if none": "" if (of := row["percent_recomputed"]) is None else f"{of:.0f}",
         }
         for row in record["rows"]
     ]
