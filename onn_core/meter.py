@@ -7,7 +7,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -35,13 +35,18 @@ class Ceilings:
             self.copy_bytes_per_s and (self.copy_bytes_per_s + later.copy_bytes_per_s) / 2,
         )
 
-    def disturbed(self, later: "Ceilings") -> bool:
-        """Whether a second measurement differs by more than a quarter."""
-        pairs = [(self.read_bytes_per_s, later.read_bytes_per_s)]
-        pairs += [(flops, later.flops_per_s[n]) for n, flops in self.flops_per_s.items()]
-        if self.copy_bytes_per_s:
-            pairs.append((self.copy_bytes_per_s, later.copy_bytes_per_s))
+    def disturbed(self, later: "Ceilings", limits: Collection[str | int]) -> bool:
+        """Whether one of `limits` was measured more than a quarter apart.
+
+        limits: what limits a step that was timed: "read", "copy", or the tokens of its products.
+        """
+        pairs = zip(map(self._of, limits), map(later._of, limits), strict=True)
         return any(max(pair) > 1.25 * min(pair) for pair in pairs)
+
+    def _of(self, limit: str | int) -> float:
+        if isinstance(limit, int):
+            return self.flops_per_s[limit]
+        return self.read_bytes_per_s if limit == "read" else self.copy_bytes_per_s
 
 
 def memory_bytes(field: str = "VmRSS") -> int:

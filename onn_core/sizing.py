@@ -92,8 +92,9 @@ def predict(
 ) -> dict[str, Any]:
     """Peak memory, bytes read and seconds of a step on (batch_size, n_tokens).
 
-    read_bytes_per_s, flops_per_s: the machine's ceilings. one_layer: forward_s, backward_s, head_s
-    and optimizer_s of a run of the model's first layer, instead of its products at the ceiling.
+    read_bytes_per_s, flops_per_s: the machine's ceilings. one_layer: a benchmark's row of the
+    model's first layer alone (forward_s, backward_s, head_s, optimizer_s, and kept_layers, 1 if its
+    forward was done once), instead of its products at the ceiling.
     What does not fit has "refused", the arithmetic.
     """
     sizes, n = geometry.sizes, batch_size * n_tokens
@@ -112,11 +113,12 @@ def predict(
     head_bytes = bytes_read(dataclasses.replace(sizes, layers=[]), plan)
     layer_bytes = bytes_read(sizes, plan, geometry.lowest) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
+    backward_s = one_layer["backward_s"] + one_layer.get("kept_layers", 0) * one_layer["forward_s"]
     kept_s = min(plan.n_kept, n_back) * one_layer["forward_s"]  # are not done again
     passes = (
         (forward_bytes, n_layers * one_layer["forward_s"]),
         (head_bytes, one_layer["head_s"]),
-        (layer_bytes - forward_bytes, n_back * one_layer["backward_s"] - kept_s),
+        (layer_bytes - forward_bytes, n_back * backward_s - kept_s),
     )
     read_s = sum(size for size, _ in passes) / read_bytes_per_s
     compute_s = sum(seconds for _, seconds in passes)

@@ -6,6 +6,7 @@ import pytest
 
 from onn_core import bench, models, speed
 from onn_core.errors import ConfigError, OnnError
+from onn_core.meter import Ceilings
 
 
 def test_runs_are_read():
@@ -41,6 +42,14 @@ def test_systems_train_alike_and_rows_say_what_was_done(record):
         assert row["peak_memory_bytes"] < result["budget_bytes"]
         limits = [row["limit_read_s"], row["limit_compute_s"]]
         assert row["percent_of_limit"] == pytest.approx(100 * max(limits) / row["step_s"])
+
+
+def test_a_run_is_disturbed_if_what_limits_its_steps_has_changed():
+    before = Ceilings(2e9, {16: 1e11, 512: 8e11}, copy_bytes_per_s=5e10)
+    slower = Ceilings(1.7e9, {16: 0.5e11, 512: 6e11}, copy_bytes_per_s=2e10)
+    assert not before.disturbed(slower, {"read"})  # by less than a quarter
+    for limit in (16, 512, "copy"):
+        assert before.disturbed(slower, {"read", limit}) and slower.disturbed(before, {limit})
 
 
 def test_tables_and_verdict_come_from_the_record(record, capsys):
