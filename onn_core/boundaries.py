@@ -12,7 +12,11 @@ PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class HostMemory:
-    """Pinned buffers that are used again; torch's own are as large as the next power of two."""
+    """Pinned buffers that are used again, of huge pages.
+
+    torch's own are as large as the next power of two and of small pages, into which a direct read
+    is slower: 8 MiB at a time, one reader, 2.8 against 4.0 GB/s on one machine.
+    """
 
     def __init__(self) -> None:
         self._taken: list[torch.Tensor] = []
@@ -37,8 +41,8 @@ class HostMemory:
                 torch.cuda.check_error(register(buffer.data_ptr(), n_bytes, PORTABLE))
             except RuntimeError as error:
                 raise ConfigError(
-                    f"the host has no memory to pin for the layers' inputs ({error}): lower "
-                    "batch_size or max_length, or free some."
+                    f"the host has no memory to pin for what passes to the device ({error}): "
+                    "lower batch_size or max_length, or free some."
                 ) from error
         self._taken.append(buffer)
         return buffer

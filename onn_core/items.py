@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from onn_core.reader import PAGE_BYTES, host_buffer, pinned_buffer
+from onn_core.boundaries import HostMemory
+from onn_core.reader import PAGE_BYTES, host_buffer
 from onn_core.sources import Source
 
 PIECE_BYTES = 8 << 20  # one read
@@ -126,7 +128,11 @@ class Staging:
 
     def __init__(self, copies: "torch.cuda.Stream | None"):
         self._copies = copies
-        self._make = host_buffer if copies is None else pinned_buffer
+        self._make = host_buffer
+        if copies is not None:  # pinned, of huge pages: into others direct reads are slower
+            memory = HostMemory()
+            self._make = memory.take
+            weakref.finalize(self, memory.close).atexit = False
         self._buffers: list[torch.Tensor] = []
         self._events: list = [None, None]
         self._turn = 0

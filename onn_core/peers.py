@@ -36,7 +36,7 @@ class NothingKept(WeightStream):
 
     def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
         items, started = self.units[future[0]], time.perf_counter()
-        staging = Staging(self._copies)
+        staging = self.__dict__.setdefault("staging", Staging(self._copies))
         for item in items:
             item.slot = self._new_slot(item.slot_bytes)
             for start, stop in item.pieces():

@@ -65,13 +65,6 @@ def host_buffer(n_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def pinned_buffer(n_bytes: int) -> torch.Tensor:
-    """(n_bytes,) uint8, page-aligned and pinned for copies to a CUDA device."""
-    memory = torch.empty(n_bytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
-    start = -memory.data_ptr() % PAGE_BYTES
-    return memory[start : start + n_bytes]
-
-
 def host_memory_bytes() -> int:
     """Memory that this process could fill: what is available, within its control group's limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
