@@ -33,7 +33,15 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from toy import N_LAYERS, VOCABULARY, difference, in_memory, streamed, toy_batch
+from toy import (
+    N_LAYERS,
+    VOCABULARY,
+    difference,
+    in_memory,
+    keeping_graphs,
+    streamed,
+    toy_batch,
+)
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -165,6 +173,10 @@ def results(
     return found | {"loss": loss.detach(), "logits": logits.detach()}
 
 
+def keeping(folder: Path, n_kept: int, **settings: Any) -> PreTrainedModel:
+    return keeping_graphs(streamed(folder, **settings), n_kept)
+
+
 def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest relative difference and whose it is; infinite if one has what the other lacks."""
     zero = torch.zeros(1)
@@ -179,8 +191,13 @@ def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tup
     return max(found)
 
 
-# chunk_size, micro_batch_size, bytes of a block of the head.
-RUNS = [(1, None, 1 << 30), (2, 2, 1 << 30), (4, 3, 10 * WIDTH * 4)]
+# chunk_size, micro_batch_size, layers whose graphs stay, bytes of a block of the head.
+RUNS = [
+    (1, None, 0, 1 << 30),
+    (1, None, N_LAYERS, 1 << 30),
+    (2, 2, 0, 1 << 30),
+    (4, 3, 2, 10 * WIDTH * 4),
+]
 # Micro-batches and blocks sum the same terms in another order; where float32 goes further than
 # this, float64 decides.
 TOLERANCE, TOLERANCE_FLOAT64 = 5e-6, 1e-10
@@ -215,12 +232,12 @@ def _check(family: str, folder: Path) -> Outcome:
     draws = furthest(results(in_memory, folder, seed=3), want)[0] > TOLERANCE
     exact = None
     name, how, worst, worst_float64 = "", "", 0.0, 0.0
-    for chunk_size, micro, block in RUNS:
+    for chunk_size, micro, n_kept, block in RUNS:
         onn_core.head.HEAD_BLOCK_BYTES = block
         settings = {"chunk_size": chunk_size, "micro_batch_size": micro}
-        how = f"micro_batch_size {micro}: "
+        how = f"micro_batch_size {micro}, {n_kept} graphs kept: "
         try:
-            got = results(streamed, folder, **settings)
+            got = results(keeping, folder, n_kept=n_kept, **settings)
             if draws and micro:
                 off, name = furthest({"logits": got["logits"]}, {"logits": want["logits"]})
             else:
@@ -232,7 +249,7 @@ def _check(family: str, folder: Path) -> Outcome:
                     with doubles():
                         exact = results(in_memory, folder, dtype=torch.float64)
                 with doubles():
-                    got = results(streamed, folder, dtype="float64", **settings)
+                    got = results(keeping, folder, n_kept=n_kept, dtype="float64", **settings)
                 off, name = furthest(got, exact)
                 worst_float64 = max(off, worst_float64)
                 if not off <= TOLERANCE_FLOAT64:
