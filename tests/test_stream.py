@@ -1,13 +1,17 @@
 """What is read, when, and into how much memory; and that nothing of it changes a number."""
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import json
 import os
+import platform
 import random
+import re
 import shutil
 import signal
+import struct
 import threading
 import time
 import weakref
@@ -30,6 +34,7 @@ from toy import (
 
 from onn_core.errors import CheckpointError
 from onn_core.items import count_slots
+from onn_core.reader import SLICE_NS, run_at_once
 from onn_core.stream import WeightStream
 
 
@@ -613,3 +618,30 @@ def test_auto_computes_in_float32_where_the_cpu_has_no_products_of_the_stored_dt
     monkeypatch.setattr("onn_core.model.multiplies_fast", lambda dtype: has_products)
     expected = stored if has_products else torch.float32
     assert streamed(toy_dir("llama", stored), dtype="auto").dtype == expected
+
+
+def kernel_release():
+    return tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or kernel_release() < (6, 12), reason="needs Linux 6.12"
+)
+def test_a_reader_has_a_short_slice_and_the_niceness_that_it_had():
+    def attributes():  # of the calling thread: sched_getattr
+        found = ctypes.create_string_buffer(48)
+        assert ctypes.CDLL(None).syscall(315, 0, found, len(found), 0) == 0
+        _, policy, _, niceness, _, slice_ns, _, _ = struct.unpack("IIQiIQQQ", found.raw)
+        return policy, niceness, slice_ns
+
+    def run():
+        os.setpriority(os.PRIO_PROCESS, 0, 3)
+        run_at_once()
+        seen.append(attributes())
+
+    seen = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    policy, _, slice_ns = attributes()  # this thread is as it was
+    assert seen == [(policy, 3, SLICE_NS)] and slice_ns > SLICE_NS
