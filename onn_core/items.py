@@ -130,7 +130,7 @@ class Staging:
         self._copies = copies
         self._make = host_buffer
         if copies is not None:  # pinned, of huge pages: into others direct reads are slower
-            memory = HostMemory()
+            memory = HostMemory(copies.device)
             self._make = memory.take
             weakref.finalize(self, memory.close).atexit = False
         self._buffers: list[torch.Tensor] = []

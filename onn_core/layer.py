@@ -3,7 +3,8 @@
 The layer's own forward is kept; this module decides when it runs. In training, a visit of the
 forward pass runs it without a graph and saves its input, the *boundary activation*; the visit of
 the backward pass runs it again with a graph and takes the gradients of its inputs and adapters
-(activation checkpointing, Chen et al. 2016, whose recompute also reloads the weights). The whole
+(activation checkpointing, Chen et al. 2016, whose recompute also reloads the weights). Where a
+plan has room, the visit of the forward pass keeps its graph, whose weights still go. The whole
 batch goes through one visit in micro-batches: the vertical, or layer-major, schedule of FlexGen
 (Sheng et al. 2023) and GreedySnake (2025).
 """
@@ -161,7 +162,8 @@ class StreamedLayer:
         session, plan = self.session, self.session.plan
         if self.number not in plan.kept(session.n_layers) or self._wrapped:
             return False
-        return session.kept_bytes <= plan.parts[GRAPHS] - plan.graph_bytes // 2
+        a_graph = max(plan.graph_bytes, session.largest_graph)
+        return session.kept_bytes + a_graph <= plan.parts[GRAPHS] + plan.graph_bytes // 2
 
     def begin_micro_batch(self, last: bool) -> None:
         if self._calls:

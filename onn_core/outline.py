@@ -51,7 +51,9 @@ class Outline:
         """
         trained = select_layers(config.sparse_layers, self.n_layers)
         n_trained = config.lora_rank * sum(self.widths[number] for number in trained)
-        sizes = dataclasses.replace(self.geometry.sizes, n_trained=n_trained)
+        sizes = dataclasses.replace(
+            self.geometry.sizes, n_trained=n_trained, n_back=len(self.widths) - min(trained)
+        )
         found = predict(
             dataclasses.replace(self.geometry, sizes=sizes, lowest=trained[0]),
             config.batch_size,

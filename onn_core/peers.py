@@ -35,8 +35,9 @@ class NothingKept(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
     def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
-        items, started = self.units[future[0]], time.perf_counter()
-        staging = self.__dict__.setdefault("staging", Staging(self._copies))
+        items, started = self.units[max(future[0], ~future[0])], time.perf_counter()
+        staging = self.__dict__.get("staging") or Staging(self._copies)
+        self.staging = staging
         for item in items:
             item.slot = self._new_slot(item.slot_bytes)
             for start, stop in item.pieces():
@@ -86,6 +87,7 @@ def run_steps(
             session.trace = session.stream.trace = [] if number == n_steps else None
         started = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
+        n_kept = sum(map(bool, session.kept.values())) if session else 0
         loss.backward()
         optimizer_started = time.perf_counter()
         optimizer.step()
@@ -102,14 +104,13 @@ def run_steps(
             step["optimizer_s"] = stopped - optimizer_started
         steps.append(step)
         print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
-    n_kept = session.plan.n_kept if session else n_layers if system == "unbounded" else 0
     middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step_s, n_tokens = middle["step_s"], batch_size * sequence
     return {
         "system": system,
         "layers": n_layers,
         "trained_layers": trained,
-        "kept_layers": n_kept,
+        "kept_layers": n_layers if system == "unbounded" else n_kept,
         "trainable": sum(p.numel() for p in parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,

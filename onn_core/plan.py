@@ -17,7 +17,9 @@ CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 KEPT = 8  # where reading is the limit, graphs that are kept take at most one such part of a budget
 GRAPHS = "of graphs that stay"
-FEW_TOKENS = 256  # a micro-batch below this multiplies slower; a CPU's batch above, than it reads
+FEW_TOKENS = (
+    256  # from here on a micro-batch is fast, and a batch on a CPU takes longer than its reads
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Sizes:
     visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
     on_cpu: bool = True
     n_trained: int = 0  # parameters
+    n_back: int = 0  # layers that backward reaches
 
     @property
     def margin(self) -> float:
@@ -149,8 +152,8 @@ def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_token
     room = int(budget / sizes.margin) - plan.peak_bytes
     if not sizes.on_cpu or batch_size * n_tokens < FEW_TOKENS:
         room = min(room, budget // KEPT)
-    n_kept = min(room // kept_bytes, len(sizes.layers)) if plan.n_resident else 0
-    if not n_kept:
+    n_kept = min(room // kept_bytes, sizes.n_back) if plan.n_resident else 0
+    if n_kept <= 0:
         return plan
     parts = plan.parts | {GRAPHS: n_kept * kept_bytes}
     return dataclasses.replace(plan, n_kept=n_kept, count=parts.copy)

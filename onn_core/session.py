@@ -53,9 +53,10 @@ class Session:
     budget: int | None = None  # bytes; None plans nothing
     memory_before: int = 0  # of the process, when the model was opened
     micro_batch_size: int | None = None
-    fitted: tuple[int, int, int] = (0, 0, 0)  # tokens, of a micro-batch, trained: planned for
+    fitted: tuple[int, ...] = (0, 0, 0, 0)  # tokens, of a micro-batch, n_trained, n_back
     n_trained: int = 0  # parameters
-    kept_bytes: int = 0  # of graphs that stay from forward to backward
+    kept: Counter = dataclasses.field(default_factory=Counter)  # layer -> bytes of graphs that stay
+    largest_graph: int = 0  # bytes of a layer's, so far
     part_rows: int | None = None  # no micro-batch or cache crosses these; None is the whole batch
     row: int = 0  # the first of the micro-batch that is in a layer
     batching: Batching = dataclasses.field(default_factory=Batching)
@@ -72,33 +73,36 @@ class Session:
         return units + self.backward_pass(self.n_layers - 1)
 
     def backward_pass(self, start: int) -> list[int]:
-        """The units that backward visits from layer `start` on; ~unit where a graph was kept."""
+        """The units that backward visits from layer `start` on; ~unit where a graph stays."""
         if self.lowest is None:
             return []
-        kept = self.plan.kept(self.n_layers)
-        return [~n if n in kept else n for n in range(start, self.lowest - 1, -1)]
+        return [~n if self.kept[n] else n for n in range(start, self.lowest - 1, -1)]
 
     def fit(self, batch_size: int, n_tokens: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits."""
         micro = min(self.micro_batch_size or batch_size, batch_size)
-        needed = (batch_size * n_tokens, micro * n_tokens, self.n_trained)
+        n_back = 0 if self.lowest is None else self.n_layers - self.lowest
+        n_back = max(n_back, self.fitted[3])  # an evaluation between steps changes nothing
+        needed = (batch_size * n_tokens, micro * n_tokens, self.n_trained, n_back)
         if self.budget is None or all(map(operator.le, needed, self.fitted)):
             return
-        sizes = dataclasses.replace(self.sizes, n_trained=self.n_trained)
+        sizes = dataclasses.replace(self.sizes, n_trained=self.n_trained, n_back=n_back)
         self.plan = self.planner(sizes, batch_size, n_tokens, self.budget)
         self.micro_batch_size = self.plan.micro_batch_size
-        self.fitted = (needed[0], self.micro_batch_size * n_tokens, self.n_trained)
+        self.fitted = (needed[0], self.micro_batch_size * n_tokens, self.n_trained, n_back)
         if self.plan.slots != self.stream.slots:
             self.stream.close()  # what is there is given up
             self.stream.slots = self.plan.slots
 
-    def keep(self, graph: Any, n_bytes: int) -> None:
-        """Count what a graph takes, for as long as something refers to it."""
-        self.kept_bytes += n_bytes
-        weakref.finalize(graph, self._forget, n_bytes)
+    @property
+    def kept_bytes(self) -> int:
+        return self.kept.total()
 
-    def _forget(self, n_bytes: int) -> None:
-        self.kept_bytes -= n_bytes
+    def keep(self, graph: Any, layer: int, n_bytes: int) -> None:
+        """Count what a graph of a layer takes, for as long as something refers to it."""
+        self.kept[layer] += n_bytes
+        self.largest_graph = max(self.largest_graph, self.kept[layer])
+        weakref.finalize(graph, self.kept.subtract, {layer: n_bytes})
 
     def boundaries(self, inputs: list[torch.Tensor]):
         """Where a layer's inputs are saved: in host memory if all layers' are too much for CUDA."""
@@ -137,6 +141,7 @@ class Session:
     def visit(self, phase: str, unit: int, future: list[int], wait: bool = True):
         """Enter `unit`, time what is done there, without the wait for its weights.
 
+        future: the units from this one on, see `WeightStream.enter`.
         wait: for all of its weights at once; otherwise for each by `stream.wait`.
         """
         self.on_visit(phase, unit)
@@ -148,6 +153,7 @@ class Session:
             if [unit] == self.head_units[:1] or memory_bytes() - self.memory_before > beside:
                 give_back_memory()
         counts = self.stream.counts
+        assert unit == max(future[0], ~future[0])  # else its items have no room
         items = self.stream.enter(future, wait or not self.plan.by_matrix)
         for item in items if wait else ():
             self.stream.wait(item)

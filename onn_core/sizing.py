@@ -68,6 +68,7 @@ def geometry_of(
         visit_bytes=Footprint(config, compute_dtype),
         on_cpu=on_cpu,
         n_trained=lora_rank * sum(widths),
+        n_back=len(layers) - trained[0],
     )
     return Geometry(
         sizes,
@@ -114,7 +115,7 @@ def predict(
     layer_bytes = bytes_read(sizes, plan, geometry.lowest) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
     backward_s = one_layer["backward_s"] + one_layer.get("kept_layers", 0) * one_layer["forward_s"]
-    kept_s = min(plan.n_kept, n_back) * one_layer["forward_s"]  # are not done again
+    kept_s = plan.n_kept * one_layer["forward_s"]  # are not done again
     passes = (
         (forward_bytes, n_layers * one_layer["forward_s"]),
         (head_bytes, one_layer["head_s"]),

@@ -19,9 +19,13 @@ PHASES = ("read", "forward", "head", "backward")  # what a timeline shows
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
     """Read a record that `bench` wrote; OnnError if it is not one."""
+
+    def complete(row: dict[str, Any]) -> dict[str, Any]:
+        return {"kept_layers": 0, "percent_recomputed": row["percent_of_limit"]} | row
+
     return read_json(
         path,
-        lambda record: record | {"rows": list(record["rows"])},
+        lambda record: record | {"rows": list(map(complete, record["rows"]))},
         "a benchmark's record",
         "measure again",
         SCHEMA_VERSION,

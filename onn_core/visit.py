@@ -1,4 +1,4 @@
-"""One visit of a layer by the whole batch: no graph in forward, recompute in backward."""
+"""One visit of a layer by the whole batch: its graph is kept, or made again in backward."""
 
 import dataclasses
 from collections import Counter
@@ -79,7 +79,7 @@ class Call:
                 self.random_states.append(_random_state(session.device))
                 if inputs and keeps:
                     graph = self.build_graph(rows, inputs)
-                    session.keep(graph, graph.weights.n_bytes)
+                    session.keep(graph, layer.number, graph.weights.n_bytes)
                     self.graphs.append(graph)
                     part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
                 else:
@@ -149,7 +149,8 @@ class Call:
         self.layer.begin_micro_batch(False)
         if self.graphs:
             graph, self.graphs[number] = self.graphs[number], None
-            if graph is not None:  # else backward runs a second time
+            # else backward runs a second time, or was planned anew and has too few slots
+            if graph is not None and not self.session.plan.by_matrix:
                 return graph
         devices = [self.session.device] if self.session.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -195,14 +196,19 @@ class Weights:
         if item is None:
             self.n_bytes += memory.nbytes() if memory.data_ptr() not in self._known else 0
             self._known.add(memory.data_ptr())
-            return tensor
+            return tensor, tensor._version
         self._uses_left[item] += 1
         offset = tensor.storage_offset() - item.tensor.storage_offset()
         return item, tensor.shape, tensor.stride(), offset
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if isinstance(packed[0], torch.Tensor):
+            tensor, version = packed  # torch checks none that is packed
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a layer's output was changed in place, but its gradient needs it"
+                )
+            return tensor
         item, shape, stride, offset = packed
         self._uses_left[item] -= 1
         before, self._previous = self._previous, item
@@ -220,6 +226,7 @@ class Visit(torch.autograd.Function):
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
+        ctx.lowest = call.session.lowest
         outputs = call.run_forward(inputs)
         call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)
@@ -230,6 +237,7 @@ class Visit(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         call, session, layer = ctx.call, ctx.call.session, ctx.call.layer
         inputs = list(ctx.saved_tensors)
+        session.lowest = ctx.lowest  # another pass may have come between
         future = [layer.number]  # matrix by matrix, all room is for what this layer needs again
         if not session.plan.by_matrix:
             future = session.backward_pass(layer.number) + session.forward_pass()

@@ -1,5 +1,7 @@
 """Pinned host memory is used again, whatever lengths come; the pinning itself needs CUDA."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -28,6 +30,8 @@ def runtime(monkeypatch):
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     return runtime
 
 
