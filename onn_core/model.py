@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onn_core.boundaries import HostMemory
 from onn_core.checkpoint import Checkpoint
 from onn_core.config import parse_bytes
 from onn_core.embedding import EmbeddingRows
@@ -110,7 +109,6 @@ def from_pretrained(
         sizes=sizes,
         plan=plan,
         memory_before=memory_before,
-        host_memory=HostMemory(device),
         budget=budget,
         planner=functools.partial(
             make_plan, chunk_size=chunk_size, micro_batch_size=micro_batch_size

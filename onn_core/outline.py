@@ -32,7 +32,7 @@ class Outline:
         parameters = [sum(item.shape[0] * item.shape[1] for item in unit) for unit in units]
         head = sum(parameters[self.n_layers :])
         total = model.num_parameters()
-        self.geometry = Geometry(session.sizes, total, parameters[0], head, lowest=0)
+        self.geometry = Geometry(session.sizes, total, parameters[0], head)
         self.title = f"{model.config.model_type}, {total:,} parameters"
         shapes = [tuple(min(side, PROBE_SIZE) for side in shape) for shape in linears[0]]
         paths = list({entry.path for entry in model.checkpoint.tensors.values()})
@@ -55,7 +55,7 @@ class Outline:
             self.geometry.sizes, n_trained=n_trained, n_back=len(self.widths) - min(trained)
         )
         found = predict(
-            dataclasses.replace(self.geometry, sizes=sizes, lowest=trained[0]),
+            dataclasses.replace(self.geometry, sizes=sizes),
             config.batch_size,
             config.max_length,
             memory_budget=config.memory_budget,

@@ -1,6 +1,7 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
 import dataclasses
+import functools
 import statistics
 import time
 import warnings
@@ -34,14 +35,16 @@ PHASES = ("forward", "head", "backward")
 class NothingKept(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
+    @functools.cached_property
+    def _staging(self) -> Staging:
+        return Staging(self._copies)
+
     def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
         items, started = self.units[max(future[0], ~future[0])], time.perf_counter()
-        staging = self.__dict__.get("staging") or Staging(self._copies)
-        self.staging = staging
         for item in items:
             item.slot = self._new_slot(item.slot_bytes)
             for start, stop in item.pieces():
-                self.counts.bytes_read += self._load(item, start, stop, staging)
+                self.counts.bytes_read += self._load(item, start, stop, self._staging)
             if self._copies is not None:
                 self._copies.synchronize()
             item.tensor, item.in_use = item.view(item.slot.memory), True
@@ -87,7 +90,7 @@ def run_steps(
             session.trace = session.stream.trace = [] if number == n_steps else None
         started = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
-        n_kept = sum(map(bool, session.kept.values())) if session else 0
+        n_kept = len(+session.kept) if session else 0
         loss.backward()
         optimizer_started = time.perf_counter()
         optimizer.step()

@@ -17,9 +17,7 @@ CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 KEPT = 8  # where reading is the limit, graphs that are kept take at most one such part of a budget
 GRAPHS = "of graphs that stay"
-FEW_TOKENS = (
-    256  # from here on a micro-batch is fast, and a batch on a CPU takes longer than its reads
-)
+FEW_TOKENS = 256  # of a micro-batch, multiply fast; of a CPU's batch, take longer than its reads
 
 
 @dataclasses.dataclass(frozen=True)

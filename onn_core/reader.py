@@ -47,7 +47,7 @@ def run_at_once() -> None:
 
     Linux from 6.12 lets a thread with a short slice interrupt one with a longer, without privilege.
     With the usual slice a reader whose read has ended waits up to 3 ms for a processor, and the
-    disk for its next read: 8 layers of phi-4 at batch 1 then take 1.80 s a step, not 1.77.
+    disk for its next read: 8 layers of phi-4 at batch 1 then take 1.80 s a step, not 1.78.
     """
     number = SCHED_SETATTR.get(platform.machine()) if sys.platform == "linux" else None
     if number is not None:

@@ -56,16 +56,19 @@ class Session:
     fitted: tuple[int, ...] = (0, 0, 0, 0)  # tokens, of a micro-batch, n_trained, n_back
     n_trained: int = 0  # parameters
     kept: Counter = dataclasses.field(default_factory=Counter)  # layer -> bytes of graphs that stay
-    largest_graph: int = 0  # bytes of a layer's, so far
+    largest_graph: int = 0  # bytes of a layer's, under this plan
     part_rows: int | None = None  # no micro-batch or cache crosses these; None is the whole batch
     row: int = 0  # the first of the micro-batch that is in a layer
     batching: Batching = dataclasses.field(default_factory=Batching)
-    host_memory: HostMemory = dataclasses.field(default_factory=HostMemory)
+    host_memory: HostMemory = dataclasses.field(init=False)
     lowest: int | None = None  # lowest layer that backward reaches in this step
     seconds: Counter = dataclasses.field(default_factory=Counter)  # phase -> wall clock
     on_visit: Callable[[str, int], None] = lambda phase, unit: None
     trace: list[tuple[str, int, float, float]] | None = None  # phase, unit, start, stop
     checked: set[int] = dataclasses.field(default_factory=set)  # ids of trained parameters
+
+    def __post_init__(self) -> None:
+        self.host_memory = HostMemory(self.device)
 
     def forward_pass(self) -> list[int]:
         """The units of a step from its first."""
@@ -90,6 +93,7 @@ class Session:
         self.plan = self.planner(sizes, batch_size, n_tokens, self.budget)
         self.micro_batch_size = self.plan.micro_batch_size
         self.fitted = (needed[0], self.micro_batch_size * n_tokens, self.n_trained, n_back)
+        self.largest_graph = 0
         if self.plan.slots != self.stream.slots:
             self.stream.close()  # what is there is given up
             self.stream.slots = self.plan.slots

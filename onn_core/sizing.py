@@ -24,7 +24,6 @@ class Geometry:
     n_parameters: int
     layer_parameters: int  # of one layer's matrices
     head_parameters: int
-    lowest: int  # the lowest trained layer
 
 
 def geometry_of(
@@ -75,7 +74,6 @@ def geometry_of(
         n_parameters=model.num_parameters(),
         layer_parameters=sum(p.numel() for p in layers[0].parameters() if p.ndim > 1),
         head_parameters=n_rows * hidden_size,
-        lowest=trained[0],
     )
 
 
@@ -99,7 +97,7 @@ def predict(
     What does not fit has "refused", the arithmetic.
     """
     sizes, n = geometry.sizes, batch_size * n_tokens
-    n_layers, n_back = len(sizes.layers), len(sizes.layers) - geometry.lowest
+    n_layers, n_back = len(sizes.layers), sizes.n_back
     found: dict[str, Any] = {"parameters": geometry.n_parameters, "trainable": sizes.n_trained}
     try:
         plan = make_plan(
@@ -112,7 +110,7 @@ def predict(
         one_layer = {"forward_s": layer_s, "backward_s": 2 * layer_s}
         one_layer["head_s"] = 4 * geometry.head_parameters * n / flops_per_s
     head_bytes = bytes_read(dataclasses.replace(sizes, layers=[]), plan)
-    layer_bytes = bytes_read(sizes, plan, geometry.lowest) - head_bytes
+    layer_bytes = bytes_read(sizes, plan, n_layers - n_back) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
     backward_s = one_layer["backward_s"] + one_layer.get("kept_layers", 0) * one_layer["forward_s"]
     kept_s = plan.n_kept * one_layer["forward_s"]  # are not done again

@@ -36,7 +36,7 @@ def runtime(monkeypatch):
 
 
 def test_longer_batches_take_the_place_of_shorter_ones(runtime):
-    memory = HostMemory()
+    memory = HostMemory(torch.device("cuda"))
     for n_tokens in (100, 101, 102, 50, 103, 103):  # as batches padded to the longest come
         layers = [memory.take(4096 * n_tokens) for _ in range(5)]
         assert all(buffer.nbytes >= 4096 * n_tokens for buffer in layers)
@@ -55,4 +55,4 @@ def test_memory_that_cannot_be_pinned(runtime, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "check_error", refuse)
     with pytest.raises(ConfigError, match="lower batch_size"):
-        HostMemory().take(4096)
+        HostMemory(torch.device("cuda")).take(4096)

@@ -8,16 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import (
-    N_LAYERS,
-    assert_same,
-    in_memory,
-    step,
-    streamed,
-    toy_batch,
-    toy_dir,
-    with_lora,
-)
+from toy import N_LAYERS, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
