@@ -41,7 +41,7 @@ venv: $(STAMP) ## make .venv with the pinned packages (again when the pins chang
 	@touch $@
 
 model: venv ## prepare SmolLM2-135M-Instruct, the default model
-	@$(PY) -m onn_core.models
+	@$(PY) -m onn_core model
 
 test: venv model ## fast tests, then every notebook through nbval
 	$(PY) -m pytest --nbval-lax tests $(wildcard notebooks/*.ipynb)
@@ -61,10 +61,10 @@ report: venv model ## run the notebooks into results/PROFILE; RESUME=1: go on wi
 
 track: venv ## every record under results into AIM (or TRACKER=tensorboard), installed at need
 	@$(PY) -c 'import $(TRACKER)' 2>/dev/null || $(PY) -m pip install -q -e '.[$(TRACKER)]'
-	@$(PY) -m onn_core.tracking $(TRACKER)
+	@$(PY) -m onn_workbench.tracking $(TRACKER)
 
 aim: venv ## the dashboard of the tracked runs, on this machine only (AIM_PORT)
-	@exec $(PY) -m onn_core.tracking show --port $(AIM_PORT)
+	@exec $(PY) -m onn_workbench.tracking show --port $(AIM_PORT)
 
 bench: venv model ## measure speed on phi-4's geometry, LAYERS=8, alone on the machine (20 minutes)
 	$(PY) notebooks/run.py bench layers=$(LAYERS)

@@ -20,7 +20,8 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
-from onn_core import pages, record, tracking
+from onn_core import record
+from onn_workbench import pages, tracking
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 
 from onn_core import data
 from onn_core.errors import ConfigError
-from onn_core.head import Logits
-from onn_core.loss import IGNORED, shift_labels
-from onn_core.streamed import StreamedModel
-from onn_core.visit import is_cache
+from onn_core.ops.cross_entropy import IGNORED, shift_labels
+from onn_core.streaming.head import Logits
+from onn_core.streaming.model import StreamedModel
+from onn_core.streaming.recompute import is_cache
 
 
 @dataclasses.dataclass(frozen=True)

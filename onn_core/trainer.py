@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 from onn_core import data
+from onn_core.adapters.lora import add_adapter, count_trainable, trained_layers
 from onn_core.config import TrainConfig
-from onn_core.corpus import prepare, require_packing
+from onn_core.data.corpus import prepare, require_packing
 from onn_core.errors import ConfigError, NonFiniteError
-from onn_core.lora import add_adapter, count_trainable, trained_layers
-from onn_core.meter import memory_bytes, peak_memory_bytes, reset_peak_memory
-from onn_core.model import from_pretrained
-from onn_core.nonfinite import first_non_finite, grad_norm_by_layer
-from onn_core.progress import step_bar
+from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
-from onn_core.resume import RunKeeper, TrainingState, describe_run
-from onn_core.saved import require_writable
-from onn_core.stopping import Stop
-from onn_core.stream import CLOSE_S
+from onn_core.run.checkpoints import require_writable
+from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
+from onn_core.run.progress import step_bar
+from onn_core.run.resume import RunKeeper, TrainingState, describe_run
+from onn_core.run.stopping import Stop
+from onn_core.streaming.loading import from_pretrained
+from onn_core.weights.stream import CLOSE_S
 
 MAX_SKIPS = 20  # steps in a row that loss scaling may skip; from 2^16 it has then tried 2^-3
 

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 @pytest.fixture(scope="session")
 def smollm2_dir():
     """The folder of SmolLM2-135M-Instruct, a real pretrained model."""
-    from onn_core.models import prepare_default_model
+    from onn_core.weights.default_model import prepare_default_model
 
     return prepare_default_model()
 

@@ -47,9 +47,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-import onn_core.head
+import onn_core.streaming.head
 from onn_core import OnnError
-from onn_core.visit import Call
+from onn_core.streaming.recompute import Call
 
 TIMEOUT_S = 240
 MEMORY_BYTES = 8 << 30
@@ -233,7 +233,7 @@ def _check(family: str, folder: Path) -> Outcome:
     exact = None
     name, how, worst, worst_float64 = "", "", 0.0, 0.0
     for chunk_size, micro, n_kept, block in RUNS:
-        onn_core.head.HEAD_BLOCK_BYTES = block
+        onn_core.streaming.head.HEAD_BLOCK_BYTES = block
         settings = {"chunk_size": chunk_size, "micro_batch_size": micro}
         how = f"micro_batch_size {micro}, {n_kept} graphs kept: "
         try:

@@ -11,11 +11,11 @@ import torch
 from small import trainer
 
 import onn_core.trainer
-from onn_core.reader import DirectFiles
-from onn_core.resume import RunKeeper
-from onn_core.saved import Checkpoints
+from onn_core.run.checkpoints import Checkpoints
+from onn_core.run.resume import RunKeeper
+from onn_core.streaming.recompute import Call, Visit
 from onn_core.trainer import ChunkedLoraTrainer
-from onn_core.visit import Call, Visit
+from onn_core.weights.reader import DirectFiles
 
 PHASES = {
     "forward": (Call, "run_forward"),

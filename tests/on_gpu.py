@@ -21,8 +21,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from onn_core import bench, models, peers  # noqa: E402
 from onn_core.record import write_json  # noqa: E402
+from onn_core.weights import geometry, random_model  # noqa: E402
+from onn_workbench import bench, peers  # noqa: E402
 
 LAYER_BYTES = 681_594_880  # of phi-4 in bfloat16
 ENDS_BYTES = 2 * 100352 * 5120 * 2
@@ -156,7 +157,7 @@ def main() -> None:
     folder = arguments.scratch / f"phi-4-{layers}"
     if not folder.is_dir():
         say(f"writing {layers} layers")
-        models.write_random_checkpoint(folder, models.geometry("phi-4", layers))
+        random_model.write_random_model(folder, geometry.geometry("phi-4", layers))
     say("the table")
     runs = bench.parse_runs(arguments.runs, arguments.sequence)
     record = bench.benchmark(

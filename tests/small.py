@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import onn_core
-from onn_core.saved import Checkpoints
+from onn_core.run.checkpoints import Checkpoints
 
 # All that could go wrong on a resume, at once.
 EVERYTHING = {

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 
 import onn_core
-from onn_core.adapter import load_adapter
+from onn_core.adapters.folder import load_adapter
 from onn_core.errors import OnnError
-from onn_core.models import write_random_checkpoint
+from onn_core.weights.random_model import write_random_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter 'default'. .* invalid shape"),  # of lora_bias
@@ -104,7 +104,7 @@ def test_merge_copies_the_rest_and_runs_as_a_command(smollm2_dir, tmp_path):
         shutil.copy(path, base)
     (base / "code.py").write_text("raise SystemExit\n")
     adapter = saved_adapter(base, tmp_path / "adapter")
-    command = [sys.executable, "-W", "error", "-m", "onn_core.merge", base, adapter]
+    command = [sys.executable, "-W", "error", "-m", "onn_core", "merge", base, adapter]
     made = subprocess.run([*command, tmp_path / "out"], check=True, capture_output=True, text=True)
     assert made.stdout.strip() == str(tmp_path / "out")
     names = {path.name for path in base.iterdir()} - {"code.py"}
@@ -283,7 +283,7 @@ def test_merge_holds_one_module_at_a_time(tmp_path):
     """290 MB of base, whose largest matrix is 6 MB (25 MB of products in float32)."""
     sizes = {"vocab_size": 3000, "hidden_size": 1024, "intermediate_size": 1536}
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=16, num_attention_heads=8)
-    base = write_random_checkpoint(tmp_path / "base", config, progress=False)
+    base = write_random_model(tmp_path / "base", config, progress=False)
     size_bytes = (base / "model.safetensors").stat().st_size
     assert size_bytes > 280e6
     adapter = saved_adapter(base, tmp_path / "adapter")

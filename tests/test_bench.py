@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from onn_core import bench, models, speed
 from onn_core.errors import ConfigError, OnnError
-from onn_core.meter import Ceilings
+from onn_core.weights import random_model
+from onn_workbench import bench, speed
+from onn_workbench.ceilings import Ceilings
 
 
 def test_runs_are_read():
@@ -24,7 +25,7 @@ def test_what_is_no_run_is_refused(text):
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     runs = bench.parse_runs("onn:2,baseline:1,mapped:2,onn:2@4", 16)
-    found = bench.benchmark(models.prepare("smollm2"), runs, cap=4 << 30, n_steps=1)
+    found = bench.benchmark(random_model.prepare("smollm2"), runs, cap=4 << 30, n_steps=1)
     path = tmp_path_factory.mktemp("bench") / "training_benchmark.json"
     bench.write_json(path, found)
     return path
@@ -72,5 +73,5 @@ def test_another_schema_is_refused(record, tmp_path):
 
 def test_a_failed_run_is_named_with_its_reason():
     runs = bench.parse_runs("onn:1@31", 16)  # one layer more than there is
-    found = bench.benchmark(models.prepare("smollm2"), runs, n_steps=1)
+    found = bench.benchmark(random_model.prepare("smollm2"), runs, n_steps=1)
     assert not found["rows"] and "layers.30" in found["failed"]["onn:1x16@31"]

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from onn_core.boundaries import HostMemory
 from onn_core.errors import ConfigError
+from onn_core.weights.host import HostMemory
 
 
 class Runtime:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onn_core.checkpoint import Checkpoint
 from onn_core.errors import CheckpointError
+from onn_core.weights.folder import Checkpoint
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 INDEX = "model.safetensors.index.json"

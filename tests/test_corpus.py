@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import onn_core
 from onn_core import data
-from onn_core.corpus import prepare, require_packing
+from onn_core.data.corpus import prepare, require_packing
 from onn_core.errors import OnnError
 
 ROWS = [{"prompt": f"Count to {n}.", "response": "one two three " * n} for n in range(1, 8)]

@@ -66,7 +66,7 @@ def test_graphs_that_are_kept_while_the_weights_go(micro_batch_size):
 def test_direct_reads(monkeypatch):
     batch = on_device(toy_batch())
     want = step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch)
-    monkeypatch.setattr("onn_core.stream.host_memory_bytes", lambda: 0)
+    monkeypatch.setattr("onn_core.weights.stream.host_memory_bytes", lambda: 0)
     assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
 
 
@@ -90,7 +90,7 @@ def test_boundaries_on_the_host(monkeypatch):
 
 def test_sums_of_the_head_on_the_host(monkeypatch):
     batch = on_device(toy_batch())
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", 1 << 10)
     want = step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch)
-    monkeypatch.setattr("onn_core.loss.GRADIENT_BYTES", 0)
+    monkeypatch.setattr("onn_core.ops.cross_entropy.GRADIENT_BYTES", 0)
     assert_same(step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch), want, 1e-6)

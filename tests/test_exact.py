@@ -26,7 +26,7 @@ from toy import (
     with_lora,
 )
 
-from onn_core.items import count_slots, few_slots
+from onn_core.weights.items import count_slots, few_slots
 
 # Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order;
 # float64 shows that this is all (test_micro_batches_change_only_the_order_of_sums). In float32 the
@@ -275,8 +275,12 @@ BLOCKS = ["llama", "qwen2", "gemma2", "phi", "granitemoe"]  # tied, soft cap, bi
 @pytest.mark.parametrize("family", BLOCKS)
 def test_head_in_many_blocks(family, n_counted, monkeypatch):
     """The online softmax sums the vocabulary in another order: a few roundings more."""
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 2 * 10 * 32 * 4)  # 10 rows a block
-    monkeypatch.setattr("onn_core.loss.LOGITS_BYTES", 4 * 10 * 7)  # 7 tokens of a block at once
+    monkeypatch.setattr(
+        "onn_core.streaming.head.HEAD_BLOCK_BYTES", 2 * 10 * 32 * 4
+    )  # 10 rows a block
+    monkeypatch.setattr(
+        "onn_core.ops.cross_entropy.LOGITS_BYTES", 4 * 10 * 7
+    )  # 7 tokens of a block at once
     model = streamed(toy_dir(family))
     assert len(model.streamed_head.blocks) == 10
     settings = {"num_items_in_batch": n_counted}
@@ -290,7 +294,9 @@ def test_head_in_many_blocks(family, n_counted, monkeypatch):
 
 @pytest.mark.parametrize("family", BLOCKS)
 def test_loss_in_chunks_of_tokens(family, monkeypatch):
-    monkeypatch.setattr("onn_core.loss.LOGITS_BYTES", 4 * VOCABULARY * 7)  # 7 of 50 tokens at once
+    monkeypatch.setattr(
+        "onn_core.ops.cross_entropy.LOGITS_BYTES", 4 * VOCABULARY * 7
+    )  # 7 of 50 tokens at once
     got = step(with_lora(streamed(toy_dir(family))), toy_batch())
     assert_same(got, reference(family), 3e-6)
 
@@ -298,7 +304,7 @@ def test_loss_in_chunks_of_tokens(family, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "phi"])
 @pytest.mark.parametrize("block_rows", [VOCABULARY, 10])
 def test_own_loss_on_logits(family, block_rows, monkeypatch):
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", block_rows * 32 * 4)
+    monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", block_rows * 32 * 4)
     batch = toy_batch() | {"labels": None}
     got = []
     for load in (in_memory, streamed):
@@ -356,7 +362,7 @@ def test_bfloat16_in_micro_batches_and_blocks(family, monkeypatch):
     A bfloat16 rounds to 1 in 256, at every boundary and again in each layer above; how far that
     goes depends on the model, so the in-memory gradient's own distance is the yardstick.
     """
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", 10 * 32 * 2)
+    monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", 10 * 32 * 2)
     model = streamed(toy_dir(family, torch.bfloat16), micro_batch_size=2)
     got = step(with_lora(model), toy_batch())
     exact = reference(family)

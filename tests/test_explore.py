@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import onn_core
-from onn_core.background import BackgroundRun
-from onn_core.explore import Explorer
+from onn_workbench.background import BackgroundRun
+from onn_workbench.explore import Explorer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -21,7 +21,7 @@ from small import numbers, require_equal, trainer, write_small
 
 import onn_core
 from onn_core.errors import CheckpointError, OnnError
-from onn_core.saved import Checkpoints
+from onn_core.run.checkpoints import Checkpoints
 
 pytestmark = [
     pytest.mark.faults,

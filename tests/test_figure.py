@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from plotly.graph_objects import Figure as Plotly
 
-from onn_core import models, speed
-from onn_core.figure import Bars, Figure, Line, Panel
+from onn_core.weights import geometry
+from onn_workbench import speed
+from onn_workbench.figure import Bars, Figure, Line, Panel
 
 FULL = Path(__file__).parents[1] / "results/full/training_benchmark.json"
 
@@ -50,7 +51,7 @@ def test_the_picture_has_every_colour_and_one_bundle_holds_both(drawn):
 
 def test_growth_draws_the_predictions_beside_what_was_measured():
     record = speed.load_benchmark(FULL)
-    rows = speed.growth(record, models.geometry("phi-4")).rows  # in depth, batch, sequence
+    rows = speed.growth(record, geometry.geometry("phi-4")).rows  # in depth, batch, sequence
     for row, points in zip(
         rows, ([4, 8, 16, 24, 40], [1, 8, 32, 128], [16, 128, 512]), strict=True
     ):
@@ -58,7 +59,7 @@ def test_growth_draws_the_predictions_beside_what_was_measured():
             measured, predicted = panel.parts
             assert list(measured.x) == list(predicted.x) == points
             assert predicted.y == pytest.approx(measured.y, rel=allowed)
-    other = speed.growth(record, models.geometry("smollm2"))  # not the model that was measured
+    other = speed.growth(record, geometry.geometry("smollm2"))  # not the model that was measured
     assert [len(panel.parts) for panel in other.rows[0]] == [1, 1]
     record["rows"] = record["rows"][:3]
     assert "nothing to draw" in speed.growth(record)

@@ -26,12 +26,11 @@ from small import trainer, write_small
 from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
 
 import onn_core
-from onn_core import corpus
-from onn_core.adapter import load_adapter
-from onn_core.checkpoint import INDEX_NAME, Checkpoint
-from onn_core.data import load_rows, tokenize
+from onn_core.adapters.folder import load_adapter
+from onn_core.data.examples import corpus, load_rows, tokenize
 from onn_core.errors import OnnError
-from onn_core.saved import FILES, SUMS, Checkpoints
+from onn_core.run.checkpoints import FILES, SUMS, Checkpoints
+from onn_core.weights.folder import INDEX_NAME, Checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -1,6 +1,7 @@
 """The house rules of the package: floors, size, imports, safe loading, no machine's own paths."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -9,49 +10,51 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A module imports only from the rows above its own.
+# A package, or a module at the top, imports only from the rows below its own.
 FLOORS = (
+    ("trainer",),
+    ("run",),
+    ("adapters", "evaluate"),
+    ("streaming",),
+    ("data", "memory"),
+    ("weights",),
+    ("ops",),
+    ("config", "record"),
     ("errors",),
-    ("rows", "figure"),
-    ("config", "record", "reader", "product", "lazy", "batching", "norm"),
-    ("meter", "checkpoint", "data", "loss", "saved", "stopping", "boundaries"),
-    ("sources", "models"),
-    ("items", "corpus"),
-    ("footprint",),
-    ("plan",),
-    ("stream",),
-    ("session",),
-    ("visit",),
-    ("layer",),
-    ("head", "embedding"),
-    ("streamed",),
-    ("model",),
-    ("adapter",),
-    ("lora", "merging", "evaluate", "progress", "nonfinite"),
-    ("resume",),
-    ("trainer", "merge"),
-    ("background", "report", "tracking", "peers", "stability", "study", "pages", "sizing"),
-    ("speed", "stability_report", "curves", "live", "outline"),
-    ("bench", "summary", "explore"),
 )
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-MODULES = sorted((ROOT / "onn_core").rglob("*.py"))
+FLOOR_OF = {name: floor for floor, names in enumerate(reversed(FLOORS)) for name in names}
+CORE = sorted((ROOT / "onn_core").rglob("*.py"))
+WORKBENCH = sorted((ROOT / "notebooks/onn_workbench").rglob("*.py"))
 MACHINE_PATH = re.compile(r"(?:file://|(?<![\w+/.~-]))/(?:root|home|work|tmp|opt|Users)/\w+")
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+
+def name_of(path):
+    """ "onn_core.weights.stream" of its path."""
+    parts = path.with_suffix("").relative_to(path.parents[len(path.parts) - 2]).parts
+    start = max(i for i, part in enumerate(parts) if part in ("onn_core", "onn_workbench"))
+    return ".".join(part for part in parts[start:] if part != "__init__")
 
 
-def imported_siblings(tree):
-    """Modules of onn_core that a syntax tree imports, at the top or inside a function."""
+def imported(tree):
+    """Dotted names that a syntax tree imports, at the top or inside a function."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["onn_core" if node.level else "", node.module]))
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    siblings = {name.split(".")[1] for name in names if name.startswith("onn_core.")}
-    return siblings & FLOOR_OF.keys()
+            assert not node.level, "relative imports hide the floor"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def room_of(name):
+    """The package or the top module of onn_core that a dotted name lies in, or None."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "onn_core" and parts[1:] and parts[1] in FLOOR_OF else None
+
+
+every_core_module = pytest.mark.parametrize("path", CORE, ids=name_of)
+every_module = pytest.mark.parametrize("path", CORE + WORKBENCH, ids=name_of)
 
 
 def unsafe_loads(tree):
@@ -72,26 +75,33 @@ def unsafe_loads(tree):
             yield node.lineno
 
 
-@every_module
+@every_core_module
 def test_module_imports_only_from_lower_floors(path):
-    siblings = imported_siblings(ast.parse(path.read_text()))
-    if path.stem.startswith("__"):
+    names = imported(ast.parse(path.read_text()))
+    assert not any(name.startswith("onn_workbench") for name in names)
+    if path.stem == "__main__" or name_of(path) == "onn_core":
         return
-    assert path.stem in FLOOR_OF, "give the new module a row in FLOORS"
-    upward = {name for name in siblings if FLOOR_OF[name] >= FLOOR_OF[path.stem]}
-    assert not upward, f"{path.stem} imports {upward} from its own floor or above"
+    own = room_of(name_of(path))
+    assert own, "give the new package a row in FLOORS"
+    rooms = {room_of(name) for name in names} - {None, own}
+    upward = {room for room in rooms if FLOOR_OF[room] >= FLOOR_OF[own]}
+    assert not upward, f"{name_of(path)} imports {upward} from its own floor or above"
+
+
+@pytest.mark.parametrize("paths", [CORE, WORKBENCH], ids=["onn_core", "onn_workbench"])
+def test_no_module_imports_itself_through_others(paths):
+    modules = {name_of(path): imported(ast.parse(path.read_text())) for path in paths}
+    graph = {name: names & modules.keys() - {name} for name, names in modules.items()}
+    packages = {path.parent for path in paths}
+    for package in (name_of(folder / "__init__.py") for folder in packages):
+        graph.pop(package, None)  # it only gathers the names of its modules
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_imports_are_found_in_every_form():
-    text = "import onn_core.data\nfrom onn_core import loss\nfrom .model import x\n"
-    text += "from . import lora\ndef f():\n    from onn_core.trainer import y\n"
-    assert imported_siblings(ast.parse(text)) == {"data", "loss", "model", "lora", "trainer"}
-
-
-@every_module
-def test_module_is_short(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= 320
+    text = "import onn_core.data\nfrom onn_core.ops import norm\n"
+    text += "def f():\n    from onn_core.trainer import y\n    import onn_core\n"
+    assert {room_of(name) for name in imported(ast.parse(text))} == {"data", "ops", "trainer", None}
 
 
 @every_module
@@ -109,7 +119,7 @@ def test_unsafe_load_is_found(line):
 
 def test_import_brings_no_heavy_package():
     """In a fresh interpreter, so that nothing that this session imported counts."""
-    names = ["onn_core", *(f"onn_core.{path.stem}" for path in MODULES if path.stem[0] != "_")]
+    names = [name_of(path) for path in CORE if path.stem != "__main__"]
     code = f"import sys, {', '.join(names)}; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True

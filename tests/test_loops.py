@@ -13,7 +13,6 @@ from toy import GROUPED, in_memory
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import onn_core
-from onn_core import models
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # Trainers warn of their own future.
@@ -115,7 +114,7 @@ def test_accelerate_launch(folder, monkeypatch):
 
 
 def test_first_run_and_its_reading(folder, monkeypatch, capsys):
-    monkeypatch.setattr(models, "prepare_default_model", lambda: folder / "path" / "to" / "model")
+    monkeypatch.setattr(onn_core, "prepare_default_model", lambda: folder / "path" / "to" / "model")
     first = example("A first run").replace("ends:4", "all")  # the toy has three layers
     run(first, "runs/first/adapter")
     exec(compile(example("Reading the results"), "README.md", "exec"), {"__name__": "__main__"})

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from onn_core.models import geometry, write_random_checkpoint
-from onn_core.plan import MARGIN, PROCESS_BYTES
+from onn_core.memory.plan import MARGIN, PROCESS_BYTES
+from onn_core.weights.geometry import geometry
+from onn_core.weights.random_model import write_random_model
 
 LAYER_BYTES = 4 * (4 * 512 * 512 + 3 * 512 * 1536)  # 13.6 MB of float32
 N_LAYERS = 24
@@ -24,7 +25,7 @@ LIMIT_BYTES = 100 << 20  # beyond what the libraries take
 CHILD = """
 import gc, json, os, resource, sys
 import peft, torch, transformers.models.llama.modeling_llama
-import onn_core, onn_core.model
+import onn_core
 
 folder, how, amount, n_resident, budget = sys.argv[1:]
 torch.set_num_threads(1)
@@ -100,9 +101,7 @@ def folders(tmp_path_factory):
             max_position_embeddings=64,
         )
         folder = tmp_path_factory.mktemp("memory") / str(n_layers)
-        made[n_layers] = write_random_checkpoint(
-            folder, config, dtype=torch.float32, progress=False
-        )
+        made[n_layers] = write_random_model(folder, config, dtype=torch.float32, progress=False)
     yield made
     for folder in made.values():
         for path in folder.glob("*.safetensors"):
@@ -173,11 +172,11 @@ def test_budgets_are_kept_from_matrix_by_matrix_to_the_whole_model(folders):
 @pytest.mark.heavy
 @pytest.mark.parametrize("budget", [None, 3 << 29])
 def test_phi4_geometry_trains_within_one_and_a_half_gib(tmp_path, budget):
-    folder = write_random_checkpoint(tmp_path / "phi-4", geometry("phi-4", 2), progress=False)
+    folder = write_random_model(tmp_path / "phi-4", geometry("phi-4", 2), progress=False)
     settings = {"system": "onn", "model_dir": str(folder), "batch_size": 32, "sequence": 16}
     settings |= {"n_steps": 3, "device": "cpu", "room_bytes": budget}
     child = subprocess.run(
-        [sys.executable, "-m", "onn_core.bench", "--worker", json.dumps(settings)],
+        [sys.executable, "-m", "onn_workbench.bench", "--worker", json.dumps(settings)],
         capture_output=True,
         text=True,
     )

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from onn_core import models
 from onn_core.errors import CheckpointError, ConfigError
 from onn_core.record import new_folder
+from onn_core.weights import default_model, geometry, random_model
 
 ENGLISH = (
     "Water moves around the Earth in a cycle. The heat of the sun makes water evaporate from seas, "
@@ -46,13 +46,13 @@ def toy(family):
     ],
 )
 def test_geometry_has_the_published_parameters(name, parameters):
-    assert models.count_parameters(models.geometry(name)) == parameters
+    assert geometry.count_parameters(geometry.geometry(name)) == parameters
 
 
 # PEFT asks for a name that transformers is about to drop.
 def test_phi4_adapters_of_the_report():
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(models.geometry("phi-4"))
+        model = AutoModelForCausalLM.from_config(geometry.geometry("phi-4"))
     model = peft.get_peft_model(
         model,
         peft.LoraConfig(
@@ -66,20 +66,20 @@ def test_phi4_adapters_of_the_report():
 
 
 def test_layers_of_a_geometry_are_alike():
-    one, two = (models.count_parameters(models.geometry("phi-4", layers)) for layers in (1, 2))
+    one, two = (geometry.count_parameters(geometry.geometry("phi-4", layers)) for layers in (1, 2))
     assert one + 39 * (two - one) == 14_659_507_200
 
 
 @pytest.mark.parametrize("arguments", [("phi-5",), ("phi-4", 0)])
 def test_unknown_geometry_is_refused(arguments):
     with pytest.raises(ConfigError):
-        models.geometry(*arguments)
+        geometry.geometry(*arguments)
 
 
 @pytest.mark.parametrize("family", TOY)
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_random_checkpoint_loads(family, shard_bytes, tmp_path):
-    folder = models.write_random_checkpoint(
+    folder = random_model.write_random_model(
         tmp_path / "model",
         toy(family),
         dtype=torch.float32,
@@ -109,7 +109,7 @@ def test_random_checkpoint_loads(family, shard_bytes, tmp_path):
 
 def test_random_checkpoint_is_bf16_and_fixed_by_its_seed(tmp_path):
     def content(name, seed):
-        folder = models.write_random_checkpoint(
+        folder = random_model.write_random_model(
             tmp_path / name, toy("llama"), seed=seed, progress=False
         )
         assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
@@ -119,13 +119,13 @@ def test_random_checkpoint_is_bf16_and_fixed_by_its_seed(tmp_path):
 
 
 def test_finished_random_checkpoint_is_kept(tmp_path):
-    folder = models.write_random_checkpoint(tmp_path / "model", toy("phi3"), progress=False)
+    folder = random_model.write_random_model(tmp_path / "model", toy("phi3"), progress=False)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert models.write_random_checkpoint(folder, toy("phi3"), progress=False) == folder
+    assert random_model.write_random_model(folder, toy("phi3"), progress=False) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     for config, settings in ((toy("gpt2"), {}), (toy("phi3"), {"seed": 1})):
         with pytest.raises(CheckpointError, match="something else"):
-            models.write_random_checkpoint(folder, config, progress=False, **settings)
+            random_model.write_random_model(folder, config, progress=False, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -133,16 +133,16 @@ def test_interrupted_random_checkpoint_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(path, value):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "write_json", interrupt)
+    monkeypatch.setattr(random_model, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        models.write_random_checkpoint(tmp_path / "model", toy("phi3"), progress=False)
+        random_model.write_random_model(tmp_path / "model", toy("phi3"), progress=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_is_refused_before_writing(tmp_path):
     config = AutoConfig.for_model("llama", **TOY["llama"] | {"vocab_size": 10**13})
     with pytest.raises(CheckpointError, match=r"needs 640000.0 GB .* has [0-9.]+ GB free"):
-        models.write_random_checkpoint(tmp_path / "model", config, progress=False)
+        random_model.write_random_model(tmp_path / "model", config, progress=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -173,15 +173,15 @@ def test_default_model_knows_english(smollm2_dir):
 
 def test_damaged_default_model_is_noticed(smollm2_dir, tmp_path):
     copy = shutil.copytree(smollm2_dir, tmp_path / "copy")
-    assert models._is_intact(copy)
+    assert default_model._is_intact(copy)
     with open(copy / "model.safetensors", "r+b") as file:
         file.seek(10**6)
         byte = file.read(1)
         file.seek(10**6)
         file.write(bytes([byte[0] ^ 1]))
-    assert not models._is_intact(copy)
+    assert not default_model._is_intact(copy)
     (copy / "model.safetensors").unlink()
-    assert not models._is_intact(copy)
+    assert not default_model._is_intact(copy)
 
 
 def test_second_of_two_writers_keeps_the_first(tmp_path):
@@ -194,7 +194,7 @@ def test_second_of_two_writers_keeps_the_first(tmp_path):
 
 
 def test_command_wants_a_folder(smollm2_dir):
-    run = [sys.executable, "-m", "onn_core.models"]
+    run = [sys.executable, "-m", "onn_core", "model"]
     settings = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
     default = subprocess.run(run, **settings, env=os.environ, check=True)
     assert default.stdout.strip() == str(smollm2_dir)

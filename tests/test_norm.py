@@ -12,7 +12,7 @@ from toy import (
     with_lora,
 )
 
-from onn_core.norm import NormInParts
+from onn_core.ops.norm import NormInParts
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -20,7 +20,7 @@ from onn_core.norm import NormInParts
 def test_gradients_with_a_norm_in_parts(family, dtype, monkeypatch):
     folder, batch, parts = toy_dir(family, dtype), toy_batch(), []
     want = step(with_lora(in_memory(folder)), batch)
-    monkeypatch.setattr("onn_core.norm.ROWS_BYTES", 4 * batch["input_ids"].numel() * 32 // 3)
+    monkeypatch.setattr("onn_core.ops.norm.ROWS_BYTES", 4 * batch["input_ids"].numel() * 32 // 3)
     model = with_lora(streamed(folder))
     norms = [x for x in model.modules() if isinstance(x.__dict__.get("forward"), NormInParts)]
     whole = [norm.forward.forward for norm in norms]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from small import write_small
 
-from onn_core.study import Study
+from onn_workbench.study import Study
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -86,7 +86,7 @@ def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path, cell, message)
 
 
 def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
-    cell = "from onn_core.figure import Figure, Panel\nFigure([[Panel([], 'x')]], 'a figure')"
+    cell = "from onn_workbench.figure import Figure, Panel\nFigure([[Panel([], 'x')]], 'a figure')"
     runner = runner_of(tmp_path, "00_quickstart", cell)
     done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

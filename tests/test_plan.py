@@ -12,12 +12,20 @@ from toy import N_LAYERS, assert_same, in_memory, step, streamed, toy_batch, toy
 from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
-from onn_core.footprint import LiveBytes, visit_bytes
-from onn_core.items import count_slots, few_slots
-from onn_core.models import geometry
-from onn_core.plan import GRAPHS, KEPT, MARGIN, PROCESS_BYTES, items_read, make_plan, slots_bytes
-from onn_core.sizing import geometry_of, predict
-from onn_core.visit import Graph
+from onn_core.memory.footprint import LiveBytes, visit_bytes
+from onn_core.memory.plan import (
+    GRAPHS,
+    KEPT,
+    MARGIN,
+    PROCESS_BYTES,
+    items_read,
+    make_plan,
+    slots_bytes,
+)
+from onn_core.run.estimate import geometry_of, predict
+from onn_core.streaming.recompute import Graph
+from onn_core.weights.geometry import geometry
+from onn_core.weights.items import count_slots, few_slots
 
 
 def within(n_bytes):
@@ -213,7 +221,7 @@ def test_forward_is_done_once_where_there_is_room(room, monkeypatch):
         )
         base.session.sizes = sizes
         part = n_kept * sizes.visit_bytes(5, 10)[2]
-        monkeypatch.setattr("onn_core.plan.KEPT", 200_000_000 // part if part else 1 << 40)
+        monkeypatch.setattr("onn_core.memory.plan.KEPT", 200_000_000 // part if part else 1 << 40)
         model, calls = with_lora(base, **settings).train(), Counter()
         for layer in base.streamed_layers:
             forward = layer.forward

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from toy import assert_same, difference, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 
-from onn_core import product
+from onn_core.ops import matmul as product
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])

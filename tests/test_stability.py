@@ -7,9 +7,10 @@ import pytest
 import torch
 from toy import difference, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 
-from onn_core import data, stability, stability_report
+from onn_core import data
 from onn_core.errors import OnnError
-from onn_core.stability import BROKEN, SOUND
+from onn_workbench import stability, stability_report
+from onn_workbench.stability import BROKEN, SOUND
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from forks import Forks
 from small import trainer, write_small
 
 import onn_core
-from onn_core.saved import Checkpoints
+from onn_core.run.checkpoints import Checkpoints
 
 LONG = {"max_steps": 100_000, "checkpoint_every": 3, "eval_every": 0}
 

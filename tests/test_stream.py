@@ -33,9 +33,9 @@ from toy import (
 )
 
 from onn_core.errors import CheckpointError
-from onn_core.items import count_slots
-from onn_core.reader import SLICE_NS, run_at_once
-from onn_core.stream import WeightStream
+from onn_core.weights.items import count_slots
+from onn_core.weights.reader import SLICE_NS, run_at_once
+from onn_core.weights.stream import WeightStream
 
 
 @pytest.fixture(autouse=True)
@@ -497,7 +497,7 @@ def test_weights_are_cast_on_the_way(stored, dtype):
 @pytest.mark.parametrize("piece_bytes", [4096, 3 * 4096])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_pieces_smaller_than_a_tensor(family, piece_bytes, dtype, monkeypatch):
-    monkeypatch.setattr("onn_core.items.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("onn_core.weights.items.PIECE_BYTES", piece_bytes)
     folder = toy_dir(family)
     model = streamed(folder, dtype=dtype)
     pieces = [item.pieces() for unit in model.session.stream.units for item in unit]
@@ -566,7 +566,7 @@ def test_without_direct_reads(how, monkeypatch):
     """Some systems and file systems have none; the page cache then does."""
     open_, preadv, direct = os.open, os.preadv, os.O_DIRECT
     if how == "not there":
-        monkeypatch.setattr("onn_core.reader.O_DIRECT", 0)
+        monkeypatch.setattr("onn_core.weights.reader.O_DIRECT", 0)
     refused = Counter()
 
     def refuse_open(path, flags, *rest):
@@ -615,7 +615,7 @@ def test_weights_differ_where_the_file_differs(tmp_path):
 def test_auto_computes_in_float32_where_the_cpu_has_no_products_of_the_stored_dtype(
     stored, has_products, monkeypatch
 ):
-    monkeypatch.setattr("onn_core.model.multiplies_fast", lambda dtype: has_products)
+    monkeypatch.setattr("onn_core.streaming.loading.multiplies_fast", lambda dtype: has_products)
     expected = stored if has_products else torch.float32
     assert streamed(toy_dir("llama", stored), dtype="auto").dtype == expected
 

@@ -32,7 +32,7 @@ HEADS = ["llama", "llama-tied", "gemma2", "phi", "granitemoe"]  # tied, soft cap
 @pytest.fixture(params=[VOCABULARY, 10], ids=["one block", "ten blocks"])
 def tolerance(request, monkeypatch):
     """Of a head in one block, equal to the bit, or in several."""
-    monkeypatch.setattr("onn_core.head.HEAD_BLOCK_BYTES", request.param * 32 * 4)
+    monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", request.param * 32 * 4)
     return None if request.param == VOCABULARY else 3e-6
 
 

@@ -12,8 +12,8 @@ import pytest
 from browser import chromium, free_port, text, wait_for
 
 import onn_core
-from onn_core import tracking
 from onn_core.errors import OnnError
+from onn_workbench import tracking
 
 browser = pytest.mark.browser
 needs_aim = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def values(rows, name, **context):
 
 
 def run_tracking(folder, *arguments):
-    command = [sys.executable, "-m", "onn_core.tracking", *arguments]
+    command = [sys.executable, "-m", "onn_workbench.tracking", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -167,7 +167,7 @@ def test_aim_reads_the_run_back_and_chromium_sees_it(results):
     assert json.loads(done.stdout) == ["02_toy", "quick", record.config, held_out]
 
     port = free_port()
-    command = [sys.executable, "-m", "onn_core.tracking", "show", "--port", str(port)]
+    command = [sys.executable, "-m", "onn_workbench.tracking", "show", "--port", str(port)]
     with subprocess.Popen(command, cwd=results, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = f"http://127.0.0.1:{port}"

@@ -170,7 +170,7 @@ def test_schedules():
 def test_progress_shows_step_layer_rate_and_time_left(
     toy_with_tokenizer, tmp_path, capsys, request
 ):
-    request.getfixturevalue("monkeypatch").setattr("onn_core.progress.UPDATE_S", 0.0)
+    request.getfixturevalue("monkeypatch").setattr("onn_core.run.progress.UPDATE_S", 0.0)
     run(toy_with_tokenizer, tmp_path, progress=True, max_steps=1)
     shown = capsys.readouterr().err
     for text in (

@@ -13,9 +13,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import onn_core
-from onn_core.lora import linear_names
-from onn_core.model import decoder_layers
-from onn_core.plan import GRAPHS
+from onn_core.adapters.lora import linear_names
+from onn_core.memory.plan import GRAPHS
+from onn_core.streaming.loading import decoder_layers
 
 N_LAYERS = 5
 VOCABULARY = 97

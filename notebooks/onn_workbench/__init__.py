@@ -1,0 +1,1 @@
+"""What the notebooks need beside the trainer: studies, benchmarks, figures, pages, widgets."""

@@ -1,0 +1,240 @@
+"""A study -> tables, and learning curves with a band over the seeds."""
+
+import itertools
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onn_core.record import RunRecord, write_atomic
+from onn_workbench import pages
+from onn_workbench.figure import Figure, Line, Panel
+from onn_workbench.report import frame
+from onn_workbench.study import (
+    RULE,
+    Runs,
+    Study,
+    between_evaluations,
+    compare,
+    fall,
+    in_memory_difference,
+    verdict,
+)
+
+AXES = {
+    "samples": "samples seen",
+    "steps": "optimizer steps (logarithmic)",
+    "seconds": "training time (s)",
+}
+Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
+
+
+def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
+    """One row a configuration: held-out loss before and after, and what the rule says."""
+    rows = []
+    for label, records in runs.items():
+        found = verdict(records, reference)
+        against = f"{found['against_shuffled']:+.3f} ± {found['against_shuffled_noise']:.3f}"
+        norms = f"{found['grad_norm_least']:.2g} to {found['grad_norm_most']:.2g}"
+        rows.append(
+            {
+                "configuration": label,
+                "seeds": found["seeds"],
+                "steps": len(records[0].steps),
+                "held-out loss before": f"{found['loss_before']:.3f}",
+                "after": f"{found['loss_after']:.3f}",
+                "fall ± noise (%)": f"{100 * found['fall']:.1f} ± {100 * found['noise']:.1f}",
+                "against shuffled targets ± noise": against,
+                "gradient norms": norms,
+                "NaN or Inf": found["nonfinite"],
+                "learned": found["learned"],
+            }
+        )
+    return frame(rows, "configuration")
+
+
+def comparison_table(runs: Runs) -> Any:
+    """Final held-out loss of each configuration against the first, seed by seed."""
+    first, *others = runs
+    rows = []
+    for label in others:
+        mean, noise, words = compare(runs[first], runs[label])
+        rows.append(
+            {
+                "configuration": label,
+                f"final held-out loss against {first} ± noise": f"{mean:+.3f} ± {noise:.3f}",
+                "reading": words,
+            }
+        )
+    return frame(rows, "configuration")
+
+
+def layout_table(layouts: Runs) -> Any:
+    """One row a choice of layers, all trained for the same time."""
+    rows = []
+    for label, records in layouts.items():
+        falls = [100 * fall(record) for record in records]
+        steps = [step for record in records for step in record.steps]
+        spread = f"{min(falls):.1f} to {max(falls):.1f}" if len(falls) > 1 else "one seed"
+        rows.append(
+            {
+                "layers with adapters": label,
+                "trained parameters": f"{records[0].model['trainable']:,}",
+                "training time (s)": f"{sum(s.step_s for s in steps) / len(records):.1f}",
+                "steps": f"{len(steps) / len(records):.1f}",
+                "samples": f"{sum(step.samples for step in steps) / len(records):.0f}",
+                "fall of held-out loss (%)": f"{statistics.fmean(falls):.1f}",
+                "over the seeds (%)": spread,
+            }
+        )
+    return frame(rows, "layers with adapters")
+
+
+def layout_reading(layouts: Runs) -> str:
+    """Which choice of layers lowered held-out loss most, and whether that passes the noise."""
+    ranked = sorted(layouts, key=lambda label: -statistics.fmean(map(fall, layouts[label])))
+    best, second = ranked[:2]
+    _, noise, words = compare(layouts[second], layouts[best])
+    settled = "by more than the noise over the seeds"
+    if noise == float("inf"):
+        settled = "one seed cannot tell whether that is more than chance"
+    elif words != "lower":
+        settled = f"but not {settled}"
+    return f"Lowest held-out loss at equal time: {best}, before {second}; {settled}."
+
+
+def norm_table(runs: Runs) -> Any:
+    """Median gradient norm of each trained layer, over all steps and seeds."""
+    import pandas as pd
+
+    columns = {}
+    for label, records in runs.items():
+        steps = [step for record in records for step in record.steps]
+        columns[label] = {
+            int(layer): f"{statistics.median(s.grad_norm_by_layer[layer] for s in steps):.2g}"
+            for layer in steps[0].grad_norm_by_layer
+        }
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def answer_table(study: Study) -> Any:
+    """The model's answers before and after, side by side."""
+    import pandas as pd
+
+    return pd.DataFrame(study.answers).set_index("prompt")
+
+
+def held_out_curve(records: Sequence[RunRecord], against: str) -> Curve:
+    """The change of held-out loss since the start: seeds differ far more in where they start."""
+    runs = []
+    for record in records:
+        first = record.evals[0].loss
+        xs = [_progress(record, done.step, against) for done in record.evals]
+        runs.append([(x, e.loss - first) for x, e in zip(xs, record.evals, strict=True)])
+    return _band(runs)
+
+
+def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
+    """Mean training loss between two evaluations, in the middle of the stretch."""
+    runs = []
+    for record in records:
+        points = []
+        for loss, steps in between_evaluations(record):
+            ends = (steps[0].step - 1, steps[-1].step)
+            points.append((statistics.fmean(_progress(record, n, against) for n in ends), loss))
+        runs.append(points)
+    return _band(runs)
+
+
+def study_figure(runs: Runs, controls: Runs) -> Figure:
+    """Held-out and training loss against samples, steps and time."""
+    numbers = {label: number for number, label in enumerate([*runs, *controls])}
+    held_out, training = [], []
+    for against, title in AXES.items():
+        shown = runs | controls if against == "samples" else runs
+        for panels, curve, chosen, y in (
+            (held_out, held_out_curve, shown, "change of held-out loss"),
+            (training, training_curve, runs, "training loss"),
+        ):
+            lines = []
+            for label, records in chosen.items():
+                points = curve(records, against)
+                if against == "steps":  # a logarithm has no place for the start
+                    points = [point for point in points if point[0] > 0]
+                x, mean, *band = zip(*points, strict=True)
+                lines.append(Line(label, x, mean, numbers[label], band))
+            y = "" if panels else f"{y} (nats/token)"
+            panels.append(Panel(lines, title, y, log_x=against == "steps"))
+    return Figure([held_out, training], "learning curves", width=11)
+
+
+def exactness(study: Study) -> str:
+    """In words, how far the streamed losses are from those of in-memory PEFT."""
+    lines = []
+    for label, difference in in_memory_difference(study).items():
+        n_steps = len(study.in_memory[label])
+        found = "equal to the last bit" if difference == 0 else f"{difference:.1g} apart at most"
+        first = abs(study.runs[label][0].steps[0].loss - study.in_memory[label][0])
+        lines.append(
+            f"{label}, {n_steps} steps: streamed and in-memory losses are {found}; {first:.1g} in "
+            "the first step."
+        )
+    return "\n".join(lines)
+
+
+def write_files(study: Study, folder: str | Path) -> None:
+    """learning_results.json, learning_curves.png, learning_validation.html and, for trackers, the
+    record of each configuration's first seed, in `folder`."""
+    folder = Path(folder)
+    picture = study_figure(study.runs, study.controls).png()
+    study.save(folder / "learning_results.json")
+    write_atomic(folder / "learning_curves.png", picture)
+    for label, records in (study.runs | study.controls).items():
+        name = re.sub(r"\W+", "_", label)
+        records[0].save(folder / f"02_{name}.json")
+    record = next(iter(study.runs.values()))[0]
+    parts = [
+        pages.paragraph(
+            f"{record.model['name']}, {record.model['parameters']:,} parameters, "
+            f"{record.model['trainable']:,} trained, on {record.data['name']}: "
+            f"{record.data['train']} training and {record.data['held_out']} held-out samples. "
+            f"{record.environment['processor']}, {record.environment['cores']} cores, device "
+            f"{record.environment['device']}, {record.environment['date']}."
+        ),
+        pages.heading("Verdicts"),
+        pages.paragraph(RULE),
+        pages.table(verdict_table(study.runs | study.controls, study.reference)),
+        pages.heading("Learning curves"),
+        pages.picture(picture, "held-out and training loss"),
+        pages.paragraph(
+            "Line: mean over the seeds; band: lowest to highest. Held-out loss is shown as its "
+            "change since the start, because each seed holds out other samples."
+        ),
+        pages.heading("Against the baseline"),
+        pages.table(comparison_table(study.runs)),
+        pages.heading("Against PEFT in memory"),
+        pages.code(exactness(study)),
+        pages.heading("Gradient norms: median of each trained layer"),
+        pages.table(norm_table(study.runs)),
+        pages.heading("Which layers, at equal training time"),
+        pages.table(layout_table(study.layouts)),
+        pages.heading("Answers"),
+        pages.table(answer_table(study)),
+    ]
+    pages.write_page(folder / "learning_validation.html", "Learning validation", parts)
+
+
+def _progress(record: RunRecord, n_steps: int, against: str) -> float:
+    done = itertools.islice(record.steps, n_steps)
+    if against == "steps":
+        return n_steps
+    return sum(step.samples if against == "samples" else step.step_s for step in done)
+
+
+def _band(runs: list[list[tuple[float, float]]]) -> Curve:
+    curve = []
+    for points in zip(*runs, strict=False):  # a run that stopped ends the band
+        xs, losses = zip(*points, strict=True)
+        curve.append((statistics.fmean(xs), statistics.fmean(losses), min(losses), max(losses)))
+    return curve

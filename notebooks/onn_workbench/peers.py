@@ -1,0 +1,207 @@
+"""The systems that the benchmark compares, and the timed steps of one of them."""
+
+import dataclasses
+import functools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from onn_core.adapters.lora import linear_names, select_layers
+from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.streaming.loading import decoder_layers, from_pretrained, resolve_device
+from onn_core.weights.items import Item, Staging
+from onn_core.weights.stream import WeightStream
+
+SYSTEMS = {
+    "onn": "this project",
+    "cached": "this project, on CUDA, in a host with memory to spare for its files",
+    "baseline": "the report's baseline: a layer is read when it is entered, nothing is kept",
+    "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
+    "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
+    "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
+    "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
+}
+UNCAPPED = ("in_memory", "unbounded")
+PHASES = ("forward", "head", "backward")
+
+
+class NothingKept(WeightStream):
+    """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
+
+    @functools.cached_property
+    def _staging(self) -> Staging:
+        return Staging(self._copies)
+
+    def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
+        items, started = self.units[max(future[0], ~future[0])], time.perf_counter()
+        for item in items:
+            item.slot = self._new_slot(item.slot_bytes)
+            for start, stop in item.pieces():
+                self.counts.bytes_read += self._load(item, start, stop, self._staging)
+            if self._copies is not None:
+                self._copies.synchronize()
+            item.tensor, item.in_use = item.view(item.slot.memory), True
+        self.counts.wait_s += time.perf_counter() - started
+        return items
+
+    def release(self, item: Item) -> None:
+        item.slot = item.tensor = None
+        item.in_use = False
+
+
+def run_steps(
+    system: str,
+    model_dir: str,
+    batch_size: int,
+    sequence: int,
+    n_steps: int,
+    device: str = "auto",
+    room_bytes: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`n_steps` timed training steps, after one more, of one system: a row of the table.
+
+    room_bytes: what the system may fill; settings: those of `from_pretrained`. Peak memory counts
+    from before the model was opened. The row's `timeline` is the last step's.
+    """
+    torch.manual_seed(0)
+    where = resolve_device(device)
+    memory_before = memory_bytes()
+    reset_peak_memory(where)
+    base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
+    model, trained = add_adapters(base, where)
+    session, n_layers = getattr(base, "session", None), base.config.num_hidden_layers
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    steps, losses = [], []
+    for number in range(n_steps + 1):
+        ids = torch.randint(model.config.vocab_size, (batch_size, sequence)).to(where)
+        read_before = read_so_far()
+        if session:
+            before = dataclasses.replace(session.stream.counts)
+            session.seconds.clear()
+            session.trace = session.stream.trace = [] if number == n_steps else None
+        started = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        n_kept = len(+session.kept) if session else 0
+        loss.backward()
+        optimizer_started = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        stopped = time.perf_counter()
+        step = {"step_s": stopped - started, "bytes_read": read_so_far() - read_before}
+        if session:
+            step |= {f"{phase}_s": session.seconds[phase] for phase in PHASES}
+            step["wait_s"] = session.stream.counts.wait_s - before.wait_s
+            step["bytes_streamed"] = session.stream.counts.bytes_read - before.bytes_read
+            step["optimizer_s"] = stopped - optimizer_started
+        steps.append(step)
+        print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
+    middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
+    step_s, n_tokens = middle["step_s"], batch_size * sequence
+    return {
+        "system": system,
+        "layers": n_layers,
+        "trained_layers": trained,
+        "kept_layers": n_layers if system == "unbounded" else n_kept,
+        "trainable": sum(p.numel() for p in parameters),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": batch_size,
+        "sequence": sequence,
+        **middle,
+        "step_s_all": [step["step_s"] for step in steps[1:]],
+        "first_step_s": steps[0]["step_s"],
+        "ms_per_sample": 1e3 * step_s / batch_size,
+        "samples_per_s": batch_size / step_s,
+        "tokens_per_s": n_tokens / step_s,
+        "peak_memory_bytes": peak_memory_bytes(where, memory_before),
+        "losses": losses,
+        "timeline": merge_reads(session.trace, started) if session else [],
+    }
+
+
+def merge_reads(
+    trace: list[tuple[str, int, float, float]], started: float
+) -> list[tuple[str, int, float, float]]:
+    """(what, unit, start, stop) in seconds of the step; the reads of a unit in a row are one."""
+    merged: list[list] = []
+    open_reads: dict[int, list] = {}
+    for what, unit, start, stop in sorted(trace, key=lambda event: event[2]):
+        span = [what, unit, start - started, stop - started]
+        last = open_reads.get(unit) if what == "read" else None
+        if last is not None and span[2] - last[3] < 0.05:
+            last[3] = max(last[3], span[3])
+            continue
+        merged.append(span)
+        if what == "read":
+            open_reads[unit] = span
+    return [(what, unit, round(start, 4), round(stop, 4)) for what, unit, start, stop in merged]
+
+
+def open_system(
+    system: str, model_dir: str, device: torch.device, room_bytes: int | None, **settings: Any
+) -> tuple[PreTrainedModel, Callable[[], int]]:
+    """One of SYSTEMS as a base model, and a function that tells the bytes read so far.
+
+    room_bytes: memory that it may fill (None: no limit). settings: those of `from_pretrained`.
+    """
+    if system in ("onn", "cached", "baseline"):
+        budget = None if system == "baseline" else room_bytes
+        model = from_pretrained(model_dir, device=device, memory_budget=budget, **settings)
+        if system == "baseline":
+            model.session.stream.__class__ = NothingKept
+        if model.session.stream.files.cached:  # what a stream counts may come from the page cache
+            return model, _disk_bytes
+        return model, lambda: model.session.stream.counts.bytes_read
+    where: Any = {"device_map": device}
+    if system == "offload":  # what does not fit stays in the checkpoint's own files
+        memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}
+        where = {"device_map": "auto", "max_memory": memory}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", **where)
+    if system != "unbounded":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    return model, _disk_bytes
+
+
+def add_adapters(model: PreTrainedModel, device: torch.device) -> tuple[Any, list[int]]:
+    """The report's LoRA on its layers (first and last four), and which those are."""
+    n_layers = model.config.num_hidden_layers
+    trained = select_layers("all" if n_layers <= 8 else "ends:4", n_layers)
+    lora = peft.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=linear_names(decoder_layers(model)),
+        layers_to_transform=None if len(trained) == n_layers else trained,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, lora).train()
+    for module in model.modules():  # PEFT leaves adapters of offloaded weights on meta
+        if isinstance(module, peft.tuners.lora.LoraLayer) and any(
+            parameter.is_meta for parameter in module.lora_A.parameters()
+        ):
+            module.lora_A.to_empty(device=device)
+            module.lora_B.to_empty(device=device)
+            module.reset_lora_parameters("default", True)
+    return model, trained
+
+
+def _disk_bytes() -> int:
+    """What this process has had read from a disk, by reads or by mapped pages."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,81 @@
+"""Records -> pandas tables and figures, for the notebooks."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from onn_core.record import RunRecord
+from onn_workbench.figure import Figure, Line, Panel
+
+
+def summary_table(records: dict[str, RunRecord]) -> Any:
+    """One row a run: what it trained, and its held-out loss before and after."""
+    rows = []
+    for label, record in records.items():
+        first, last = record.evals[0].loss, record.evals[-1].loss
+        norms = [step.grad_norm for step in record.steps]
+        rows.append(
+            {
+                "run": label,
+                "steps": len(record.steps),
+                "samples": sum(step.samples for step in record.steps),
+                "held-out before": round(first, 3),
+                "held-out after": round(last, 3),
+                "change (%)": round(100 * (last - first) / first, 1),
+                "gradient norm, least": round(min(norms), 3),
+                "gradient norm, most": round(max(norms), 3),
+                "NaN or Inf": sum(step.nonfinite for step in record.steps),
+                "s per step, median": round(statistics.median(s.step_s for s in record.steps), 2),
+            }
+        )
+    return frame(rows, "run")
+
+
+def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> Any:
+    """A pandas frame of `rows`, whose counts stay whole when it is transposed."""
+    import pandas as pd
+
+    columns = None if rows else [index] if isinstance(index, str) else index
+    return pd.DataFrame(rows, columns=columns, dtype=object).set_index(index)
+
+
+def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
+    """Whether held-out loss fell, in every run, by more than `least_fall` of where it began."""
+    falls = [1 - record.evals[-1].loss / record.evals[0].loss for record in records]
+    return min(falls) > least_fall
+
+
+def learning_curve(records: dict[str, RunRecord]) -> Figure:
+    """Held-out (marked) and training (thin) loss against samples seen."""
+    lines = []
+    for number, (label, record) in enumerate(records.items()):
+        seen = list(itertools.accumulate(step.samples for step in record.steps))
+        losses = [step.loss for step in record.steps]
+        lines.append(Line(f"{label}, training", seen, losses, number, mode="lines", width=1))
+        seen, losses = [e.samples_seen for e in record.evals], [e.loss for e in record.evals]
+        lines.append(Line(f"{label}, held-out", seen, losses, number))
+    return Figure(
+        [[Panel(lines, "samples seen", "loss (nats per counted token)")]], "learning curve"
+    )
+
+
+class LiveLine:
+    """An `on_step` that keeps one line of output up to date."""
+
+    def __init__(self, n_steps: int | None = None, label: str = ""):
+        self.of = f" of {n_steps}" if n_steps else ""
+        self.label = label and f"{label}: "
+        self.handle = None
+
+    def __call__(self, record: RunRecord) -> None:
+        from IPython.display import display
+
+        step = record.steps[-1]
+        held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
+        text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"
+        bundle = {"text/plain": f"{text}, {record.wall_s:.0f} s"}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)

@@ -1,0 +1,216 @@
+"""Merge an adapter into its base, shard by shard.
+
+PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
+`merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
+module at a time, its matrix and the float32 products that PEFT makes of it.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from onn_core.adapters.folder import load_adapter, read_adapter
+from onn_core.errors import CheckpointError, ConfigError
+from onn_core.record import new_folder, write_json
+from onn_core.streaming.loading import skeleton
+from onn_core.weights.folder import DTYPES, INDEX_NAME, PICKLE_SUFFIXES, Checkpoint, TensorEntry
+from onn_core.weights.formats import find_sources
+
+COPY_BYTES = 8 << 20  # one read
+NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def merge(
+    model_dir: str | os.PathLike, adapter_dir: str | os.PathLike, out_dir: str | os.PathLike
+) -> Path:
+    """Write `model_dir` with the adapter merged into it as the new folder `out_dir`.
+
+    It has the same shards, tensors and dtypes, and loads in plain transformers. `out_dir` appears
+    whole or not at all. OnnError if it exists already or the adapter does not fit or cannot be
+    merged.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() or out_dir.is_symlink():
+        raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
+    checkpoint = Checkpoint.open(model_dir)
+    try:
+        merged = _Merged(checkpoint, adapter_dir)
+        n_bytes = sum(entry.n_bytes for entry in checkpoint.tensors.values())
+        with new_folder(out_dir) as temporary:
+            if n_bytes > shutil.disk_usage(temporary).free:
+                raise ConfigError(
+                    f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
+                    f"{out_dir} has free: free some space or choose another folder."
+                )
+            shards: dict[Path, list[TensorEntry]] = {}
+            for entry in sorted(checkpoint.tensors.values(), key=lambda entry: entry.offset):
+                shards.setdefault(entry.path, []).append(entry)
+            for path, entries in shards.items():
+                _write_shard(temporary / path.name, entries, merged)
+            for path in sorted(Path(model_dir).iterdir()):
+                wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
+                if wanted and path.is_file() and not path.name.startswith("."):
+                    shutil.copyfile(path, temporary / path.name)
+            if len(shards) > 1 or next(iter(shards)).name != "model.safetensors":
+                weight_map = {entry.name: entry.path.name for entry in checkpoint.tensors.values()}
+                index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+                write_json(temporary / INDEX_NAME, index)
+            checkpoint.check_unchanged()
+    finally:
+        checkpoint.close()
+    return out_dir
+
+
+class _Merged:
+    """The tensors of a checkpoint that an adapter changes, each made when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter_dir: str | os.PathLike):
+        self.checkpoint = checkpoint
+        model = skeleton(checkpoint, _stored_dtype(checkpoint), torch.device("cpu"))
+        self.sources = find_sources(model, checkpoint)
+        names = {module: name for name, module in model.named_modules()}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        _make_placeholders(model, read_adapter(adapter_dir).modules_to_save or ())
+        self.model = load_adapter(model, adapter_dir, checkpoint=checkpoint)
+        self._tuners: dict[nn.Module, list[BaseTunerLayer]] = {}
+        saved: dict[nn.Module, nn.Module] = {}
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                self._tuners.setdefault(module.get_base_layer(), []).append(module)
+            elif isinstance(module, ModulesToSaveWrapper):
+                own = module.modules_to_save["default"]
+                saved.update(zip(module.original_module.modules(), own.modules(), strict=True))
+        self._last: tuple[nn.Module | None, dict[str, torch.Tensor]] = None, {}
+        # tensor of the checkpoint -> its dtype and what makes it
+        self.makers: dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]] = {}
+        for module, module_name in names.items():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if module in saved:
+                    parameter = saved[module]._parameters[name]
+                if module in self._tuners:
+                    make = functools.partial(self._merge, module, module_name, name)
+                elif not _is_absent(parameter):  # trained whole: a module to save, a bias
+                    make = functools.partial(torch.Tensor.detach, parameter)
+                else:
+                    continue
+                full_name = f"{module_name}.{name}"
+                source = self.sources.get(full_name)
+                if source is None or full_name in {*tied, *tied.values()}:
+                    raise ConfigError(
+                        f"the adapter changes {full_name}, which shares its values with another "
+                        "part of the model: only an adapter without it can be merged."
+                    )
+                if source.convert is not None:
+                    raise ConfigError(
+                        f"the adapter changes {full_name}, which transformers makes from other "
+                        "tensors of the folder: merge it in memory with PEFT."
+                    )
+                self.makers[source.entry.name] = parameter.dtype, make
+
+    def _merge(self, module: nn.Module, module_name: str, name: str) -> torch.Tensor:
+        """A parameter of `module` after PEFT merged its adapters into it."""
+        if self._last[0] is not module:
+            self._last = None, {}  # before more memory is taken
+            before = dict(module._parameters)
+            for own, parameter in before.items():
+                if parameter is not None:
+                    values = parameter.detach()
+                    if _is_absent(parameter):
+                        values = self.sources[f"{module_name}.{own}"].read(self.checkpoint)
+                    values = values.to(parameter.dtype).view(parameter.shape)
+                    values = values.clone() if values.data_ptr() == parameter.data_ptr() else values
+                    module._parameters[own] = nn.Parameter(values, requires_grad=False)
+            try:
+                for tuner in reversed(self._tuners[module]):  # the innermost first
+                    tuner.merge()
+                self._last = module, dict(module._parameters)
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"the adapter of {module_name} cannot be merged: {error}"
+                ) from error
+            finally:
+                module._parameters.update(before)
+                for tuner in self._tuners[module]:
+                    tuner.merged_adapters.clear()
+        return self._last[1][name].detach()
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What `from_pretrained(dtype="auto")` of transformers takes."""
+    dtypes = (entry.dtype for entry in checkpoint.tensors.values())
+    floating = (dtype for dtype in dtypes if dtype.is_floating_point)
+    return checkpoint.config.dtype or next(floating, torch.float32)
+
+
+def _make_placeholders(model: PreTrainedModel, whole: Sequence[str]) -> None:
+    """Parameters of one NaN each, seen as the whole shape; vectors and modules `whole` in full."""
+    plan = model._get_dtype_plan(model.dtype)
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        in_full = any(f".{module_name}.".find(f".{name}.") >= 0 for name in whole)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                kept = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
+                full = in_full or parameter.ndim < 2
+                shape = parameter.shape if full else (1,) * parameter.ndim
+                dtype = torch.float32 if kept else parameter.dtype
+                values = torch.full(shape, torch.nan, dtype=dtype).expand(parameter.shape)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+
+
+def _is_absent(parameter: torch.Tensor) -> bool:
+    if parameter.untyped_storage().nbytes() == parameter.element_size():
+        parameter = (
+            parameter.flatten()[:1] if parameter.ndim < 2 else parameter[(0,) * parameter.ndim]
+        )
+    return bool(parameter.isnan().all())
+
+
+def _write_shard(path: Path, entries: list[TensorEntry], merged: _Merged) -> None:
+    """One safetensors file of `entries`, in their order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        dtype, _ = merged.makers.get(entry.name, (entry.dtype, None))
+        stop = end + math.prod(entry.shape) * dtype.itemsize
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, stop],
+        }
+        end = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file, open(entries[0].path, "rb", buffering=0) as base:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            if entry.name in merged.makers:
+                values = merged.makers[entry.name][1]().contiguous()
+                file.write(values.view(-1).view(torch.uint8).numpy())
+                continue
+            base.seek(entry.offset)
+            left_bytes = entry.n_bytes
+            while left_bytes:
+                piece = base.read(min(left_bytes, COPY_BYTES))
+                if not piece:
+                    raise CheckpointError(f"{entry.path} became shorter: load the model again.")
+                file.write(piece)
+                left_bytes -= len(piece)

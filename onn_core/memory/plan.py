@@ -1,0 +1,266 @@
+"""What fits a memory budget: chunk, micro-batch, resident layers, where boundaries wait."""
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from onn_core.errors import ConfigError
+from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
+from onn_core.weights.items import Item, count_slots, few_slots
+
+PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
+HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
+MARGIN = 1.05  # of a budget, for what the sum does not see; a CUDA allocator is counted to the byte
+CUDA_MARGIN = 1.02
+TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
+KEPT = 8  # where reading is the limit, graphs that are kept take at most one such part of a budget
+GRAPHS = "of graphs that stay"
+FEW_TOKENS = 256  # of a micro-batch, multiply fast; of a CPU's batch, take longer than its reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """All that a plan needs to know of a model."""
+
+    layers: Sequence[Sequence[Item]]
+    head: Sequence[Sequence[Item]]
+    held_bytes: int  # what always stays
+    hidden_bytes: int  # of a token between two layers
+    visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
+    on_cpu: bool = True
+    n_trained: int = 0  # parameters
+    n_back: int = 0  # layers that backward reaches
+
+    @property
+    def margin(self) -> float:
+        return MARGIN if self.on_cpu else CUDA_MARGIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a model runs; `parts` are the terms of its peak memory, in bytes, counted at need."""
+
+    slots: Counter  # size in bytes -> how many
+    n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
+    micro_batch_size: int
+    n_micro_batches: int
+    n_kept: int  # of the last layers, the graphs stay: their forward is not done again
+    boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
+    count: Callable[[], dict[str, int]]  # -> parts; traces a layer
+
+    @functools.cached_property
+    def parts(self) -> dict[str, int]:
+        return self.count()
+
+    @property
+    def by_matrix(self) -> bool:
+        return self.n_resident == 0
+
+    def kept(self, n_layers: int) -> range:
+        """The layers whose graphs stay."""
+        return range(n_layers - self.n_kept, n_layers)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Of one layer whose graph stays."""
+        return self.parts[GRAPHS] // self.n_kept if self.n_kept else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        terms = " + ".join(f"{size / 2**20:.0f} {what}" for what, size in self.parts.items())
+        return f"{terms} = {self.peak_bytes / 2**20:.0f} MiB"
+
+
+def make_plan(
+    sizes: Sizes,
+    batch_size: int,
+    n_tokens: int,
+    budget: int | None = None,
+    chunk_size: int = 1,
+    micro_batch_size: int | None = None,
+) -> Plan:
+    """The plan for batches of (batch_size, n_tokens) that fits `budget` and reads least.
+
+    Without a budget: `chunk_size` layers, the whole batch. ConfigError, with the arithmetic, if
+    nothing fits.
+    """
+    head = count_slots(sizes.head, 1)
+    weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
+    if chunk_size == 1 and not sizes.on_cpu:
+        weights.append((1, count_slots(sizes.layers, 1, look_ahead=False) + head))
+    if chunk_size == 1:
+        weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
+    places = ("memory", "disk" if sizes.on_cpu else "host")
+    micro = _all_micro_batches(batch_size)
+    if micro_batch_size is not None:
+        micro = [min(micro_batch_size, batch_size)]
+    tries = itertools.product(weights, places, micro)
+    if micro_batch_size is None and budget is not None:
+        fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
+        tries = [t for t in tries if t[2] <= fast or not t[0][0]]
+        # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
+        tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
+    for (n_resident, slots), place, size in tries:
+        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
+        plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
+        if budget is None:
+            return plan
+        if sizes.margin * plan.peak_bytes <= budget:
+            plan = _keep_graphs(plan, sizes, budget, batch_size, n_tokens)
+            return _keep_weights(plan, sizes, budget)
+    raise ConfigError(
+        f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
+        f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
+        "lower chunk_size, batch_size or max_length."
+    )
+
+
+def _all_micro_batches(batch_size: int) -> list[int]:
+    all_sizes = [batch_size]
+    while all_sizes[-1] > 1:
+        all_sizes.append(-(-all_sizes[-1] // 2))
+    return all_sizes
+
+
+def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int) -> int:
+    """One that multiplies at full speed: on a CPU the smallest such.
+
+    On CUDA the largest that takes a quarter of the budget.
+    """
+    all_sizes = _all_micro_batches(batch_size)
+    fast = [size for size in all_sizes if size * n_tokens >= FEW_TOKENS] or all_sizes[:1]
+    small = [size for size in fast if sizes.visit_bytes(size, n_tokens)[1] <= budget // 4]
+    return small[0] if small and not sizes.on_cpu else fast[-1]
+
+
+def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> Plan:
+    """`plan` with the graphs of as many of the last layers as it has room for.
+
+    A byte of them saves more time than one of weights, where products are the limit: on a CPU with
+    FEW_TOKENS or more. Elsewhere they take a part of the budget: of few tokens they are small.
+    """
+    kept_bytes = sizes.visit_bytes(batch_size, n_tokens)[2]  # of a layer
+    if plan.boundaries != "memory":  # then its input is in memory only for the graph
+        kept_bytes += batch_size * n_tokens * sizes.hidden_bytes
+    room = int(budget / sizes.margin) - plan.peak_bytes
+    if not sizes.on_cpu or batch_size * n_tokens < FEW_TOKENS:
+        room = min(room, budget // KEPT)
+    n_kept = min(room // kept_bytes, sizes.n_back) if plan.n_resident else 0
+    if n_kept <= 0:
+        return plan
+    parts = plan.parts | {GRAPHS: n_kept * kept_bytes}
+    return dataclasses.replace(plan, n_kept=n_kept, count=parts.copy)
+
+
+def _keep_weights(plan: Plan, sizes: Sizes, budget: int) -> Plan:
+    """`plan` with as many layers as the budget has room for, and the head once all are there.
+
+    What room is then left keeps single matrices, the largest first, but for what the heap may
+    grow by before it is trimmed, which costs time.
+    """
+
+    def fits(slots: Counter, gaps: int = 0) -> bool:
+        beside = plan.peak_bytes - plan.parts["weights"] + gaps
+        return sizes.margin * (beside + slots_bytes(slots)) <= budget
+
+    n_layers, head = len(sizes.layers), sizes.head
+    choices = [(n_layers, count_slots(sizes.layers, n_layers) + count_slots(head, len(head) or 1))]
+    for n in range(n_layers, plan.n_resident or n_layers, -1):
+        choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
+    choices.append((plan.n_resident, plan.slots.copy()))
+    n_resident, slots = next(choice for choice in choices if fits(choice[1]))
+    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
+    gaps = plan.parts["activations"] // 2 if sizes.on_cpu else 0
+    for size in sorted(every if n_resident else (), reverse=True):
+        while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
+            slots[size] += 1
+    parts = plan.parts | {"weights": slots_bytes(slots)}
+    if any(slots[size] < count for size, count in every.items()):  # else there is room anyway
+        room = int(budget / sizes.margin) - sum(parts.values())
+        parts |= {"heap's gaps": max(0, min(gaps, room))} if gaps else {}
+    return dataclasses.replace(plan, n_resident=n_resident, slots=slots, count=parts.copy)
+
+
+def _parts(
+    sizes: Sizes,
+    slots: Counter,
+    place: str,
+    batch_size: int,
+    micro_batch_size: int,
+    n_tokens: int,
+) -> dict[str, int]:
+    """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
+
+    Forward, the embedding stays too: transformers refers to it until the last layer is done.
+    """
+    batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
+    saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
+    forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
+    head = head_bytes(sizes, batch_size * n_tokens)
+    activations = max(forward + batch_bytes, backward, head)
+    return {
+        "weights": slots_bytes(slots),
+        "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
+        "adapters": TRAINED_BYTES * sizes.n_trained,
+        "boundary activations": saved,
+        "activations": int((HEAP if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+    }
+
+
+def head_bytes(sizes: Sizes, n_tokens: int) -> int:
+    """Peak of the head: the gradient so far, and the logits of a chunk of the tokens.
+
+    In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and the
+    gaps that many chunks leave. In several: the logits as they are, in float32 and as exponentials;
+    and two float32 sums for the gradient. On CUDA a large gradient is made on the host.
+    """
+    if not sizes.head:
+        return 0
+    n_rows, n_hidden = sizes.head[0][0].shape  # (v, C)
+    most = max(1, LOGITS_BYTES // (4 * n_rows))
+    gradient = n_tokens * sizes.hidden_bytes
+    if len(sizes.head) == 1:
+        return 2 * gradient + 14 * n_rows * min(n_tokens, most)
+    chunk = min(n_tokens, HEAD_TOKENS, most)
+    sums = 8 * n_hidden * n_tokens
+    logits = chunk * (10 * n_rows + 10 * n_hidden)
+    if not sizes.on_cpu and sums > GRADIENT_BYTES:
+        return max(8 * n_hidden * chunk + logits, gradient)
+    return sums + gradient + logits
+
+
+def slots_bytes(slots: Counter) -> int:
+    """Memory of all slots."""
+    return sum(size * count for size, count in slots.items())
+
+
+def items_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
+    """Size of a slot -> items that a training step reads in the steady state.
+
+    lowest: the lowest trained layer. What has a slot stays at each turn, from forward to backward
+    and from step to step, unless the layers below `lowest` come between.
+    """
+    found: Counter = Counter()
+    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
+    below = Counter(item.slot_bytes for unit in sizes.layers[:lowest] for item in unit)
+    for size, count in every.items():
+        back, slots = count - below[size], plan.slots[size]
+        if plan.by_matrix and slots * len(sizes.layers) < count:
+            turns = slots * (len(sizes.layers) - lowest)  # from recompute to gradient
+            found[size] += plan.n_micro_batches * (count + 2 * back) - turns
+        elif plan.by_matrix:
+            found[size] += count + back
+        elif slots < count:
+            found[size] += count - max(0, slots - below[size]) + max(0, back - slots)
+    head = Counter(item.slot_bytes for unit in sizes.head for item in unit)
+    return found + Counter({size: n for size, n in head.items() if n > plan.slots[size]})
+
+
+def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:
+    """Bytes that a training step reads in the steady state."""
+    return slots_bytes(items_read(sizes, plan, lowest))

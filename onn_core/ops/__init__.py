@@ -1,0 +1,1 @@
+"""Arithmetic on frozen weights: matmul, cross-entropy in blocks, norm in parts."""

@@ -1,0 +1,125 @@
+"""Causal cross-entropy over a vocabulary that is never there at once, exact."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from onn_core.ops.matmul import product, product_back
+
+IGNORED = -100  # a label that is not counted
+LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of tokens
+HEAD_TOKENS = 1024  # at most, that meet a block of the head at once
+GRADIENT_BYTES = 256 << 20  # float32 sums for the gradient; beyond, they stay on the host
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """(B, T) labels -> (B, T): position t holds the token that follows it."""
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def token_chunks(n_tokens: int, n_rows: int, at_most: int | None = None) -> list[slice]:
+    """Slices of tokens whose float32 logits over `n_rows` stay within LOGITS_BYTES."""
+    size = min(at_most or max(1, n_tokens), max(1, LOGITS_BYTES // (4 * n_rows)))
+    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
+
+
+@dataclasses.dataclass
+class OnlineCrossEntropy:
+    """Summed cross-entropy and its gradient from one pass over blocks of the vocabulary.
+
+    The running maximum and sum of exponentials are those of the online softmax (Milakov and
+    Gimelshein 2018); the gradient is carried along unnormalised and divided by the sum at the end,
+    as FlashAttention (Dao et al. 2022) does for attention. The head is read once.
+
+    hidden: (n, C). labels: (n,) shifted, IGNORED where not counted. post: raw logits (n, v) ->
+    logits (n, v), elementwise (scaling, soft cap).
+    """
+
+    hidden: torch.Tensor
+    labels: torch.Tensor
+    post: Callable[[torch.Tensor], torch.Tensor]
+    with_grad: bool
+
+    def __post_init__(self):
+        n_tokens, hidden_size = self.hidden.shape
+        self._host_labels = self.labels.cpu()  # so that no block waits for the device to find its
+        new = self.hidden.new_zeros
+        self._top = new(n_tokens, dtype=torch.float32).fill_(-torch.inf)  # running maximum
+        self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
+        self._target = new(n_tokens, dtype=torch.float32)  # logit of the label
+        if self.with_grad:
+            large = 8 * n_tokens * hidden_size > GRADIENT_BYTES
+            home = torch.device("cpu") if large else self.hidden.device
+            shape, pinned = (n_tokens, hidden_size), large and self.hidden.is_cuda
+            self._pull = torch.zeros(  # sum of exp * weight
+                shape, dtype=torch.float32, device=home, pin_memory=pinned
+            )
+            self._pushes: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, label's weight
+
+    def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
+        for tokens in token_chunks(len(self.labels), len(weight), HEAD_TOKENS):
+            self._add_tokens(tokens, first, weight, bias)
+
+    def _add_tokens(
+        self, tokens: slice, first: int, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        hidden = self.hidden[tokens]  # (n, C)
+        column = self.labels[tokens] - first
+        here = (column >= 0) & (column < len(weight))
+        column = column.clamp(0, len(weight) - 1)
+        raw = product(hidden, weight, bias)  # (n, v)
+        with torch.set_grad_enabled(self.with_grad):
+            raw = raw.requires_grad_(self.with_grad)
+            logits = self.post(raw)
+        values = logits.detach().float()
+        top = torch.maximum(self._top[tokens], values.amax(-1))
+        shrink = torch.exp(self._top[tokens] - top)
+        target = values.gather(-1, column[:, None])[:, 0]
+        self._target[tokens] = torch.where(here, target, self._target[tokens])
+        exponentials = values.sub_(top[:, None]).exp_()
+        self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
+        self._top[tokens] = top
+        if not self.with_grad:
+            return
+        if logits is raw:
+            pull, slope = exponentials.to(raw.dtype), None
+        else:
+            (pull,) = torch.autograd.grad(
+                logits, raw, exponentials.to(logits.dtype), retain_graph=True
+            )
+            (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
+            slope = slopes.gather(-1, column[:, None]).float()
+        # a copy only where it stays on the host
+        so_far = self._pull[tokens].to(pull.device, non_blocking=True)
+        so_far.mul_(shrink[:, None]).add_(product_back(pull, weight).float())
+        if self._pull.device != pull.device:
+            self._pull[tokens].copy_(so_far, non_blocking=True)
+        columns = self._host_labels[tokens] - first
+        rows = ((columns >= 0) & (columns < len(weight))).nonzero()[:, 0]
+        if len(rows):
+            there = rows.to(pull.device, non_blocking=True)
+            push = weight[column[there]]
+            push = push if slope is None else push.float() * slope[there]
+            home = self._pull.device
+            self._pushes.append(((tokens.start + rows).to(home), push.to(home, non_blocking=True)))
+
+    def token_losses(self) -> torch.Tensor:
+        """The loss of each token (n,) in float32, 0 where it is not counted."""
+        losses = self._top + torch.log(self._sum) - self._target
+        return torch.where(self.labels != IGNORED, losses, 0.0)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The summed loss over counted tokens; its gradient (n, C) in float32, or on the host."""
+        loss = self.token_losses().sum()
+        if not self.with_grad:
+            return loss, None
+        home = self._pull.device
+        if home != self.hidden.device:
+            torch.cuda.synchronize(self.hidden.device)
+        grad = self._pull.div_(self._sum[:, None].to(home))
+        for rows, push in self._pushes:
+            grad[rows] -= push.float()
+        return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)

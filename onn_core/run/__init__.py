@@ -1,0 +1,1 @@
+"""A run around its steps: checkpoints, resume, stopping, progress."""

@@ -1,0 +1,242 @@
+"""All that training changes, saved and taken up again: a resumed run is equal bit for bit.
+
+The batches of a step depend on the seed and its number alone, and so does its learning rate:
+the number of the step is all of the data's position and the schedule.
+"""
+
+import array
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+
+from onn_core.adapters.lora import save_adapter
+from onn_core.config import TrainConfig
+from onn_core.data.examples import Example
+from onn_core.errors import OnnError
+from onn_core.record import RunRecord
+from onn_core.run.checkpoints import Checkpoints, remove_left
+from onn_core.weights.folder import Checkpoint
+
+# These change where a run is and how fast it goes, not its numbers.
+MAY_DIFFER = {
+    "model_dir",
+    "data",
+    "output_dir",
+    "adapter",
+    "chunk_size",
+    "memory_budget",
+    "progress",
+}
+MAY_DIFFER |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"}
+
+
+class TrainingState:
+    """Everything that an optimizer step changes."""
+
+    def __init__(
+        self,
+        model: peft.PeftModel,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+    ):
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer  # of these parameters, in this order
+        self.scaler = scaler
+        self.device = device
+        self.mark()
+
+    def mark(self) -> None:
+        """A step is finished: note the random states, which the next one changes from its start."""
+        self.random = {"random/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            self.random["random/cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state after the last finished step, on the CPU."""
+        tensors = {f"adapter/{name}": p.detach() for name, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.detach()
+        return {name: t.cpu().contiguous() for name, t in (tensors | self.random).items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], scaler: dict[str, Any]) -> None:
+        """Take over what `tensors` and the scaler's state were; OnnError if they do not fit."""
+        numbers = {name: number for number, name in enumerate(self.trained)}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        try:
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    values = tensors[f"adapter/{name}"]
+                    if (values.shape, values.dtype) != (parameter.shape, parameter.dtype):
+                        raise ValueError(f"{name} has shape {list(values.shape)}, {values.dtype}")
+                    parameter.copy_(values)
+            for name, values in tensors.items():
+                key, _, name = name.partition("/")
+                if key not in ("adapter", "random"):
+                    state.setdefault(numbers[name], {})[key] = values
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            if not all(isinstance(value, int | float) for value in scaler.values()):
+                raise ValueError("the scaler holds more than numbers")
+            self.scaler.load_state_dict(scaler)
+            torch.set_rng_state(tensors["random/cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise OnnError(
+                f"the checkpoint does not fit this model ({error}): start again without resume."
+            ) from error
+        self.mark()
+
+
+class RunKeeper:
+    """Saves a run after any finished step, and takes it up again.
+
+    run: what `describe_run` says. digests: the stream's, if it keeps them.
+    whole: whether the state is that of a finished step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: peft.PeftModel,
+        state: TrainingState,
+        run: dict[str, Any],
+        digests: dict[str, str] | None = None,
+    ):
+        self.config = config
+        self.model = model
+        self.state = state
+        self.run = run
+        self.digests = digests
+        self.whole = True
+        self.output_dir = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.output_dir, config.keep_checkpoints)
+        self._saved_at = time.monotonic()  # which no change of the clock moves
+
+    def begin(self, fresh: RunRecord, resume: bool) -> RunRecord:
+        """The record to go on with: `fresh`, or that of the newest whole checkpoint, restored."""
+        remove_left(self.output_dir)
+        if not resume:
+            self.checkpoints.set_aside()
+            return fresh
+        saved = self.checkpoints.load()
+        if saved is None:
+            warnings.warn(f"{self.output_dir} has no checkpoint: starts at step 1.", stacklevel=3)
+            return fresh
+        require_same_run(saved.state, self.run, len(saved.record.steps))
+        self.state.restore(saved.tensors, saved.state["scaler"])
+        if self.digests is not None:
+            self.digests.update(saved.state["digests"])
+        ours, theirs = ({**r.environment, "date": ""} for r in (fresh, saved.record))
+        if ours != theirs:
+            warnings.warn(
+                "the checkpoint is of another machine, other versions or another number of "
+                "threads: the resumed run may differ from a whole one in the last bits.",
+                stacklevel=3,
+            )
+        return dataclasses.replace(saved.record, config=fresh.config, status="running")
+
+    def step_finished(self) -> None:
+        """The record has the step that has just changed the state."""
+        self.state.mark()
+        self.whole = True
+
+    def save_if_due(self, record: RunRecord) -> None:
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        by_time = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        if by_time or (every and len(record.steps) % every == 0):
+            self._save_checkpoint(record)
+            self._saved_at = time.monotonic()
+
+    def save(self, record: RunRecord) -> None:
+        """A checkpoint, the adapter and the record, each whole or not at all; OnnError if not."""
+        self._save_checkpoint(record)
+        try:
+            save_adapter(self.model, self.output_dir / "adapter")
+            record.save(self.output_dir / "record.json")
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(error) from error
+
+    def save_stopped(self, record: RunRecord, error: BaseException) -> None:
+        """Save what the last finished step left; `error` then says how to go on, or why not."""
+        record.status = f"stopped: {str(error) or type(error).__name__}"
+        if not self.whole:
+            return
+        try:
+            self.save(record)
+            done = f"stopped after step {len(record.steps)} of {self.config.max_steps}"
+            note = f"{done}: train(resume=True) continues from there"
+        except OnnError as problem:
+            note = str(problem)
+        if not error.args:  # of a KeyboardInterrupt
+            error.args = (note,)
+        elif note != str(error):
+            error.add_note(note)
+
+    def _save_checkpoint(self, record: RunRecord) -> None:
+        try:
+            digests = dict(self.digests or {})  # readers add to it
+            state = {**self.run, "scaler": self.state.scaler.state_dict(), "digests": digests}
+            self.checkpoints.save(self.state.tensors(), state, record)
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: Exception) -> OnnError:
+        return OnnError(
+            f"{self.output_dir} cannot be written ({getattr(error, 'strerror', None) or error}): "
+            "make room or allow it; train(resume=True) then continues from the last checkpoint."
+        )
+
+
+def describe_run(
+    config: TrainConfig, checkpoint: Checkpoint, examples: Iterable[Example]
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run, as JSON values.
+
+    The weights' fingerprint covers every tensor's name, dtype, shape and first row.
+    """
+    weights, text = hashlib.sha256(), hashlib.sha256()
+    for name, entry in sorted(checkpoint.tensors.items()):
+        weights.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+        if entry.n_bytes:
+            row = torch.zeros(1, dtype=torch.int64)
+            first = checkpoint.read_rows(name, row) if entry.shape else checkpoint.read(name)
+            weights.update(first.flatten().view(torch.uint8).numpy())
+    for example in examples:
+        text.update(array.array("q", [len(example.input_ids), *example.input_ids]))
+        text.update(array.array("q", example.labels))
+    settings = {k: v for k, v in config.to_dict().items() if k not in MAY_DIFFER}
+    return {"settings": settings, "weights": weights.hexdigest(), "text": text.hexdigest()}
+
+
+def require_same_run(saved: dict[str, Any], now: dict[str, Any], n_steps: int) -> None:
+    """OnnError if a run that is `now` would not continue the one that was `saved`.
+
+    More steps are allowed where they change nothing of those that were done.
+    """
+    before, after = dict(saved["settings"]), dict(now["settings"])
+    if after["lr_schedule"] == "constant" and after["max_steps"] >= n_steps:
+        before.pop("max_steps", None), after.pop("max_steps")
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+    changed += ["the weights are others"] if saved.get("weights") != now["weights"] else []
+    changed += ["the text is another"] if saved.get("text") != now["text"] else []
+    if changed:
+        raise OnnError(
+            f"the run cannot be resumed: {'; '.join(changed)}. Set it back, or train without "
+            "resume (the old checkpoints are set aside)."
+        )

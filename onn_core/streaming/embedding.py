@@ -1,0 +1,42 @@
+"""An embedding whose rows are read from disk by number."""
+
+import torch
+from torch import nn
+
+from onn_core.streaming.session import Session
+from onn_core.weights.folder import Checkpoint
+from onn_core.weights.formats import Source
+
+
+class EmbeddingRows:
+    """Takes the place of an embedding's forward: reads the rows that a batch needs."""
+
+    def __init__(
+        self, module: nn.Embedding, checkpoint: Checkpoint, source: Source, session: Session
+    ):
+        self.module = module
+        self.forward = module.forward  # the class's own: some scale what they look up
+        self.n_rows = len(module.weight)
+        self.dtype, self.session = module.weight.dtype, session
+        self.checkpoint, self.name = checkpoint, source.entry.name
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids (B, T) -> (B, T, C)."""
+        ids, places = input_ids.unique(return_inverse=True)
+        if len(ids) and (ids[0] < 0 or ids[-1] >= self.n_rows):
+            raise IndexError(f"token ids lie outside the vocabulary of {self.n_rows}.")
+        module, weight = self.module, self.module._parameters["weight"]  # may be the head's too
+        padding_idx, module.padding_idx = module.padding_idx, None
+        module._parameters["weight"] = nn.Parameter(self._read(ids), requires_grad=False)
+        try:
+            return self.forward(places)
+        finally:
+            module._parameters["weight"], module.padding_idx = weight, padding_idx
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the weight (V, C)."""
+        return self._read(torch.arange(start, stop))
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.checkpoint.read_rows(self.name, ids.cpu())  # (U, C)
+        return rows.to(self.session.device, self.dtype)

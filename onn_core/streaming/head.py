@@ -1,0 +1,290 @@
+"""A head that passes by in blocks, and its logits and loss, which never need it whole."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
+from onn_core.ops.matmul import linear, product, product_back
+from onn_core.streaming.batching import Reached
+from onn_core.streaming.lazy import LazyTensor, changes_its_tensor
+from onn_core.streaming.session import Session
+from onn_core.weights.formats import Source
+from onn_core.weights.items import Item
+
+HEAD_BLOCK_BYTES = 64 << 20  # a head of one block has the very loss of a head in memory
+# Elementwise functions of logits, with numbers at most, that wait until the logits are made.
+ELEMENTWISE = {
+    *("float", "to", "type", "contiguous", "clone", "neg", "__neg__", "tanh", "mul", "__mul__"),
+    *("__rmul__", "multiply", "div", "true_divide", "__truediv__"),
+}
+Op = Callable[[torch.Tensor], torch.Tensor]
+
+
+class StreamedHead:
+    """Takes the place of the head's forward.
+
+    module: the output projection (V, C). blocks: its weight in items of rows, in order, each with
+    its first row. While it `defers`, its logits wait until they are used: a loss that takes them
+    as they are never has them all at once.
+    """
+
+    def __init__(self, module: nn.Linear, blocks: list[tuple[int, Item]], session: Session):
+        self.module = module
+        self.blocks = blocks
+        self.session = session
+        self.n_rows = len(module.weight)
+        self.defers = False
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.module.bias
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., C) -> logits (..., V)."""
+        if self.session.batching.probing:
+            raise Reached
+        if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
+            return _HeadLogits.apply(self, hidden, False) + self.bias
+        return Logits.of(self, hidden) if self.defers else _HeadLogits.apply(self, hidden, True)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """A copy of rows start:stop of the weight (V, C)."""
+        parts = [
+            weight[max(start - first, 0) : stop - first].to(self.module.weight.dtype, copy=True)
+            for first, weight, _ in self.resident_blocks(start, stop)
+        ]
+        return torch.cat(parts) if parts else self.module.weight.data[:0]
+
+    def resident_blocks(self, start: int = 0, stop: int | None = None):
+        """Visits the blocks of rows start:stop: the first row, weight (v, C), bias (v,) of each."""
+        session = self.session
+        units = session.head_units
+        for index, (first, item) in enumerate(self.blocks):
+            if first + item.shape[0] <= start or stop is not None and first >= stop:
+                continue
+            future = units[index:] + session.backward_pass(session.n_layers - 1)
+            with session.visit("head", units[index], future + session.forward_pass()):
+                weight = item.tensor
+                bias = None if self.bias is None else self.bias[first : first + len(weight)]
+                try:
+                    yield first, weight, bias
+                finally:
+                    session.stream.release(item)
+
+
+class Logits(LazyTensor):
+    """Logits (..., V) of hidden (..., C) that wait until they are used.
+
+    ops: elementwise functions that the model applied to them (scaling, soft cap, cast).
+    """
+
+    head: StreamedHead
+    hidden: torch.Tensor
+    ops: tuple[Op, ...]
+    made: torch.Tensor | None
+    changed: bool  # by an operation in place
+
+    @staticmethod
+    def of(head: StreamedHead, hidden: torch.Tensor, ops: tuple[Op, ...] = ()) -> "Logits":
+        device, dtype = hidden.device, hidden.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        one = apply(ops, torch.zeros(1, dtype=dtype, device=device))
+        graph = hidden.requires_grad and torch.is_grad_enabled()
+        shape = (*hidden.shape[:-1], head.n_rows)
+        tensor = Logits.absent(shape, one.dtype, device, graph)
+        tensor.head, tensor.hidden, tensor.ops = head, hidden, ops
+        tensor.made, tensor.changed = None, False
+        return tensor
+
+    def values(self) -> torch.Tensor:
+        lacks_graph = torch.is_grad_enabled() and self.requires_grad
+        lacks_graph = lacks_graph and self.made is not None and not self.made.requires_grad
+        if self.made is None or lacks_graph and not self.changed:
+            self.made = apply(self.ops, _HeadLogits.apply(self.head, self.hidden, True))
+        return self.made
+
+    def answer(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        if changes_its_tensor(name):
+            self.values()
+            self.changed = True
+        if name not in ELEMENTWISE or self.changed:
+            return NotImplemented
+        others = [*args[1:], *kwargs.values()]
+        if any(isinstance(x, torch.Tensor) and (x.ndim or x.requires_grad) for x in others):
+            return NotImplemented
+
+        def op(logits: torch.Tensor) -> torch.Tensor:
+            return func(logits, *args[1:], **kwargs)
+
+        one = op(torch.zeros((1,) * self.ndim, dtype=self.dtype, device=self.device))
+        if one.ndim != self.ndim or one.device != self.device:
+            return NotImplemented
+        return Logits.of(self.head, self.hidden, (*self.ops, op))
+
+    def cross_entropy(
+        self,
+        shifted_labels: torch.Tensor,
+        n_counted: torch.Tensor | float | None,
+        loss_function: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Mean cross-entropy against labels (...): a scalar.
+
+        n_counted: what the sum is divided by; None counts the labels here. loss_function: the
+        model's.
+        """
+        args = (shifted_labels, n_counted, self.ops, loss_function)
+        return _HeadLoss.apply(self.head, self.hidden, *args)
+
+    def token_losses(self, shifted_labels: torch.Tensor) -> torch.Tensor:
+        """The loss of each token (...), 0 where it is not counted; no gradient."""
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])  # (n, C)
+        labels = shifted_labels.reshape(-1)
+        entropy = _in_blocks(self.head, hidden, labels, self.ops, with_grad=False)
+        return entropy.token_losses().view(shifted_labels.shape)
+
+
+def apply(ops: tuple[Op, ...], logits: torch.Tensor) -> torch.Tensor:
+    for op in ops:
+        logits = op(logits)
+    return logits
+
+
+def causal_lm_loss(loss_function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any):
+    """`loss_function`, in blocks where it is the usual one and the logits still wait."""
+    if loss_function is ForCausalLMLoss:
+        bound = inspect.signature(loss_function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        logits, labels, shifted = given["logits"], given["labels"], given["shift_labels"]
+        if isinstance(logits, Logits) and not logits.changed:
+            labels = shift_labels(labels) if shifted is None else shifted
+            fits = labels.shape == logits.shape[:-1] and given["vocab_size"] == logits.head.n_rows
+            if fits and given["ignore_index"] == IGNORED:
+                labels = labels.to(logits.device)
+                return logits.cross_entropy(labels, given["num_items_in_batch"], loss_function)
+    return loss_function(*args, **kwargs)
+
+
+class _HeadLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: StreamedHead, hidden: torch.Tensor, with_bias: bool
+    ) -> torch.Tensor:
+        ctx.head = head
+        parts = [
+            product(hidden, weight, bias if with_bias else None)
+            for _, weight, bias in head.resident_blocks()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        total = None
+        for first, weight, _ in ctx.head.resident_blocks():
+            part = product_back(grad[..., first : first + len(weight)], weight)
+            total = part if total is None else total.add_(part)
+        return None, total, None
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss and, at once, its gradient: the head is read once a step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: StreamedHead,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        n_counted: torch.Tensor | float | None,
+        ops: tuple[Op, ...],
+        loss_function: Callable,
+    ) -> torch.Tensor:
+        with_grad = ctx.needs_input_grad[1]
+        # float16 goes by blocks: their gradient stays in float32 until a loss scale has lifted it
+        whole_in_one = len(head.blocks) == 1 and hidden.dtype != torch.float16
+        n_vocabulary = head.module.weight.shape[0]
+        chunks = token_chunks(labels.numel(), n_vocabulary)
+        if n_counted is None and not (whole_in_one and len(chunks) == 1):
+            n_counted = (labels != IGNORED).sum()
+        flat_labels = labels.reshape(-1)  # (n,)
+        flat = hidden.reshape(-1, hidden.shape[-1])  # (n, C)
+        if not whole_in_one:
+            total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad).result()
+            loss = total / n_counted
+            if grad is not None:
+                on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
+                grad = grad.div_(on_home)
+        else:
+            losses = torch.zeros(len(chunks), dtype=torch.float64, device=flat.device)
+            grad = torch.empty_like(flat) if with_grad else None
+            for _, weight, bias in head.resident_blocks():
+                for number, tokens in enumerate(chunks):
+                    part = flat[tokens].detach()
+                    with torch.set_grad_enabled(with_grad):
+                        part.requires_grad_(with_grad)
+                        loss = loss_function(
+                            logits=apply(ops, linear(part, weight, bias)),
+                            labels=None,
+                            vocab_size=n_vocabulary,
+                            num_items_in_batch=n_counted,
+                            shift_labels=flat_labels[tokens],
+                        )
+                    losses[number] = loss.detach()
+                    if with_grad:
+                        grad[tokens] = torch.autograd.grad(loss, part)[0]
+            loss = losses.sum().to(loss.dtype)
+        ctx.shape = hidden.shape
+        ctx.dtype, ctx.device = hidden.dtype, hidden.device
+        if with_grad:
+            ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        grad = (grad * grad_loss.to(grad)).to(ctx.dtype).to(ctx.device).view(ctx.shape)
+        return None, grad, None, None, None, None
+
+
+def _in_blocks(
+    head: StreamedHead,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    ops: tuple[Op, ...],
+    with_grad: bool,
+) -> OnlineCrossEntropy:
+    """The cross-entropy of hidden (n, C), counted one block of the vocabulary at a time."""
+    entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad)
+    for first, weight, bias in head.resident_blocks():
+        entropy.add(first, weight, bias)
+    return entropy
+
+
+def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """(start, stop) of one block up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
+
+    All have as many rows if some number of blocks, up to twice the least, divides them: a last
+    block of another size would need slots of its own.
+    """
+    n_bytes = n_rows * row_bytes
+    least = 1 if n_bytes <= HEAD_BLOCK_BYTES else -(-2 * n_bytes // HEAD_BLOCK_BYTES)
+    n_blocks = next((n for n in range(least, 2 * least) if n_rows % n == 0), least)
+    size = -(-n_rows // n_blocks)
+    return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+
+def head_items(
+    source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype
+) -> list[tuple[int, Item]]:
+    """The head's weight (V, C) as items of rows, each with its first row."""
+    return [
+        (start, Item(source.rows(start, stop), (stop - start, hidden_size), dtype))
+        for start, stop in split_rows(n_rows, hidden_size * dtype.itemsize)
+    ]

