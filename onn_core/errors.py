@@ -5,7 +5,7 @@ class OnnError(Exception):
     """Base of every error that a user can cause; the message says what to do."""
 
 
-class CheckpointError(OnnError):
+class ModelFolderError(OnnError):
     """The model folder cannot be used as it is."""
 
 

@@ -96,7 +96,7 @@ class ChunkedLoraTrainer:
             enabled=config.loss_scale is not None,
         )
         state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
-        run = describe_run(config, self.base.checkpoint, [*self.train_set, *self.held_out])
+        run = describe_run(config, self.base.model_folder, [*self.train_set, *self.held_out])
         self.keeper = RunKeeper(config, self.model, state, run, digests)
         self.record = RunRecord(
             config=config.without_paths(),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from small import numbers, require_equal, trainer, write_small
 
 import onn_core
-from onn_core.errors import CheckpointError, OnnError
+from onn_core.errors import ModelFolderError, OnnError
 from onn_core.run.checkpoints import Checkpoints
 
 pytestmark = [
@@ -243,7 +243,7 @@ def test_a_read_error(at_read, small, whole, tmp_path, monkeypatch):
         return preadv(descriptor, buffers, offset, *rest)
 
     monkeypatch.setattr("os.preadv", failing)
-    with pytest.raises(CheckpointError, match="cannot be read at byte .*Input/output error"):
+    with pytest.raises(ModelFolderError, match="cannot be read at byte .*Input/output error"):
         trainer(small, tmp_path).train()
     require_nothing_half_written(tmp_path)
     monkeypatch.undo()

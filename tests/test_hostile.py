@@ -30,7 +30,7 @@ from onn_core.adapters.folder import load_adapter
 from onn_core.data.examples import corpus, load_rows, tokenize
 from onn_core.errors import OnnError
 from onn_core.run.checkpoints import FILES, SUMS, Checkpoints
-from onn_core.weights.folder import INDEX_NAME, Checkpoint
+from onn_core.weights.folder import INDEX_NAME, ModelFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -229,9 +229,9 @@ def index_and_headers(folder):
 
 
 def read_all(folder):
-    with contextlib.closing(Checkpoint.open(folder)) as checkpoint:
-        for name in checkpoint.tensors:
-            checkpoint.read(name)
+    with contextlib.closing(ModelFolder.open(folder)) as model_folder:
+        for name in model_folder.tensors:
+            model_folder.read(name)
 
 
 def configuration(folder):

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from onn_core.errors import CheckpointError, ConfigError
+from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.record import new_folder
 from onn_core.weights import default_model, geometry, random_model
 
@@ -124,7 +124,7 @@ def test_finished_random_checkpoint_is_kept(tmp_path):
     assert random_model.write_random_model(folder, toy("phi3"), progress=False) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     for config, settings in ((toy("gpt2"), {}), (toy("phi3"), {"seed": 1})):
-        with pytest.raises(CheckpointError, match="something else"):
+        with pytest.raises(ModelFolderError, match="something else"):
             random_model.write_random_model(folder, config, progress=False, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -141,7 +141,7 @@ def test_interrupted_random_checkpoint_leaves_nothing(tmp_path, monkeypatch):
 
 def test_full_disk_is_refused_before_writing(tmp_path):
     config = AutoConfig.for_model("llama", **TOY["llama"] | {"vocab_size": 10**13})
-    with pytest.raises(CheckpointError, match=r"needs 640000.0 GB .* has [0-9.]+ GB free"):
+    with pytest.raises(ModelFolderError, match=r"needs 640000.0 GB .* has [0-9.]+ GB free"):
         random_model.write_random_model(tmp_path / "model", config, progress=False)
     assert not list(tmp_path.iterdir())
 

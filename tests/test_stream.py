@@ -32,7 +32,7 @@ from toy import (
     with_lora,
 )
 
-from onn_core.errors import CheckpointError
+from onn_core.errors import ModelFolderError
 from onn_core.weights.items import count_slots
 from onn_core.weights.reader import SLICE_NS, run_at_once
 from onn_core.weights.stream import WeightStream
@@ -232,7 +232,7 @@ def test_random_visits_in_unannounced_order_get_the_right_bytes():
     model = streamed(folder)
     true_weights = {n: p.detach() for n, p in in_memory(folder).named_parameters()}
     units = [list(unit) for unit in model.session.stream.units[:N_LAYERS]]
-    stream = WeightStream(model.checkpoint, units, count_slots(units, 1), torch.device("cpu"))
+    stream = WeightStream(model.model_folder, units, count_slots(units, 1), torch.device("cpu"))
     chance = random.Random(0)
     unit = 0
     for _ in range(300):
@@ -458,9 +458,9 @@ def test_a_file_that_is_gone_is_an_error_and_can_be_restored(tmp_path):
     model = with_lora(streamed(folder))
     path = folder / "model.safetensors"
     path.rename(folder / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors .*restore"):
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors .*restore"):
         step(model, toy_batch())
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ModelFolderError):
         step(model, toy_batch())
     (folder / "elsewhere").rename(path)
     model.base_model.model.close()
@@ -475,7 +475,7 @@ def test_a_file_that_is_cut_in_use_is_an_error(tmp_path, left, dtype):
     step(model, toy_batch())
     path = folder / "model.safetensors"
     os.truncate(path, int(path.stat().st_size * left))
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(ModelFolderError, match="model.safetensors"):
         for _ in range(2):
             step(model, toy_batch())
 
@@ -604,7 +604,7 @@ def test_weights_differ_where_the_file_differs(tmp_path):
     with open(folder / "model.safetensors", "r+b") as file:
         file.seek(item.source.entry.offset + 3)
         file.write(b"\x3f")
-    with pytest.raises(CheckpointError, match="was changed while it was in use"):
+    with pytest.raises(ModelFolderError, match="was changed while it was in use"):
         step(model, toy_batch())
     after, _ = step(with_lora(streamed(folder)), toy_batch())
     assert difference(after, before) > 1e-6
@@ -615,7 +615,7 @@ def test_weights_differ_where_the_file_differs(tmp_path):
 def test_auto_computes_in_float32_where_the_cpu_has_no_products_of_the_stored_dtype(
     stored, has_products, monkeypatch
 ):
-    monkeypatch.setattr("onn_core.streaming.loading.multiplies_fast", lambda dtype: has_products)
+    monkeypatch.setattr("onn_core.streaming.loading.has_fast_matmul", lambda dtype: has_products)
     expected = stored if has_products else torch.float32
     assert streamed(toy_dir("llama", stored), dtype="auto").dtype == expected
 

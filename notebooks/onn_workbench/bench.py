@@ -27,7 +27,7 @@ from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import describe_environment, write_json
 from onn_core.streaming.loading import from_pretrained, resolve_device
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
 from onn_workbench.peers import SYSTEMS, UNCAPPED, run_steps
 from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
@@ -44,14 +44,14 @@ def measure_ceilings(
 ) -> Ceilings:
     """Reads of the model's own files, products of its first layer's own matrices."""
     where = resolve_device(device)
-    checkpoint = Checkpoint.open(model_dir)
+    model_folder = ModelFolder.open(model_dir)
     model = from_pretrained(model_dir, device=device)
     items = model.session.stream.units[0]
     shapes = [item.shape for item in items if len(item.shape) == 2]
     stored, dtype = items[0].dtype, model.dtype
     del model
-    paths = list(dict.fromkeys(entry.path for entry in checkpoint.tensors.values()))
-    checkpoint.close()
+    paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
+    model_folder.close()
     where_to = {"into_bytes": 0} if where.type == "cuda" else {}  # on the way to the device
     return Ceilings(
         max(measure_read(paths, n_readers=n, **where_to) for n in READERS),
@@ -66,9 +66,9 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
     A layer whose graph is kept is not computed again. "percent_recomputed" is of the limit of a
     step that keeps none: 6 P n.
     """
-    checkpoint = Checkpoint.open(model_dir)
-    sizes = checkpoint.config
-    checkpoint.close()
+    model_folder = ModelFolder.open(model_dir)
+    sizes = model_folder.config
+    model_folder.close()
     hidden, head_dim = sizes.hidden_size, sizes.hidden_size // sizes.num_attention_heads
     layer = hidden * (2 * hidden + 2 * sizes.num_key_value_heads * head_dim)
     layer += 3 * hidden * sizes.intermediate_size

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from onn_core.ops.matmul import product, product_back
+from onn_core.ops.matmul import matmul, matmul_grad
 from onn_core.weights.reader import DirectFiles, host_buffer
 
 PIECE_BYTES = 8 << 20
@@ -23,7 +23,7 @@ class Ceilings:
     """What this machine sustains, on these files and shapes."""
 
     read_bytes_per_s: float
-    flops_per_s: dict[int, float]  # tokens in a matrix product -> FLOP/s
+    flops_per_s: dict[int, float]  # tokens in a matmul -> FLOP/s
     copy_bytes_per_s: float | None = None  # host to device
 
     def mean(self, later: "Ceilings") -> "Ceilings":
@@ -102,7 +102,7 @@ def measure_flops(
     Of each three: forward, recompute, (n_tokens, in) x (in, out), and dL/dh, (n_tokens, out) x
     (out, in), which libraries multiply slower: here by a seventh in bfloat16.
 
-    stored: the matrices' dtype in memory; the faster of `product` on them and of `dtype` counts.
+    stored: the matrices' dtype in memory; the faster of `matmul` on them and of `dtype` counts.
     """
     if stored not in (None, dtype):
         rates = [measure_flops(shapes, n_tokens, dtype, device, repeats)]
@@ -118,9 +118,9 @@ def measure_flops(
         _synchronize(device)
         started = time.perf_counter()
         for values, grad, weight in times * list(zip(inputs, grads, weights, strict=True)):
-            product(values, weight)
-            product(values, weight)
-            product_back(grad, weight)
+            matmul(values, weight)
+            matmul(values, weight)
+            matmul_grad(grad, weight)
         _synchronize(device)
         return time.perf_counter() - started
 

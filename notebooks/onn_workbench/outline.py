@@ -35,14 +35,14 @@ class Outline:
         self.geometry = Geometry(session.sizes, total, parameters[0], head)
         self.title = f"{model.config.model_type}, {total:,} parameters"
         shapes = [tuple(min(side, PROBE_SIZE) for side in shape) for shape in linears[0]]
-        paths = list({entry.path for entry in model.checkpoint.tensors.values()})
+        paths = list({entry.path for entry in model.model_folder.tensors.values()})
         self.rates = {
             "read_bytes_per_s": measure_read(paths, n_readers=2, limit_s=0.7),
             "flops_per_s": measure_flops(
                 shapes, PROBE_TOKENS, model.dtype, session.device, stored=units[0][0].dtype
             ),
         }
-        model.checkpoint.close()
+        model.model_folder.close()
 
     def predict(self, config: TrainConfig) -> dict[str, Any]:
         """What `sizing.predict` says of steps of full samples.

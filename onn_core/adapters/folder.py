@@ -12,9 +12,9 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
-from onn_core.errors import CheckpointError, ConfigError
+from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.streaming.loading import skeleton
-from onn_core.weights.folder import Checkpoint, read_tensor_index
+from onn_core.weights.folder import ModelFolder, read_tensor_index
 
 MAX_CONFIG_BYTES = 1 << 20
 SOUND_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # they leave the base as it is
@@ -64,7 +64,7 @@ def read_adapter(folder: str | os.PathLike) -> peft.LoraConfig:
         raise _unfit(folder, error) from error
 
 
-def check_adapter(checkpoint: Checkpoint, folder: str | os.PathLike) -> peft.LoraConfig:
+def check_adapter(model_folder: ModelFolder, folder: str | os.PathLike) -> peft.LoraConfig:
     """The adapter's configuration, once its tensors are those that it needs on this model.
 
     Names and shapes are compared with the adapter made on the meta device: nothing is allocated.
@@ -74,7 +74,7 @@ def check_adapter(checkpoint: Checkpoint, folder: str | os.PathLike) -> peft.Lor
     if not os.path.isfile(path):
         raise ConfigError(f"{folder} has no {path.name}; pickles are not loaded.")
     stored = {entry.name: entry.shape for entry in read_tensor_index(path)}
-    model = skeleton(checkpoint, torch.float32, torch.device("cpu"))
+    model = skeleton(model_folder, torch.float32, torch.device("cpu"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -101,16 +101,16 @@ def load_adapter(
     model: PreTrainedModel,
     folder: str | os.PathLike,
     *,
-    checkpoint: Checkpoint | None = None,
+    model_folder: ModelFolder | None = None,
     trainable: bool = False,
     float32: bool = True,
 ) -> peft.PeftModel:
     """`model` with the LoRA adapter of a PEFT folder; ConfigError if it does not fit.
 
-    checkpoint: that of `model`, unless it is a streamed one. float32: adapters in float32,
+    model_folder: that of `model`, unless it is a streamed one. float32: adapters in float32,
     whatever the model's dtype; else in the model's.
     """
-    config = check_adapter(checkpoint or model.checkpoint, folder)
+    config = check_adapter(model_folder or model.model_folder, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -137,7 +137,7 @@ def _require_plain_pattern(pattern: Any, path: Path, name: str) -> None:
 
 
 def _unfit(folder: str | os.PathLike, error: Exception) -> ConfigError:
-    if isinstance(error, CheckpointError | ConfigError):
+    if isinstance(error, ModelFolderError | ConfigError):
         return error
     reason = " ".join(str(error).split())[:300]
     return ConfigError(f"{folder} is not an adapter for this model: {reason}")

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onn_core.adapters.folder import load_adapter, read_adapter
-from onn_core.errors import CheckpointError, ConfigError
+from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
-from onn_core.weights.folder import DTYPES, INDEX_NAME, PICKLE_SUFFIXES, Checkpoint, TensorEntry
+from onn_core.weights.folder import DTYPES, INDEX_NAME, PICKLE_SUFFIXES, ModelFolder, TensorEntry
 from onn_core.weights.formats import find_sources
 
 COPY_BYTES = 8 << 20  # one read
@@ -45,10 +45,10 @@ def merge(
     out_dir = Path(out_dir)
     if out_dir.exists() or out_dir.is_symlink():
         raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
-    checkpoint = Checkpoint.open(model_dir)
+    model_folder = ModelFolder.open(model_dir)
     try:
-        merged = _Merged(checkpoint, adapter_dir)
-        n_bytes = sum(entry.n_bytes for entry in checkpoint.tensors.values())
+        merged = _Merged(model_folder, adapter_dir)
+        n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
         with new_folder(out_dir) as temporary:
             if n_bytes > shutil.disk_usage(temporary).free:
                 raise ConfigError(
@@ -56,7 +56,7 @@ def merge(
                     f"{out_dir} has free: free some space or choose another folder."
                 )
             shards: dict[Path, list[TensorEntry]] = {}
-            for entry in sorted(checkpoint.tensors.values(), key=lambda entry: entry.offset):
+            for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
                 shards.setdefault(entry.path, []).append(entry)
             for path, entries in shards.items():
                 _write_shard(temporary / path.name, entries, merged)
@@ -65,26 +65,28 @@ def merge(
                 if wanted and path.is_file() and not path.name.startswith("."):
                     shutil.copyfile(path, temporary / path.name)
             if len(shards) > 1 or next(iter(shards)).name != "model.safetensors":
-                weight_map = {entry.name: entry.path.name for entry in checkpoint.tensors.values()}
+                weight_map = {
+                    entry.name: entry.path.name for entry in model_folder.tensors.values()
+                }
                 index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
                 write_json(temporary / INDEX_NAME, index)
-            checkpoint.check_unchanged()
+            model_folder.check_unchanged()
     finally:
-        checkpoint.close()
+        model_folder.close()
     return out_dir
 
 
 class _Merged:
-    """The tensors of a checkpoint that an adapter changes, each made when it is asked for."""
+    """The tensors of a model folder that an adapter changes, each made when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, adapter_dir: str | os.PathLike):
-        self.checkpoint = checkpoint
-        model = skeleton(checkpoint, _stored_dtype(checkpoint), torch.device("cpu"))
-        self.sources = find_sources(model, checkpoint)
+    def __init__(self, model_folder: ModelFolder, adapter_dir: str | os.PathLike):
+        self.model_folder = model_folder
+        model = skeleton(model_folder, _stored_dtype(model_folder), torch.device("cpu"))
+        self.sources = find_sources(model, model_folder)
         names = {module: name for name, module in model.named_modules()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         _make_placeholders(model, read_adapter(adapter_dir).modules_to_save or ())
-        self.model = load_adapter(model, adapter_dir, checkpoint=checkpoint)
+        self.model = load_adapter(model, adapter_dir, model_folder=model_folder)
         self._tuners: dict[nn.Module, list[BaseTunerLayer]] = {}
         saved: dict[nn.Module, nn.Module] = {}
         for module in self.model.modules():
@@ -94,7 +96,7 @@ class _Merged:
                 own = module.modules_to_save["default"]
                 saved.update(zip(module.original_module.modules(), own.modules(), strict=True))
         self._last: tuple[nn.Module | None, dict[str, torch.Tensor]] = None, {}
-        # tensor of the checkpoint -> its dtype and what makes it
+        # tensor of the model folder -> its dtype and what makes it
         self.makers: dict[str, tuple[torch.dtype, Callable[[], torch.Tensor]]] = {}
         for module, module_name in names.items():
             for name, parameter in module._parameters.items():
@@ -131,7 +133,7 @@ class _Merged:
                 if parameter is not None:
                     values = parameter.detach()
                     if _is_absent(parameter):
-                        values = self.sources[f"{module_name}.{own}"].read(self.checkpoint)
+                        values = self.sources[f"{module_name}.{own}"].read(self.model_folder)
                     values = values.to(parameter.dtype).view(parameter.shape)
                     values = values.clone() if values.data_ptr() == parameter.data_ptr() else values
                     module._parameters[own] = nn.Parameter(values, requires_grad=False)
@@ -150,11 +152,11 @@ class _Merged:
         return self._last[1][name].detach()
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _stored_dtype(model_folder: ModelFolder) -> torch.dtype:
     """What `from_pretrained(dtype="auto")` of transformers takes."""
-    dtypes = (entry.dtype for entry in checkpoint.tensors.values())
+    dtypes = (entry.dtype for entry in model_folder.tensors.values())
     floating = (dtype for dtype in dtypes if dtype.is_floating_point)
-    return checkpoint.config.dtype or next(floating, torch.float32)
+    return model_folder.config.dtype or next(floating, torch.float32)
 
 
 def _make_placeholders(model: PreTrainedModel, whole: Sequence[str]) -> None:
@@ -211,6 +213,6 @@ def _write_shard(path: Path, entries: list[TensorEntry], merged: _Merged) -> Non
             while left_bytes:
                 piece = base.read(min(left_bytes, COPY_BYTES))
                 if not piece:
-                    raise CheckpointError(f"{entry.path} became shorter: load the model again.")
+                    raise ModelFolderError(f"{entry.path} became shorter: load the model again.")
                 file.write(piece)
                 left_bytes -= len(piece)

@@ -31,7 +31,7 @@ def peak_memory_bytes(device: torch.device, before_bytes: int = 0) -> int:
 
 @functools.cache
 def library_bytes(device: torch.device) -> int:
-    """What CUDA's libraries take of the device at the first product, forward and backward."""
+    """What CUDA's libraries take of the device at the first matmul, forward and backward."""
     if device.type != "cuda":
         return 0
     before = torch.cuda.memory_allocated(device)

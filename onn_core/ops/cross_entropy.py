@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from onn_core.ops.matmul import product, product_back
+from onn_core.ops.matmul import matmul, matmul_grad
 
 IGNORED = -100  # a label that is not counted
 LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of tokens
@@ -70,7 +70,7 @@ class OnlineCrossEntropy:
         column = self.labels[tokens] - first
         here = (column >= 0) & (column < len(weight))
         column = column.clamp(0, len(weight) - 1)
-        raw = product(hidden, weight, bias)  # (n, v)
+        raw = matmul(hidden, weight, bias)  # (n, v)
         with torch.set_grad_enabled(self.with_grad):
             raw = raw.requires_grad_(self.with_grad)
             logits = self.post(raw)
@@ -94,7 +94,7 @@ class OnlineCrossEntropy:
             slope = slopes.gather(-1, column[:, None]).float()
         # a copy only where it stays on the host
         so_far = self._pull[tokens].to(pull.device, non_blocking=True)
-        so_far.mul_(shrink[:, None]).add_(product_back(pull, weight).float())
+        so_far.mul_(shrink[:, None]).add_(matmul_grad(pull, weight).float())
         if self._pull.device != pull.device:
             self._pull[tokens].copy_(so_far, non_blocking=True)
         columns = self._host_labels[tokens] - first

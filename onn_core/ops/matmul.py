@@ -1,4 +1,4 @@
-"""Products of activations with a matrix that is stored in another dtype, cast block by block.
+"""Matmul of activations with a matrix that is stored in another dtype, cast block by block.
 
 On a CPU without bfloat16 products the weights stay in bfloat16 in memory and are cast a few rows at
 a time, so that the float32 copy never leaves the processor's cache: half the traffic of a float32
@@ -22,7 +22,7 @@ BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
 FEW_TOKENS = 64  # up to here the block is the better left operand
 
 
-def multiplies_fast(dtype: torch.dtype) -> bool:
+def has_fast_matmul(dtype: torch.dtype) -> bool:
     """Whether this CPU has matrix products of `dtype`; without, they take many times float32's."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -30,7 +30,7 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 
 
 def cast_in_cache(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
-    """Whether a matrix stays in memory as it is stored and is cast by `product`."""
+    """Whether a matrix stays in memory as it is stored and is cast by `matmul`."""
     narrow = stored in (torch.bfloat16, torch.float16)
     return narrow and wanted == torch.float32 and device.type == "cpu"
 
@@ -55,12 +55,10 @@ def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., C) times weight (V, C) transposed, plus bias (V,) -> (..., V), in the dtype of x."""
     if in_float32(x.dtype, x.device):
-        return product(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        return matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     blocks = list(_row_blocks(weight))
     if weight.dtype == x.dtype or len(blocks) == 1:
         return F.linear(x, weight.to(x.dtype), bias)
@@ -79,10 +77,10 @@ def product(
     return out if bias is None else out.add_(bias)
 
 
-def product_back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad (..., V) times weight (V, C) -> (..., C), in the dtype of grad."""
     if in_float32(grad.dtype, grad.device):
-        return product_back(grad.float(), weight).to(grad.dtype)
+        return matmul_grad(grad.float(), weight).to(grad.dtype)
     blocks = list(_row_blocks(weight))
     if weight.dtype == grad.dtype or len(blocks) == 1:
         return grad @ weight.to(grad.dtype)
@@ -99,22 +97,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.dtype == x.dtype and not in_float32(x.dtype, x.device):
         return F.linear(x, weight, bias)
     if bias is not None and bias.requires_grad:
-        return _Product.apply(x, weight, None) + bias
-    return _Product.apply(x, weight, bias)
+        return _Matmul.apply(x, weight, None) + bias
+    return _Matmul.apply(x, weight, bias)
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        return matmul(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return product_back(grad, weight), None, None
+        return matmul_grad(grad, weight), None, None
 
 
 def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:

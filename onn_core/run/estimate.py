@@ -13,7 +13,7 @@ from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 from onn_core.weights.geometry import GEOMETRIES, geometry
 from onn_core.weights.items import Item
 
@@ -157,7 +157,7 @@ def describe_plan(
     if model in GEOMETRIES:
         config = geometry(model, layers)
     else:
-        folder = Checkpoint.open(model)
+        folder = ModelFolder.open(model)
         config = folder.config
         folder.close()
         if layers is not None:

@@ -23,7 +23,7 @@ from onn_core.data.examples import Example
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import Checkpoints, remove_left
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 
 # These change where a run is and how fast it goes, not its numbers.
 MAY_DIFFER = {
@@ -199,7 +199,7 @@ class RunKeeper:
 
 
 def describe_run(
-    config: TrainConfig, checkpoint: Checkpoint, examples: Iterable[Example]
+    config: TrainConfig, checkpoint: ModelFolder, examples: Iterable[Example]
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run, as JSON values.
 

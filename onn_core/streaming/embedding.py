@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from onn_core.streaming.session import Session
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source
 
 
@@ -12,13 +12,13 @@ class EmbeddingRows:
     """Takes the place of an embedding's forward: reads the rows that a batch needs."""
 
     def __init__(
-        self, module: nn.Embedding, checkpoint: Checkpoint, source: Source, session: Session
+        self, module: nn.Embedding, model_folder: ModelFolder, source: Source, session: Session
     ):
         self.module = module
         self.forward = module.forward  # the class's own: some scale what they look up
         self.n_rows = len(module.weight)
         self.dtype, self.session = module.weight.dtype, session
-        self.checkpoint, self.name = checkpoint, source.entry.name
+        self.model_folder, self.name = model_folder, source.entry.name
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, T) -> (B, T, C)."""
@@ -38,5 +38,5 @@ class EmbeddingRows:
         return self._read(torch.arange(start, stop))
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = self.checkpoint.read_rows(self.name, ids.cpu())  # (U, C)
+        rows = self.model_folder.read_rows(self.name, ids.cpu())  # (U, C)
         return rows.to(self.session.device, self.dtype)

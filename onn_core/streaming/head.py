@@ -10,7 +10,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
-from onn_core.ops.matmul import linear, product, product_back
+from onn_core.ops.matmul import linear, matmul, matmul_grad
 from onn_core.streaming.batching import Reached
 from onn_core.streaming.lazy import LazyTensor, changes_its_tensor
 from onn_core.streaming.session import Session
@@ -179,7 +179,7 @@ class _HeadLogits(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.head = head
         parts = [
-            product(hidden, weight, bias if with_bias else None)
+            matmul(hidden, weight, bias if with_bias else None)
             for _, weight, bias in head.resident_blocks()
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -188,7 +188,7 @@ class _HeadLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         total = None
         for first, weight, _ in ctx.head.resident_blocks():
-            part = product_back(grad[..., first : first + len(weight)], weight)
+            part = matmul_grad(grad[..., first : first + len(weight)], weight)
             total = part if total is None else total.add_(part)
         return None, total, None
 

@@ -18,18 +18,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.config import parse_bytes
-from onn_core.errors import CheckpointError, ConfigError, OnnError
+from onn_core.errors import ConfigError, ModelFolderError, OnnError
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, make_plan
 from onn_core.memory.process import library_bytes, memory_bytes
-from onn_core.ops.matmul import cast_in_cache, keep_as, multiplies_fast
+from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, keep_as
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_items
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.model import become_streamed
 from onn_core.streaming.session import Binding, Session
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.items import Item
 from onn_core.weights.reader import keep_freed_memory
@@ -55,21 +55,21 @@ def from_pretrained(
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
         plans the micro-batch, how many layers stay, and where boundary activations wait, at the
         first forward of a batch size. None keeps `chunk_size` layers.
-    device: "auto" is CUDA if there is one. dtype: "auto" is the checkpoint's own, but float32 on a
-        CPU that has no matrix products of it (measured 7 times as fast as bfloat16 there).
+    device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
+        that has no matmul of it (measured 7 times as fast as bfloat16 there).
 
     Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
-    Raises CheckpointError or ConfigError, before any weight is read.
+    Raises ModelFolderError or ConfigError, before any weight is read.
     """
-    checkpoint = Checkpoint.open(model_dir)
+    model_folder = ModelFolder.open(model_dir)
     device = resolve_device(device)
     memory_before = memory_bytes()
-    model = skeleton(checkpoint, dtype, device)
+    model = skeleton(model_folder, dtype, device)
     layers = decoder_layers(model)
     _require_integer("chunk_size", chunk_size, len(layers))
     if micro_batch_size is not None:
         _require_integer("micro_batch_size", micro_batch_size)
-    sources = find_sources(model, checkpoint)
+    sources = find_sources(model, model_folder)
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_rows = isinstance(embedding, nn.Embedding)
@@ -77,7 +77,7 @@ def from_pretrained(
     ends = [
         end for end, comes_and_goes in ((embedding, by_rows), (head, in_blocks)) if comes_and_goes
     ]
-    bindings, end_sources = _fill(model, layers, ends, sources, checkpoint, device)
+    bindings, end_sources = _fill(model, layers, ends, sources, model_folder, device)
 
     units = [list({binding.item: None for binding in layer}) for layer in bindings]
     blocks = []
@@ -92,14 +92,14 @@ def from_pretrained(
         head=head_units,
         held_bytes=_held_bytes(model) + library_bytes(device),
         hidden_bytes=hidden_size * dtype.itemsize,
-        visit_bytes=Footprint(checkpoint.config, dtype),
+        visit_bytes=Footprint(model_folder.config, dtype),
         on_cpu=device.type == "cpu",
     )
     budget = parse_bytes(memory_budget)
     plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         keep_freed_memory(budget is not None)  # whose plan says when to trim
-    stream = WeightStream(checkpoint, units + head_units, plan.slots, device)
+    stream = WeightStream(model_folder, units + head_units, plan.slots, device)
     session = Session(
         stream=stream,
         n_layers=len(layers),
@@ -120,7 +120,7 @@ def from_pretrained(
         layer.forward = streamed[-1]
     rows = None
     if by_rows:
-        rows = EmbeddingRows(embedding, checkpoint, end_sources[embedding], session)
+        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], session)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:
@@ -129,7 +129,7 @@ def from_pretrained(
     for module in model.modules():
         if is_norm(module) and module not in inside:
             module.forward = NormInParts(module)
-    become_streamed(model, session, checkpoint, streamed, streamed_head, rows)
+    become_streamed(model, session, model_folder, streamed, streamed_head, rows)
     weakref.finalize(model, stream.close)
     weakref.finalize(model, session.host_memory.close)
     return model.eval()
@@ -157,28 +157,28 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def skeleton(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
+    model_folder: ModelFolder, dtype: str | torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real.
 
-    ConfigError, CheckpointError if config.json describes none that can be streamed from here.
+    ConfigError, ModelFolderError if config.json describes none that can be streamed from here.
     """
     try:
-        return _skeleton(checkpoint, dtype, device)
+        return _skeleton(model_folder, dtype, device)
     except OnnError:
         raise
     except Exception as error:  # what a bad file raises differs from family to family
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise CheckpointError(
-            f"{checkpoint.model_dir} has a config.json or generation_config.json that transformers "
-            f"cannot use ({reason}): download the folder again."
+        raise ModelFolderError(
+            f"{model_folder.model_dir} has a config.json or generation_config.json that "
+            f"transformers cannot use ({reason}): download the folder again."
         ) from error
 
 
 def _skeleton(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: torch.device
+    model_folder: ModelFolder, dtype: str | torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    config = checkpoint.config
+    config = model_folder.config
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
@@ -190,46 +190,48 @@ def _skeleton(
         or (named and model_class.__name__ not in named)
     ):
         raise ConfigError(
-            f"{checkpoint.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, "
+            f"{model_folder.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, "
             "which is not a causal language model: choose a decoder-only model."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
-    _require_modest(model_class, checkpoint)
+    _require_modest(model_class, model_folder)
     with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, checkpoint, device))
+        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, model_folder, device))
     model.tie_weights()
-    model.name_or_path = config._name_or_path = str(checkpoint.model_dir)
-    if (checkpoint.model_dir / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.model_dir)
+    model.name_or_path = config._name_or_path = str(model_folder.model_dir)
+    if (model_folder.model_dir / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(model_folder.model_dir)
     return model
 
 
-def _require_modest(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> None:
-    """CheckpointError if the config asks for more layers or buffers than the folder can back."""
-    config = checkpoint.config
+def _require_modest(model_class: type[PreTrainedModel], model_folder: ModelFolder) -> None:
+    """ModelFolderError if the config asks for more layers or buffers than the folder can back."""
+    config = model_folder.config
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(n_layers, int) and n_layers > len(checkpoint.tensors):
-        raise CheckpointError(
-            f"config.json asks for {n_layers} layers, but {checkpoint.model_dir.name} has only "
-            f"{len(checkpoint.tensors)} tensors: the two do not belong together."
+    if isinstance(n_layers, int) and n_layers > len(model_folder.tensors):
+        raise ModelFolderError(
+            f"config.json asks for {n_layers} layers, but {model_folder.model_dir.name} has only "
+            f"{len(model_folder.tensors)} tensors: the two do not belong together."
         )
     with torch.device("meta"):  # nothing is allocated
         buffers = model_class._from_config(copy.deepcopy(config)).buffers()
     n_bytes = sum(buffer.nbytes for buffer in buffers)
     if n_bytes > MAX_BUFFERS_BYTES:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"config.json asks for {n_bytes / 1e9:.1f} GB beside the weights: correct it."
         )
 
 
 def _resolve_dtype(
-    dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device
+    dtype: str | torch.dtype, model_folder: ModelFolder, device: torch.device
 ) -> torch.dtype:
-    stored = (entry.dtype for entry in checkpoint.tensors.values() if entry.dtype.is_floating_point)
+    stored = (
+        entry.dtype for entry in model_folder.tensors.values() if entry.dtype.is_floating_point
+    )
     if dtype == "auto":
-        dtype = checkpoint.config.dtype or next(stored, torch.float32)
-        if device.type == "cpu" and not multiplies_fast(dtype):
+        dtype = model_folder.config.dtype or next(stored, torch.float32)
+        if device.type == "cpu" and not has_fast_matmul(dtype):
             dtype = torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
@@ -243,7 +245,7 @@ def _fill(
     layers: list[nn.Module],
     ends: list[nn.Module],
     sources: dict[str, Source],
-    checkpoint: Checkpoint,
+    model_folder: ModelFolder,
     device: torch.device,
 ) -> tuple[list[list[Binding]], dict[nn.Module, Source]]:
     """Give every parameter its values, or, where they come and go, a placeholder.
@@ -278,7 +280,7 @@ def _fill(
                     nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                     values = nan.expand(parameter.shape)
                 else:
-                    values = source.read(checkpoint).to(device, dtype).view(parameter.shape)
+                    values = source.read(model_folder).to(device, dtype).view(parameter.shape)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False), item
             module._parameters[name], item = own, _ = made[id(parameter)]
             if item is not None:
@@ -286,7 +288,7 @@ def _fill(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))
-                values = buffer if source is None else source.read(checkpoint).to(buffer.dtype)
+                values = buffer if source is None else source.read(model_folder).to(buffer.dtype)
                 module._buffers[name] = values.to(device)
     return bindings, end_sources
 

@@ -16,14 +16,14 @@ from onn_core.streaming.head import StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.lazy import LazyWeight, is_absent
 from onn_core.streaming.session import Session
-from onn_core.weights.folder import Checkpoint
+from onn_core.weights.folder import ModelFolder
 
 
 class StreamedModel:
     """Mixed into a transformers model class; `session` is shared by the streamed layers."""
 
     session: Session
-    checkpoint: Checkpoint
+    model_folder: ModelFolder
     streamed_head: StreamedHead | None
     streamed_layers: list[StreamedLayer]
 
@@ -74,7 +74,7 @@ class StreamedModel:
 def become_streamed(
     model: PreTrainedModel,
     session: Session,
-    checkpoint: Checkpoint,
+    model_folder: ModelFolder,
     layers: list[StreamedLayer],
     head: StreamedHead | None,
     embedding: EmbeddingRows | None,
@@ -107,7 +107,7 @@ def become_streamed(
     model.__class__ = type(
         f"Streamed{plain.__name__}", (StreamedModel, plain), {"forward": forward}
     )
-    model.session, model.checkpoint, model.streamed_layers = session, checkpoint, layers
+    model.session, model.model_folder, model.streamed_layers = session, model_folder, layers
     model.streamed_head = head
     for end in filter(None, (head, embedding)):
         weight = end.module._parameters["weight"]

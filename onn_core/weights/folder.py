@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from onn_core.errors import CheckpointError
+from onn_core.errors import ModelFolderError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,8 +55,8 @@ class TensorEntry:
     shape: tuple[int, ...]
 
 
-class Checkpoint:
-    """The configuration and the tensor index of a model folder; made by `Checkpoint.open`."""
+class ModelFolder:
+    """The configuration and the tensor index of a model folder; made by `ModelFolder.open`."""
 
     def __init__(self, model_dir: Path, config: transformers.PreTrainedConfig):
         self.model_dir = model_dir
@@ -67,34 +67,34 @@ class Checkpoint:
         self._closer = weakref.finalize(self, _close_all, self._descriptors)
 
     @classmethod
-    def open(cls, model_dir: str | os.PathLike) -> "Checkpoint":
-        """Validate the folder and the header of each shard; CheckpointError if it cannot be used.
+    def open(cls, model_dir: str | os.PathLike) -> "ModelFolder":
+        """Validate the folder and the header of each shard; ModelFolderError if it cannot be used.
 
         Reads config.json and `model.safetensors`, or else the shards that
         `model.safetensors.index.json` names. No tensor data is read.
         """
         model_dir = Path(model_dir)
         if not os.path.isdir(model_dir):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{model_dir} is not a folder: give that of a downloaded model "
                 "(hf download NAME --local-dir FOLDER)."
             )
-        checkpoint = cls(model_dir, _read_config(model_dir))
+        model_folder = cls(model_dir, _read_config(model_dir))
         weight_map = _read_weight_map(model_dir)
         try:
             for shard in dict.fromkeys(weight_map.values()) or [WEIGHTS_NAME]:
-                checkpoint._add_shard(model_dir / shard)
+                model_folder._add_shard(model_dir / shard)
             for name, shard in weight_map.items():
-                entry = checkpoint.tensors.get(name)
+                entry = model_folder.tensors.get(name)
                 if entry is None or entry.path.name != shard:
                     raise _damaged(model_dir / INDEX_NAME, f"{shard} has no tensor {_short(name)}")
         except BaseException:
-            checkpoint.close()
+            model_folder.close()
             raise
-        return checkpoint
+        return model_folder
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` in fresh CPU memory; CheckpointError if its file cannot be read."""
+        """The tensor `name` in fresh CPU memory; ModelFolderError if its file cannot be read."""
         entry = self.tensors[name]
         buffer = torch.empty(entry.n_bytes, dtype=torch.uint8)
         _read_into(self._descriptors[entry.path], entry.path, buffer.numpy(), entry.offset)
@@ -103,7 +103,7 @@ class Checkpoint:
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows `rows` (U,) int64, in any order, of the tensor `name` (V, C), as (U, C) on the CPU.
 
-        Reads only those rows. IndexError if a row is out of range; CheckpointError if the file
+        Reads only those rows. IndexError if a row is out of range; ModelFolderError if the file
         cannot be read.
         """
         entry = self.tensors[name]
@@ -119,12 +119,12 @@ class Checkpoint:
         return buffer.view(entry.dtype).reshape(len(numbers), *row_shape)
 
     def check_unchanged(self) -> None:
-        """CheckpointError if the size or the modification time of a shard is not as at `open`."""
+        """ModelFolderError if the size or the modification time of a shard is not as at `open`."""
         for path, stamp in self._stamps.items():
             with _reading(path):
                 status = os.stat(path)
             if (status.st_size, status.st_mtime_ns) != stamp:
-                raise CheckpointError(
+                raise ModelFolderError(
                     f"{path} was changed while it was in use: load the model again."
                 )
 
@@ -145,7 +145,7 @@ class Checkpoint:
 
 
 def read_tensor_index(path: Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file in the order of their bytes; CheckpointError if none."""
+    """The tensors of one safetensors file in the order of their bytes; ModelFolderError if none."""
     with _reading(path):
         descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -157,7 +157,7 @@ def read_tensor_index(path: Path) -> list[TensorEntry]:
 def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
     path = model_dir / "config.json"
     if not os.path.isfile(path):
-        raise CheckpointError(f"{model_dir} has no config.json: give a Hugging Face model folder.")
+        raise ModelFolderError(f"{model_dir} has no config.json: give a Hugging Face model folder.")
     try:
         json.loads(path.read_bytes(), parse_int=np.int64)  # a larger number would fail in torch
         return transformers.AutoConfig.from_pretrained(
@@ -165,12 +165,12 @@ def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
         )
     except Exception as error:  # what a bad file raises differs from family to family
         if "trust_remote_code" in str(error):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{path} asks to run code from the model folder, which is never done: choose a "
                 f"model that transformers knows by itself."
             ) from error
         reason = " ".join(str(error).split())[:500]
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path} is not a configuration that transformers {transformers.__version__} can use: "
             f"correct it or choose another model ({reason})."
         ) from error
@@ -185,11 +185,11 @@ def _read_weight_map(model_dir: Path) -> dict[str, str]:
         with _reading(model_dir):
             names = os.listdir(model_dir)
         if any(name.endswith(PICKLE_SUFFIXES) for name in names):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{model_dir} has only pickled weights, which can run code: convert them once with "
                 f"save_pretrained(..., safe_serialization=True)."
             )
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{model_dir} has neither {WEIGHTS_NAME} nor {INDEX_NAME}: download the model again."
         )
     with _reading(path):
@@ -204,7 +204,7 @@ def _read_weight_map(model_dir: Path) -> dict[str, str]:
         if shard is None or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise _damaged(path, f"{_short(shard)} is not the name of a .safetensors file here")
         if not os.path.isfile(model_dir / shard):
-            raise CheckpointError(f"{model_dir} lacks {_short(shard)}: finish the download.")
+            raise ModelFolderError(f"{model_dir} lacks {_short(shard)}: finish the download.")
     return weight_map
 
 
@@ -240,7 +240,7 @@ def _parse_entry(name: str, info: Any, path: Path, data_start: int) -> TensorEnt
     info = info if isinstance(info, dict) else {}
     dtype, shape, offsets = (info.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path} has tensor {_short(name)} of dtype {_short(dtype)}, which cannot be read: use "
             f"an unquantised version of the model."
         )
@@ -293,7 +293,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{path} cannot be read ({error.strerror}): check its permissions and the disk."
         ) from error
 
@@ -303,8 +303,8 @@ def _close_all(descriptors: dict[Path, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({reason}): download or save it again.")
+def _damaged(path: Path, reason: str) -> ModelFolderError:
+    return ModelFolderError(f"{path} is damaged ({reason}): download or save it again.")
 
 
 def _short(name: Any) -> str:

@@ -1,6 +1,6 @@
-"""Where a parameter's values lie: one tensor of the checkpoint, or several that are converted.
+"""Where a parameter's values lie: one tensor of the model folder, or several that are converted.
 
-transformers renames, merges and splits tensors when it loads a checkpoint (merged experts, split
+transformers renames, merges and splits tensors when it loads a model folder (merged experts, split
 projections). Its own conversion mapping is asked, so that no family needs code here.
 """
 
@@ -20,13 +20,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from onn_core.errors import CheckpointError
-from onn_core.weights.folder import Checkpoint, TensorEntry
+from onn_core.errors import ModelFolderError
+from onn_core.weights.folder import ModelFolder, TensorEntry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """The tensors of the checkpoint that one parameter is made of."""
+    """The tensors of the model folder that one parameter is made of."""
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
@@ -45,9 +45,9 @@ class Source:
     def n_bytes(self) -> int:
         return sum(entry.n_bytes for entry in self.entries)
 
-    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """The parameter's values, in the checkpoint's dtype and in fresh memory."""
-        tensors = [checkpoint.read(entry.name) for entry in self.entries]
+    def read(self, model_folder: ModelFolder) -> torch.Tensor:
+        """The parameter's values, in the model folder's dtype and in fresh memory."""
+        tensors = [model_folder.read(entry.name) for entry in self.entries]
         return self.convert(tensors) if self.convert else tensors[0]
 
     def rows(self, start: int, stop: int) -> "Source":
@@ -63,11 +63,11 @@ class Source:
         return Source((part,))
 
 
-def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
-    """Name in `model.state_dict()` -> its source, for every tensor that the checkpoint gives.
+def find_sources(model: PreTrainedModel, model_folder: ModelFolder) -> dict[str, Source]:
+    """Name in `model.state_dict()` -> its source, for every tensor that the model folder gives.
 
-    CheckpointError names a tensor that is missing or has the wrong shape. Tied parameters that
-    the checkpoint stores once are left out.
+    ModelFolderError names a tensor that is missing or has the wrong shape. Tied parameters that
+    the model folder stores once are left out.
     """
     wanted = model.state_dict()
     transforms = get_model_conversion_mapping(model)
@@ -76,7 +76,7 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, So
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     sources: dict[str, Source] = {}
     groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+    for key in sorted(model_folder.tensors, key=dot_natural_key):
         prefix = model.base_model_prefix
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -84,24 +84,24 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, So
         if name not in wanted:
             continue
         if pattern is None:
-            sources[name] = Source((checkpoint.tensors[key],))
+            sources[name] = Source((model_folder.tensors[key],))
         else:
             groups.setdefault(name, (by_pattern[pattern], []))[1].append((pattern, key))
     for name, (converter, members) in groups.items():
-        sources.update(_converted(model, checkpoint, name, converter, members))
+        sources.update(_converted(model, model_folder, name, converter, members))
     _check(model, sources, wanted)
     return sources
 
 
 def _converted(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    model_folder: ModelFolder,
     name: str,
     converter: WeightConverter,
     members: list[tuple[str, str]],
 ) -> dict[str, Source]:
     """The sources of all parameters that one conversion makes; tried on meta tensors first."""
-    entries = tuple(checkpoint.tensors[key] for _, key in members)
+    entries = tuple(model_folder.tensors[key] for _, key in members)
     owner = weakref.ref(model)  # which must not live as long as its stream
 
     def run(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def _converted(
     try:
         made = run([torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries])
     except Exception as error:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
@@ -133,13 +133,13 @@ def _check(
         if name not in sources:
             if name in tied or any(pattern.search(name) for pattern in ignored):
                 continue
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"the model needs {name}, which no shard has: "
                 "download the folder again or save it with save_pretrained."
             )
         shape = sources[name].converted_shape or sources[name].entry.shape
         if shape != tensor.shape:
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{sources[name].entry.name} has shape {list(shape)}, but config.json asks for "
                 f"{list(tensor.shape)}: the two do not belong together."
             )

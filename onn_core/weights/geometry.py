@@ -55,7 +55,7 @@ def empty_model(config: Any, dtype: torch.dtype | None) -> Any:
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor of all that a checkpoint holds, each tied weight under its first name."""
+    """Name -> tensor of all that a model folder holds, each tied weight under its first name."""
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensors.setdefault(id(tensor), (name, tensor.detach()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from onn_core.errors import CheckpointError
+from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, write_json
 from onn_core.weights.default_model import prepare_default_model
 from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
@@ -20,7 +20,7 @@ RANDOM_BLOCK_VALUES = 2**22 - 3
 
 
 def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Path:
-    """The folder of "smollm2", or of a random checkpoint of a geometry in GEOMETRIES.
+    """The folder of "smollm2", or of a random model folder of a geometry in GEOMETRIES.
 
     A random one is written once, to `out` or beside the default model, with the default model's
     tokenizer as a stand-in, so that text can be used.
@@ -47,7 +47,7 @@ def write_random_model(
     shard_bytes: int = 5 * 10**9,
     progress: bool = True,
 ) -> Path:
-    """Write a random safetensors checkpoint of any causal-LM `config`, as fast as the disk.
+    """Write a random safetensors model folder of any causal-LM `config`, as fast as the disk.
 
     Matrices are normal with std `config.initializer_range`, norm weights one, biases zero; tied
     weights are written once; `dtype` is float32, bfloat16 or float16. For speed the normal values
@@ -56,7 +56,7 @@ def write_random_model(
     memory use is a few MB at any size. There is no tokenizer in the folder. A folder that already
     holds this config, dtype and seed is returned as it is.
 
-    Raises CheckpointError when the folder holds something else or the disk is too full.
+    Raises ModelFolderError when the folder holds something else or the disk is too full.
     """
     from tqdm.auto import tqdm
 
@@ -70,15 +70,17 @@ def write_random_model(
         done = folder / "random_checkpoint.json"
         if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == contents:
             return folder
-        raise CheckpointError(f"{folder} holds something else: delete it or choose another folder.")
+        raise ModelFolderError(
+            f"{folder} holds something else: delete it or choose another folder."
+        )
 
     tensors = stored_tensors(model)
     with new_folder(folder) as temporary:
         needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
         free_bytes = shutil.disk_usage(temporary).free
         if needed_bytes > free_bytes:
-            raise CheckpointError(
-                f"the checkpoint needs {needed_bytes / 1e9:.1f} GB and the disk of {folder} has "
+            raise ModelFolderError(
+                f"the model folder needs {needed_bytes / 1e9:.1f} GB and the disk of {folder} has "
                 f"{free_bytes / 1e9:.1f} GB free: free some space or write fewer layers."
             )
         save_configs(config, temporary)

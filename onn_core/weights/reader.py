@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from onn_core.errors import CheckpointError
+from onn_core.errors import ModelFolderError
 
 PAGE_BYTES = 4096
 O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -97,7 +97,7 @@ class DirectFiles:
         """Read bytes start:stop to the start of `into`; returns the bytes read, in whole pages.
 
         `start` is a multiple of the page; `into` is page-aligned and holds whole pages.
-        CheckpointError if the file is gone, refuses, or has become shorter.
+        ModelFolderError if the file is gone, refuses, or has become shorter.
         """
         descriptor, direct = self._open(path)
         n_whole = -(-(stop - start) // PAGE_BYTES) * PAGE_BYTES
@@ -107,13 +107,13 @@ class DirectFiles:
             while n_read < stop - start:
                 got = os.preadv(descriptor, [view[n_read:]], start + n_read)
                 if got == 0:
-                    raise CheckpointError(
+                    raise ModelFolderError(
                         f"{path.name} became shorter while it was read: "
                         "restore the model folder and start again."
                     )
                 n_read += got
         except OSError as error:
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{path.name} cannot be read at byte {start} ({error.strerror}): "
                 "check the disk, restore the file and start again."
             ) from error
@@ -127,7 +127,7 @@ class DirectFiles:
                 try:
                     self._opened[path] = _open(path) if self.cached else _open_direct(path)
                 except OSError as error:
-                    raise CheckpointError(
+                    raise ModelFolderError(
                         f"{path.name} cannot be opened ({error.strerror}): "
                         "restore the model folder and start again."
                     ) from error

@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from onn_core.errors import CheckpointError, ConfigError
-from onn_core.weights.folder import Checkpoint, TensorEntry
+from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.weights.folder import ModelFolder, TensorEntry
 from onn_core.weights.items import Item, Slot, Staging, no_memory
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 
@@ -48,7 +48,7 @@ class WeightStream:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model_folder: ModelFolder,
         units: Sequence[Sequence[Item]],
         slots: Counter,
         device: torch.device,
@@ -62,7 +62,7 @@ class WeightStream:
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # piece -> hash of its bytes; None checks none
         self.check: Callable[[], None] = lambda: None  # may raise, to abandon a step
-        self._checkpoint = checkpoint
+        self._model_folder = model_folder
         self._device = device
         # a CUDA budget is the device's: host memory that nobody needs may keep what was read
         n_bytes = sum(item.n_bytes for unit in self.units for item in unit)
@@ -107,7 +107,7 @@ class WeightStream:
     def wait(self, item: Item) -> torch.Tensor:
         """The tensor of an item of the unit that was entered, when it is ready.
 
-        CheckpointError if a file fails, ConfigError if the memory for the slots cannot be had.
+        ModelFolderError if a file fails, ConfigError if the memory for the slots cannot be had.
         """
         if not item.in_use:
             self.claim(item)
@@ -145,8 +145,8 @@ class WeightStream:
             self.units[unit][:] = items
 
     def check_files(self) -> None:
-        """CheckpointError if a shard is not what it was when the model was loaded."""
-        self._checkpoint.check_unchanged()
+        """ModelFolderError if a shard is not what it was when the model was loaded."""
+        self._model_folder.check_unchanged()
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Stop the readers and give all memory back; `enter` starts afresh.
@@ -165,7 +165,7 @@ class WeightStream:
             reader.join(max(0, deadline - time.monotonic()))
         self._hangs = any(reader.is_alive() for reader in self._readers)
         if self._hangs:
-            self._error = CheckpointError(
+            self._error = ModelFolderError(
                 "a read of the weights does not return: check the disk and load the model again."
             )
             return
@@ -284,7 +284,7 @@ class WeightStream:
         """Bring bytes start:stop of the item's file into its slot; returns the bytes read."""
         source, memory = item.source, item.slot.memory
         if not source.direct:
-            values = source.read(self._checkpoint)
+            values = source.read(self._model_folder)
             self._verify(source.entry, 0, values)
             staging.copy(item.view(memory), values, item.slot)
             return source.n_bytes
@@ -308,13 +308,13 @@ class WeightStream:
         return n_read
 
     def _verify(self, entry: TensorEntry, start: int, values: torch.Tensor) -> None:
-        """CheckpointError if a piece is not what it was when it was first read."""
+        """ModelFolderError if a piece is not what it was when it was first read."""
         if self.digests is None:
             return
         content = values.contiguous().flatten().view(torch.uint8).numpy()
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if self.digests.setdefault(f"{entry.name} {start}", digest) != digest:
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{entry.path.name} is not what it was ({entry.name} has other values): restore "
                 "the model folder and load it again."
             )

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onn_core.errors import CheckpointError
-from onn_core.weights.folder import Checkpoint
+from onn_core.errors import ModelFolderError
+from onn_core.weights.folder import ModelFolder
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 INDEX = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ def llama_dir(llama_dirs, request):
 
 
 def opened(model_dir):
-    return contextlib.closing(Checkpoint.open(model_dir))
+    return contextlib.closing(ModelFolder.open(model_dir))
 
 
 def reference(model_dir):
@@ -78,16 +78,16 @@ def open_descriptors():
 
 def test_tensors_equal_safetensors(llama_dir):
     expected = reference(llama_dir)
-    with opened(llama_dir) as checkpoint:
-        assert checkpoint.config.model_type == "llama"
-        assert checkpoint.tensors.keys() == expected.keys()
+    with opened(llama_dir) as model_folder:
+        assert model_folder.config.model_type == "llama"
+        assert model_folder.tensors.keys() == expected.keys()
         for name, (file_name, tensor) in expected.items():
-            entry = checkpoint.tensors[name]
+            entry = model_folder.tensors[name]
             assert (entry.name, entry.path) == (name, llama_dir / file_name)
             assert (entry.dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape))
             content = entry.path.read_bytes()[entry.offset :][: entry.n_bytes]
             assert content == tensor.view(torch.uint8).numpy().tobytes()
-            assert same_bytes(checkpoint.read(name), tensor)
+            assert same_bytes(model_folder.read(name), tensor)
 
 
 def test_sharded_folder_has_several_files(llama_dirs):
@@ -114,34 +114,34 @@ def test_dtypes_and_odd_shapes_equal_safetensors(tmp_path, dtype):
         "cube": values.to(dtype).reshape(3, 2, 1),
     }
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / SINGLE)
-    with opened(tmp_path) as checkpoint:
+    with opened(tmp_path) as model_folder:
         for name, tensor in tensors.items():
-            assert same_bytes(checkpoint.read(name), tensor)
+            assert same_bytes(model_folder.read(name), tensor)
         rows = torch.tensor([2, 0])
         assert same_bytes(
-            checkpoint.read_rows("flat", rows), torch.stack([values[2], values[0]]).to(dtype)
+            model_folder.read_rows("flat", rows), torch.stack([values[2], values[0]]).to(dtype)
         )
-        assert checkpoint.read_rows("cube", rows).shape == (2, 2, 1)
+        assert model_folder.read_rows("cube", rows).shape == (2, 2, 1)
 
 
 def test_read_is_fresh_memory(llama_dir):
-    with opened(llama_dir) as checkpoint:
-        checkpoint.read("model.norm.weight").zero_()
-        assert checkpoint.read("model.norm.weight").count_nonzero() == 16
+    with opened(llama_dir) as model_folder:
+        model_folder.read("model.norm.weight").zero_()
+        assert model_folder.read("model.norm.weight").count_nonzero() == 16
 
 
 @pytest.mark.parametrize("rows", [[], [0], [39], [3, 4, 5], [7, 0, 39, 7, 2], list(range(40))])
 def test_read_rows_equals_indexing(llama_dir, rows):
     name = "model.embed_tokens.weight"
     rows = torch.tensor(rows, dtype=torch.int64)
-    with opened(llama_dir) as checkpoint:
-        assert same_bytes(checkpoint.read_rows(name, rows), reference(llama_dir)[name][1][rows])
+    with opened(llama_dir) as model_folder:
+        assert same_bytes(model_folder.read_rows(name, rows), reference(llama_dir)[name][1][rows])
 
 
 @pytest.mark.parametrize("rows", [[40], [0, -1], [5, 2**62]])
 def test_read_rows_refuses_rows_out_of_range(llama_dir, rows):
-    with opened(llama_dir) as checkpoint, pytest.raises(IndexError, match="of 40 in model.embed"):
-        checkpoint.read_rows("model.embed_tokens.weight", torch.tensor(rows))
+    with opened(llama_dir) as model_folder, pytest.raises(IndexError, match="of 40 in model.embed"):
+        model_folder.read_rows("model.embed_tokens.weight", torch.tensor(rows))
 
 
 # ---- files: descriptors, links, changes
@@ -149,15 +149,15 @@ def test_read_rows_refuses_rows_out_of_range(llama_dir, rows):
 
 def test_close_frees_descriptors(llama_dirs):
     before = open_descriptors()
-    checkpoint = Checkpoint.open(llama_dirs["sharded"])
-    checkpoint.read("model.norm.weight")
+    model_folder = ModelFolder.open(llama_dirs["sharded"])
+    model_folder.read("model.norm.weight")
     assert open_descriptors() > before
-    checkpoint.close()
-    checkpoint.close()
+    model_folder.close()
+    model_folder.close()
     assert open_descriptors() == before
     with pytest.raises(KeyError):
-        checkpoint.read("model.norm.weight")
-    Checkpoint.open(llama_dirs["sharded"])  # dropped, not closed
+        model_folder.read("model.norm.weight")
+    ModelFolder.open(llama_dirs["sharded"])  # dropped, not closed
     assert open_descriptors() == before
 
 
@@ -166,8 +166,8 @@ def test_refused_folder_leaves_no_descriptor(llama_dirs, tmp_path):
     last = sorted(folder.glob("*.safetensors"))[-1]
     os.truncate(last, last.stat().st_size - 1)
     before = open_descriptors()
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(folder)
+    with pytest.raises(ModelFolderError) as caught:
+        ModelFolder.open(folder)
     assert open_descriptors() == before  # while the traceback still holds the frames
     assert last.name in str(caught.value)
 
@@ -179,17 +179,17 @@ def test_links_of_the_hugging_face_cache_work(llama_dir, tmp_path):
     for number, path in enumerate(sorted(llama_dir.iterdir())):
         shutil.copy(path, tmp_path / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    with opened(snapshot) as checkpoint:
+    with opened(snapshot) as model_folder:
         for name, (_, tensor) in reference(llama_dir).items():
-            assert same_bytes(checkpoint.read(name), tensor)
+            assert same_bytes(model_folder.read(name), tensor)
 
 
 @pytest.mark.parametrize("change", ["touch", "grow", "replace", "remove"])
 def test_check_unchanged_names_the_file(llama_dirs, tmp_path, change):
     folder = shutil.copytree(llama_dirs["sharded"], tmp_path / "model")
-    with opened(folder) as checkpoint:
-        checkpoint.check_unchanged()
-        path = checkpoint.tensors["model.norm.weight"].path
+    with opened(folder) as model_folder:
+        model_folder.check_unchanged()
+        path = model_folder.tensors["model.norm.weight"].path
         stamp = path.stat()
         if change == "touch":
             os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1000))
@@ -202,17 +202,17 @@ def test_check_unchanged_names_the_file(llama_dirs, tmp_path, change):
             os.replace(other, path)
         else:
             path.unlink()
-        with pytest.raises(CheckpointError, match=path.name):
-            checkpoint.check_unchanged()
+        with pytest.raises(ModelFolderError, match=path.name):
+            model_folder.check_unchanged()
 
 
 def test_file_cut_after_open_is_refused_on_read(llama_dirs, tmp_path):
     folder = shutil.copytree(llama_dirs["single"], tmp_path / "model")
-    with opened(folder) as checkpoint:
-        entry = checkpoint.tensors["model.embed_tokens.weight"]
+    with opened(folder) as model_folder:
+        entry = model_folder.tensors["model.embed_tokens.weight"]
         os.truncate(entry.path, entry.offset + 3)
-        with pytest.raises(CheckpointError, match="ends at byte"):
-            checkpoint.read(entry.name)
+        with pytest.raises(ModelFolderError, match="ends at byte"):
+            model_folder.read(entry.name)
 
 
 # ---- bad folders
@@ -393,8 +393,8 @@ BAD = {
 def test_bad_folder_is_refused(tmp_path, build, message):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     build(tmp_path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        Checkpoint.open(tmp_path)
+    with pytest.raises(ModelFolderError, match=message) as caught:
+        ModelFolder.open(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -402,14 +402,14 @@ def test_bad_folder_is_refused(tmp_path, build, message):
 def test_the_same_folder_without_the_fault_is_read(tmp_path, build):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     build(tmp_path)
-    with opened(tmp_path) as checkpoint:
-        assert checkpoint.read("a").tolist() == [0, 0]
+    with opened(tmp_path) as model_folder:
+        assert model_folder.read("a").tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("model_dir", ["gone", "microsoft/phi-4", "a\0b", "x" * 5000, __file__])
 def test_missing_folder_is_refused(model_dir):
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        Checkpoint.open(model_dir)
+    with pytest.raises(ModelFolderError, match="is not a folder"):
+        ModelFolder.open(model_dir)
 
 
 def test_random_headers_are_refused_or_read_as_safetensors_reads_them(tmp_path):
@@ -442,13 +442,13 @@ def test_random_headers_are_refused_or_read_as_safetensors_reads_them(tmp_path):
             content[:8] = struct.pack("<Q", max(length, 0))
         path.write_bytes(content)
         try:
-            checkpoint = Checkpoint.open(tmp_path)
-        except CheckpointError:
+            model_folder = ModelFolder.open(tmp_path)
+        except ModelFolderError:
             continue
         accepted += 1
-        with contextlib.closing(checkpoint):
+        with contextlib.closing(model_folder):
             expected = reference(tmp_path)
-            assert checkpoint.tensors.keys() == expected.keys()
+            assert model_folder.tensors.keys() == expected.keys()
             for name, (_, tensor) in expected.items():
-                assert same_bytes(checkpoint.read(name), tensor)
+                assert same_bytes(model_folder.read(name), tensor)
     assert 0 < accepted < 600

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from toy import assert_same, difference, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 
-from onn_core.ops import matmul as product
+from onn_core.ops import matmul
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -14,7 +14,7 @@ from onn_core.ops import matmul as product
 @pytest.mark.parametrize("trained_bias", [None, False, True])
 def test_linear(stored, n_tokens, n_rows, trained_bias, monkeypatch):
     """Sums over another order of rows: float32 roundings apart, in float64 almost nothing."""
-    monkeypatch.setattr(product, "BLOCK_BYTES", 16 * 4 * 48)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 16 * 4 * 48)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n_rows, 48, generator=generator).to(stored)
     bias = None
@@ -24,7 +24,7 @@ def test_linear(stored, n_tokens, n_rows, trained_bias, monkeypatch):
     towards = torch.randn(1, n_tokens, n_rows, generator=generator).double()
     wanted = [x, *([bias] if trained_bias else [])]
     expected = F.linear(x, weight.double(), bias)
-    found = product.linear(x, weight, bias)
+    found = matmul.linear(x, weight, bias)
     assert difference(found, expected) < 1e-14
     pairs = [torch.autograd.grad(out, wanted, towards) for out in (found, expected)]
     assert all(difference(*pair) < 1e-14 for pair in zip(*pairs, strict=True))
@@ -32,12 +32,12 @@ def test_linear(stored, n_tokens, n_rows, trained_bias, monkeypatch):
 
 @pytest.mark.parametrize("n_tokens", [3, 200])
 def test_float16_is_float32_rounded_once(n_tokens, monkeypatch):
-    monkeypatch.setattr(product, "BLOCK_BYTES", 16 * 4 * 48)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 16 * 4 * 48)
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(40, *n, generator=generator).half() for n in ((48,), ()))
     x = torch.randn(2, n_tokens, 48, generator=generator).half().requires_grad_()
     towards = torch.randn(2, n_tokens, 40, generator=generator).half()
-    found = product.linear(x, weight, bias)
+    found = matmul.linear(x, weight, bias)
     (grad,) = torch.autograd.grad(found, x, towards)
     assert found.dtype == grad.dtype == torch.float16
     assert difference(found, F.linear(x.double(), weight.double(), bias.double())) < 2**-11
@@ -46,12 +46,12 @@ def test_float16_is_float32_rounded_once(n_tokens, monkeypatch):
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi"])
-@pytest.mark.parametrize(("block_bytes", "tolerance"), [(product.BLOCK_BYTES, None), (2048, 3e-6)])
+@pytest.mark.parametrize(("block_bytes", "tolerance"), [(matmul.BLOCK_BYTES, None), (2048, 3e-6)])
 def test_float32_over_narrow_weights_is_in_memory_float32(
     family, stored, block_bytes, tolerance, monkeypatch
 ):
     """Bit for bit where a matrix is one block; else sums over rows round elsewhere."""
-    monkeypatch.setattr(product, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", block_bytes)
     folder = toy_dir(family, stored)
     model = with_lora(streamed(folder, dtype="float32"))
     want = step(with_lora(in_memory(folder, dtype=torch.float32)), toy_batch())
