@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import peft
@@ -141,62 +141,50 @@ def _evaluating(model: Any) -> Iterator[tuple[Any, int]]:
 @contextlib.contextmanager
 def _halves(base: Any, n_rows: int) -> Iterator[None]:
     """Inside, each layer runs the first `n_rows` of a batch with its adapters, the rest without."""
-    session, twins = base.session, {}
+    twins: dict[Any, Any] = {}  # cache -> that of the half without adapters
 
-    def by_half(own: Callable, tuners: list[BaseTunerLayer]) -> Callable:
-        def twin(value: Any) -> Any:  # the cache of the half without adapters
-            return twins[value] if is_cache(value) else value
+    def twin(value: Any) -> Any:
+        return twins[value] if is_cache(value) else value
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
-                if cache not in twins:
-                    twins[cache] = copy.deepcopy(cache)  # still empty
-            adapted = session.row < n_rows
-            for tuner in tuners:  # PEFT's own switch would change requires_grad as well
-                tuner._disable_adapters = not adapted
-            if not adapted:
-                args, kwargs = pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
-            return own(*args, **kwargs)
+    @contextlib.contextmanager
+    def by_half(layer: nn.Module, rows: slice, args: tuple, kwargs: dict) -> Iterator[Any]:
+        for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
+            if cache not in twins:
+                twins[cache] = copy.deepcopy(cache)  # still empty
+        if rows.start < n_rows:
+            yield args, kwargs
+            return
+        with _adapters_off(layer):
+            yield pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
 
-        return forward
+    with base.rows_hook(by_half, group_size=n_rows):
+        yield
 
-    owns = [layer.forward for layer in base.streamed_layers]
-    switches = {
-        t: t._disable_adapters for layer in base.streamed_layers for t in _tuners(layer.module)
-    }
+
+@contextlib.contextmanager
+def _adapters_off(layer: nn.Module) -> Iterator[None]:
+    """Inside, the adapters of a layer do nothing; what is trained stays as it was."""
+    tuners = _tuners(layer)
+    trained = [(p, p.requires_grad) for tuner in tuners for p in tuner.parameters()]
+    for tuner in tuners:
+        tuner.enable_adapters(False)
     try:
-        session.part_rows = n_rows
-        for layer, own in zip(base.streamed_layers, owns, strict=True):
-            layer.forward = by_half(own, _tuners(layer.module))
         yield
     finally:
-        session.part_rows = None
-        for layer, own in zip(base.streamed_layers, owns, strict=True):
-            layer.forward = own
-        for tuner, disabled in switches.items():
-            tuner._disable_adapters = disabled
+        for tuner in tuners:
+            tuner.enable_adapters(True)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def _token_losses(model: Any, base: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The cross-entropy of each label, 0 where it is not counted: (B, T)."""
-    labels, found = shift_labels(batch["labels"]), []
-
-    def loss_function(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if isinstance(logits, Logits) and not logits.changed:
-            found.append(logits.token_losses(labels))
-        return torch.zeros(())
-
-    own = vars(base).pop("_loss_function", None)
-    base.loss_function = loss_function
-    try:
-        outputs = model(**batch)
-    finally:
-        del base._loss_function
-        if own is not None:
-            base.loss_function = own
-    if found:
-        return found[0]
-    logits = outputs.logits.float().transpose(1, 2)  # (B, V, T)
+    labels = shift_labels(batch.pop("labels"))
+    with base.deferred_logits():
+        logits = model(**batch).logits  # (B, T, V)
+    if isinstance(logits, Logits) and not logits.changed:
+        return logits.token_losses(labels)
+    logits = logits.float().transpose(1, 2)  # (B, V, T)
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
 

@@ -1,6 +1,5 @@
 """`ChunkedLoraTrainer`: read this first. A whole training run, from settings to a record."""
 
-import dataclasses
 import functools
 import math
 import time
@@ -58,8 +57,8 @@ class ChunkedLoraTrainer:
             device=config.device,
             dtype=config.dtype,
         )
-        digests = self.base.session.stream.digests = {} if config.verify_weights else None
-        self.device = self.base.session.device
+        digests = self.base.keep_digests() if config.verify_weights else None
+        self.device = self.base.device
         self.tokenizer = data.load_tokenizer(config.model_dir)
         context = getattr(self.base.config, "max_position_embeddings", None)
         if context is not None and config.max_length > context:
@@ -85,8 +84,7 @@ class ChunkedLoraTrainer:
         n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.base.session.n_trained = count_trainable(self.model)
-        self.base.session.fit(config.batch_size, config.max_length)
+        self.base.fit(config.batch_size, config.max_length)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -103,7 +101,7 @@ class ChunkedLoraTrainer:
             model={
                 "name": Path(config.model_dir).name,
                 "type": self.base.config.model_type,
-                "layers": self.base.session.n_layers,
+                "layers": len(self.base.streamed_layers),
                 "trained_layers": trained_layers(self.base),
                 "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
@@ -136,7 +134,7 @@ class ChunkedLoraTrainer:
                     self.keeper.save_stopped(record, error)
                 raise
             finally:
-                self.base.session.stream.close(0 if self.stop.at_once else CLOSE_S)
+                self.base.close(0 if self.stop.at_once else CLOSE_S)
         return record
 
     def _run(self, record: RunRecord) -> None:
@@ -144,8 +142,8 @@ class ChunkedLoraTrainer:
         config, n_done = self.config, len(record.steps)
         started = time.perf_counter() - record.wall_s
         batches = self._batches(n_done)
-        self.base.session.stream.check = self.stop.check
-        with step_bar(self.base.session, config.max_steps, config.progress) as bar:
+        bar = step_bar(self.base, config.max_steps, config.progress)
+        with self.base.stoppable(self.stop.check), bar as bar:
             bar.update(n_done)
             for step in range(n_done, config.max_steps + 1):
                 if step > n_done:
@@ -167,11 +165,8 @@ class ChunkedLoraTrainer:
 
     def _step(self, step: int, parts: list[dict[str, torch.Tensor]]) -> StepRecord:
         """Gradients of all `parts` (each a batch), then one update."""
-        config, session = self.config, self.base.session
-        started = time.perf_counter()
-        before = dataclasses.replace(session.stream.counts)
-        loads_before = session.stream.counts.item_loads.total()
-        session.seconds.clear()
+        config = self.config
+        started, before = time.perf_counter(), self.base.counts()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
 
@@ -207,8 +202,7 @@ class ChunkedLoraTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-        stopped, counts = time.perf_counter(), session.stream.counts
-        items = sum(len(unit) for unit in session.stream.units)
+        stopped, done = time.perf_counter(), self.base.counts() - before
         return StepRecord(
             step=step,
             samples=sum(len(part["labels"]) for part in parts),
@@ -219,15 +213,13 @@ class ChunkedLoraTrainer:
             grad_norm=grad_norm,
             grad_norm_by_layer=by_layer,
             step_s=stopped - started,
-            wait_s=counts.wait_s - before.wait_s,
-            forward_s=session.seconds["forward"],
-            backward_s=session.seconds["backward"],
-            head_s=session.seconds["head"],
+            wait_s=done.wait_s,
+            forward_s=done.seconds["forward"],
+            backward_s=done.seconds["backward"],
+            head_s=done.seconds["head"],
             optimizer_s=stopped - optimizer_started,
-            bytes_read=counts.bytes_read - before.bytes_read,
-            layer_loads=(counts.item_loads.total() - loads_before)
-            * len(session.stream.units)
-            // items,
+            bytes_read=done.bytes_read,
+            layer_loads=self.base.count_unit_loads(done.weight_loads),
             nonfinite=int(not finite),
             skipped=not finite,
             loss_scale=scale,
@@ -249,7 +241,7 @@ class ChunkedLoraTrainer:
                 total += float(self._loss(batch, 1))
                 n_counted += int((batch["labels"] != data.IGNORED).sum())
         self.model.train()
-        self.base.session.stream.check_files()
+        self.base.check_files()
         return total / n_counted
 
     def _evaluate_if_due(self, record: RunRecord, started: float) -> None:

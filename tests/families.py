@@ -38,7 +38,7 @@ from toy import (
     VOCABULARY,
     difference,
     in_memory,
-    keeping_graphs,
+    reserving_graphs,
     streamed,
     toy_batch,
 )
@@ -174,7 +174,7 @@ def results(
 
 
 def keeping(folder: Path, n_kept: int, **settings: Any) -> PreTrainedModel:
-    return keeping_graphs(streamed(folder, **settings), n_kept)
+    return reserving_graphs(streamed(folder, **settings), n_kept)
 
 
 def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -237,7 +237,7 @@ def _check(family: str, folder: Path) -> Outcome:
         settings = {"chunk_size": chunk_size, "micro_batch_size": micro}
         how = f"micro_batch_size {micro}, {n_kept} graphs kept: "
         try:
-            got = results(keeping, folder, n_kept=n_kept, **settings)
+            got = results(keeping, folder, n_reserved=n_kept, **settings)
             if draws and micro:
                 off, name = furthest({"logits": got["logits"]}, {"logits": want["logits"]})
             else:
@@ -249,7 +249,7 @@ def _check(family: str, folder: Path) -> Outcome:
                     with doubles():
                         exact = results(in_memory, folder, dtype=torch.float64)
                 with doubles():
-                    got = results(keeping, folder, n_kept=n_kept, dtype="float64", **settings)
+                    got = results(keeping, folder, n_reserved=n_kept, dtype="float64", **settings)
                 off, name = furthest(got, exact)
                 worst_float64 = max(off, worst_float64)
                 if not off <= TOLERANCE_FLOAT64:

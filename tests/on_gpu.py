@@ -88,7 +88,7 @@ def overlap(
     """One profiled step: seconds of the weights' copies, of kernels, and of both at once."""
     device = torch.device("cuda", 0)
     base, read_so_far = peers.open_system("cached", str(model_dir), device, budget, dtype=dtype)
-    base.session.stream.files.cached = cached
+    base.streaming.stream.files.cached = cached
     model, _ = peers.add_adapters(base, device)
     ids = torch.randint(model.config.vocab_size, (batch_size, sequence), device=device)
 
@@ -97,7 +97,7 @@ def overlap(
         torch.cuda.synchronize()
 
     step()
-    counts = base.session.stream.counts
+    counts = base.streaming.stream.counts
     wait_s, n_bytes, n_streamed = counts.wait_s, read_so_far(), counts.bytes_read
     activities = [torch.profiler.ProfilerActivity.CUDA]  # the CPU's would slow the step
     with torch.profiler.profile(activities=activities) as profiler:

@@ -77,9 +77,9 @@ def test_with_and_without_adapter_is_one_pass_over_the_weights(folder, text):
     visits = []
     for wrap in (lambda model: model, with_lora):
         base = streamed(folder)
-        base.session.trace = []
-        found = onn_core.perplexity(wrap(base), tokenizer, text, max_length=40)
-        visits.append([(phase, unit) for phase, unit, _, _ in base.session.trace])
+        with base.trace() as events:
+            found = onn_core.perplexity(wrap(base), tokenizer, text, max_length=40)
+        visits.append([(phase, unit) for phase, unit, _, _ in events if phase != "read"])
     assert visits[0] == visits[1] == [("forward", 0), ("forward", 1), ("forward", 2), ("head", 3)]
     assert found.base_loss is not None
 

@@ -5,7 +5,6 @@ compared. Elsewhere sums run over micro-batches, blocks of the vocabulary or chu
 another order, and each differs by a few roundings (float32: 6e-8 each).
 """
 
-import dataclasses
 import functools
 
 import pytest
@@ -15,9 +14,10 @@ from toy import (
     SETTINGS,
     VOCABULARY,
     assert_same,
+    change_plan,
     difference,
     in_memory,
-    keeping_graphs,
+    reserving_graphs,
     step,
     streamed,
     take_gradients,
@@ -26,7 +26,7 @@ from toy import (
     with_lora,
 )
 
-from onn_core.weights.items import count_slots, few_slots
+from onn_core.weights.slots import count_slots, few_slots
 
 # Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order;
 # float64 shows that this is all (test_micro_batches_change_only_the_order_of_sums). In float32 the
@@ -66,21 +66,21 @@ def test_every_gradient_is_that_of_peft_in_memory(family, chunk_size, micro_batc
 def test_gradients_of_graphs_that_stay_while_their_weights_go(family, n_kept, micro_batch_size):
     want = reference(family)
     base = streamed(toy_dir(family), micro_batch_size=micro_batch_size)
-    model = with_lora(keeping_graphs(base, n_kept))
+    model = with_lora(reserving_graphs(base, n_kept))
     tolerance = None if micro_batch_size is None else TOLERANCE[family]
     for _ in range(2):
         loss = model(**toy_batch()).loss
-        assert len(+base.session.kept) == n_kept
+        assert len(+base.streaming.planner.graphs.by_layer) == n_kept
         del loss
         assert_same(step(model, toy_batch()), want, tolerance)
-        assert not base.session.kept_bytes
+        assert not base.streaming.planner.graphs.total
 
 
 @pytest.mark.parametrize("n_kept", [0, 2, N_LAYERS])
 def test_another_pass_may_come_between_forward_and_backward(n_kept):
     """As of a reference model, or an evaluation; it has other samples and no gradients."""
     want = reference("llama")
-    model = with_lora(keeping_graphs(streamed(toy_dir("llama")), n_kept))
+    model = with_lora(reserving_graphs(streamed(toy_dir("llama")), n_kept))
     loss = model(**toy_batch()).loss
     with torch.no_grad():
         model(**toy_batch(seed=1))
@@ -90,7 +90,7 @@ def test_another_pass_may_come_between_forward_and_backward(n_kept):
 
 def test_backward_twice_makes_the_graphs_again():
     want = reference("phi3")
-    model = with_lora(keeping_graphs(streamed(toy_dir("phi3"))))
+    model = with_lora(reserving_graphs(streamed(toy_dir("phi3"))))
     loss = model(**toy_batch()).loss
     loss.backward(retain_graph=True)
     first = take_gradients(model)
@@ -102,12 +102,12 @@ def test_backward_twice_makes_the_graphs_again():
 def test_a_graph_does_not_outlive_a_plan_by_matrix():
     want = reference("llama")
     base = streamed(toy_dir("llama"))
-    model, session = with_lora(keeping_graphs(base)), base.session
+    model, stream = with_lora(reserving_graphs(base)), base.streaming.stream
     loss = model(**toy_batch()).loss
-    session.stream.close()  # as when a longer batch was planned anew
-    units = session.stream.units
-    session.stream.slots = few_slots(units[:N_LAYERS], 1) + count_slots(units[N_LAYERS:], 1)
-    session.plan = dataclasses.replace(session.plan, n_resident=0, n_kept=0)
+    layers, head = stream.units[:N_LAYERS], stream.units[N_LAYERS:]
+    slots = few_slots(layers, 1) + count_slots(head, 1)
+    stream.set_slots(slots)  # as when a longer batch was planned anew
+    change_plan(base, slots=slots, n_resident=0, n_reserved=0)
     loss.backward()
     assert_same((loss.detach(), take_gradients(model)), want)
 
@@ -115,11 +115,11 @@ def test_a_graph_does_not_outlive_a_plan_by_matrix():
 def test_dora_with_graphs_that_stay():
     folder, dora = toy_dir("llama"), {"use_dora": True}
     want = step(with_lora(in_memory(folder), **dora), toy_batch())
-    assert_same(step(with_lora(keeping_graphs(streamed(folder)), **dora), toy_batch()), want)
+    assert_same(step(with_lora(reserving_graphs(streamed(folder)), **dora), toy_batch()), want)
 
 
 def test_an_output_that_is_changed_in_place_is_refused_where_a_graph_needs_it():
-    base = keeping_graphs(streamed(toy_dir("llama")))
+    base = reserving_graphs(streamed(toy_dir("llama")))
     layer = base.model.layers[2]
     forward = base.streamed_layers[2].forward
     base.streamed_layers[2].forward = lambda *args, **kwargs: forward(*args, **kwargs).tanh()
@@ -142,7 +142,7 @@ def test_dropout_draws_the_same_numbers(family):
     got = step(model, toy_batch())
     assert_same(got, reference(family, 0.3))
     assert not torch.equal(got[0], reference(family)[0])
-    model = with_lora(keeping_graphs(streamed(toy_dir(family))), lora_dropout=0.3)
+    model = with_lora(reserving_graphs(streamed(toy_dir(family))), lora_dropout=0.3)
     assert_same(step(model, toy_batch()), got)
 
 

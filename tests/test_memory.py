@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from onn_core.memory.plan import MARGIN, PROCESS_BYTES
+from onn_core.memory.plan import CPU_MARGIN as MARGIN
+from onn_core.memory.plan import PROCESS_BYTES
 from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import write_random_model
 
@@ -48,7 +49,7 @@ model = onn_core.from_pretrained(folder, device="cpu", chunk_size=int(n_resident
 if how == "rlimit":  # a limit on addresses; the empty model has used some, without memory in them
     limit = status("VmData") + int(amount)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-session = model.session
+streaming = model.streaming
 model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 ids = torch.arange(3, 19).view(2, 8)
@@ -60,9 +61,10 @@ for _ in range(2):
     optimizer.zero_grad()
     losses.append(loss.item())
 peak_bytes = status("VmHWM") - before
-slots_bytes = sum(size * count for size, count in session.stream.slots.items())
+plan = streaming.planner.plan
+slots_bytes = sum(size * count for size, count in streaming.stream.schedule.slots.items())
 print(json.dumps({"losses": losses, "peak_bytes": peak_bytes, "slots_bytes": slots_bytes,
-                  "n_resident": session.plan.n_resident, "planned_bytes": session.plan.peak_bytes}))
+                  "n_resident": plan.n_resident, "planned_bytes": plan.peak_bytes}))
 """
 
 

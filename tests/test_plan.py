@@ -8,29 +8,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import N_LAYERS, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+from toy import (
+    N_LAYERS,
+    assert_same,
+    change_plan,
+    in_memory,
+    step,
+    streamed,
+    toy_batch,
+    toy_dir,
+    with_lora,
+)
 from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
 from onn_core.memory.footprint import LiveBytes, visit_bytes
 from onn_core.memory.plan import (
-    GRAPHS,
-    KEPT,
-    MARGIN,
+    CPU_MARGIN,
+    MAX_GRAPH_FRACTION,
     PROCESS_BYTES,
-    items_read,
     make_plan,
-    slots_bytes,
+    weights_read,
 )
 from onn_core.run.estimate import geometry_of, predict
 from onn_core.streaming.recompute import Graph
 from onn_core.weights.geometry import geometry
-from onn_core.weights.items import count_slots, few_slots
+from onn_core.weights.slots import count_slots, few_slots, slots_bytes
 
 
 def within(n_bytes):
     """A budget with room for `n_bytes` beside what every process takes."""
-    return int(MARGIN * (PROCESS_BYTES + n_bytes))
+    return int(CPU_MARGIN * (PROCESS_BYTES + n_bytes))
 
 
 def budgeted(family, n_bytes, **settings):
@@ -42,9 +50,8 @@ def want(family, **settings):
 
 
 def plan_of(n_bytes, family="llama", batch_size=5, n_tokens=10, **settings):
-    session = streamed(toy_dir(family)).session
-    budget = within(n_bytes)
-    return make_plan(session.sizes, batch_size, n_tokens, budget, **settings)
+    sizes = streamed(toy_dir(family)).streaming.planner.sizes
+    return make_plan(sizes, batch_size, n_tokens, within(n_bytes), **settings)
 
 
 def test_more_budget_keeps_more_and_no_plan_exceeds_it():
@@ -57,7 +64,6 @@ def test_more_budget_keeps_more_and_no_plan_exceeds_it():
             assert not plans  # only the smallest
             continue
         assert plans[-1].peak_bytes <= within(n_bytes)
-        assert plans[-1].peak_bytes == sum(plans[-1].parts.values())
     resident = [plan.n_resident for plan in plans]
     assert resident == sorted(resident) and resident[-1] == N_LAYERS and len(set(resident)) > 2
     assert plans[0].by_matrix and plans[-1].micro_batch_size == 5
@@ -69,7 +75,7 @@ def test_what_is_left_of_a_budget_keeps_single_matrices():
     layer = sum(item.slot_bytes for item in sizes.layers[0])
     assert few.n_resident == more.n_resident < 8
     assert 0 < slots_bytes(more.slots) - slots_bytes(few.slots) < layer
-    assert MARGIN * more.peak_bytes <= 2900 << 20
+    assert CPU_MARGIN * more.peak_bytes <= 2900 << 20
 
 
 def test_on_cuda_a_micro_batch_is_worth_more_than_reading_ahead():
@@ -83,7 +89,7 @@ def test_on_cuda_a_micro_batch_is_worth_more_than_reading_ahead():
 
 
 def test_a_refusal_shows_its_arithmetic():
-    with pytest.raises(ConfigError, match=r"weights \+ .* boundary .*= 4\d MiB, and 5 % .*raise"):
+    with pytest.raises(ConfigError, match=r"weights \+ .* activations = 4\d MiB, and 5 % .*raise"):
         plan_of(-(1 << 20))
 
 
@@ -91,54 +97,50 @@ def test_a_refusal_shows_its_arithmetic():
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_matrix_by_matrix_is_exact(family, micro_batch_size):
     model = streamed(toy_dir(family), micro_batch_size=micro_batch_size)
-    session = model.session
-    layers = session.stream.units[:N_LAYERS]
+    stream = model.streaming.stream
+    layers = stream.units[:N_LAYERS]
     slots = few_slots(layers, 1)
     assert slots_bytes(slots) < sum(item.slot_bytes for item in layers[0])
     assert any(n > 1 for n in few_slots(layers, 9).values()) or family == "phi3"
-    head = {item.slot_bytes for unit in session.stream.units[N_LAYERS:] for item in unit}
+    head = {item.slot_bytes for unit in stream.units[N_LAYERS:] for item in unit}
     slots.update(dict.fromkeys(head, 1))
-    session.plan = replace(session.plan, n_resident=0, slots=slots)
-    session.stream.slots = slots
+    change_plan(model, n_resident=0, slots=slots)
+    stream.set_slots(slots)
     model = with_lora(model)
     expected = want(family)
     for _ in range(2):
         tolerance = None if micro_batch_size is None else 4e-6
         assert_same(step(model, toy_batch()), expected, tolerance)
-    held = {size: len(held) for size, held in session.stream._held.items()}
-    assert held == dict(slots)
+    assert stream.schedule.made() == slots
 
 
 def test_a_budget_is_planned_at_the_first_batch_and_again_for_a_larger_one():
     model = budgeted("llama", 8_000_000)
-    session = model.session
-    model = with_lora(model)
+    base, model = model, with_lora(model)
     expected = want("llama")
     assert_same(step(model, toy_batch()), expected)
-    first = session.plan
-    assert session.fitted[0] == 50 and first.n_resident == N_LAYERS
+    first = base.plan
+    assert first.n_resident == N_LAYERS
     step(model, toy_batch(batch_size=2))
-    assert session.plan is first
+    assert base.plan is first
     step(model, toy_batch(batch_size=160))
-    assert session.fitted[0] == 1600 and session.plan is not first
-    assert session.plan.peak_bytes <= within(8_000_000)
+    assert base.plan is not first
+    assert base.plan.peak_bytes <= within(8_000_000)
     assert_same(step(model, toy_batch()), expected, 4e-6)
 
 
 def test_boundaries_on_disk_change_nothing():
-    model = streamed(toy_dir("llama"))
-    session = model.session
-    session.plan = replace(session.plan, boundaries="disk")
+    model = change_plan(streamed(toy_dir("llama")), boundaries="disk")
     assert_same(step(with_lora(model), toy_batch()), want("llama"))
 
 
 def test_a_huge_batch_is_planned_onto_the_disk():
     in_memory = plan_of(1 << 30, batch_size=4096, micro_batch_size=4)
     assert in_memory.boundaries == "memory"
-    parts = Counter(in_memory.parts)
-    less = in_memory.peak_bytes - parts[GRAPHS] - parts["boundary activations"] // 2
+    terms = in_memory.terms
+    less = in_memory.peak_bytes - terms.graphs - terms.boundaries // 2
     plan = plan_of(less - PROCESS_BYTES, batch_size=4096, micro_batch_size=4)
-    assert plan.boundaries == "disk" and plan.parts["boundary activations"] == 0
+    assert plan.boundaries == "disk" and plan.terms.boundaries == 0
 
 
 def test_live_bytes_are_those_of_tensors_that_are_referred_to():
@@ -163,7 +165,7 @@ def test_activations_of_phi4_are_counted_without_memory_for_them():
 
 def test_a_geometry_without_files_is_that_of_the_loaded_model():
     folder = toy_dir("phi3")
-    here = streamed(folder).session.sizes
+    here = streamed(folder).streaming.planner.sizes
     config = AutoConfig.from_pretrained(folder)
     found = geometry_of(config, dtype=torch.float32, lora_rank=4)
     sizes = lambda units: [sorted(item.shape for item in unit) for unit in units]  # noqa: E731
@@ -176,18 +178,18 @@ def test_a_geometry_without_files_is_that_of_the_loaded_model():
 
 @pytest.mark.parametrize("lowest", [0, 3])
 @pytest.mark.parametrize("n_resident", [1, 2, N_LAYERS])
-def test_items_read_are_those_that_a_step_reads(n_resident, lowest):
+def test_weights_read_are_those_that_a_step_reads(n_resident, lowest):
     model = streamed(toy_dir("llama"), chunk_size=n_resident)
-    session = model.session
+    base, planner = model, model.streaming.planner
     model = with_lora(model, layers_to_transform=list(range(lowest, N_LAYERS)))
     loads = []
     for _ in range(4):
         step(model, toy_batch())
         loads.append(-1)
-        while loads[-1] != (now := session.stream.counts.item_loads.total()):
+        while loads[-1] != (now := base.counts().weight_loads):
             loads[-1] = now
             time.sleep(0.3)  # until nothing is on its way
-    expected = items_read(session.sizes, session.plan, lowest).total()
+    expected = weights_read(planner.sizes, planner.plan, lowest).total()
     # readers that lag on a busy machine fetch what is wanted now, not what Belady would
     assert abs((loads[3] - loads[1]) / 2 - expected) <= max(2, 0.15 * expected)
 
@@ -215,13 +217,14 @@ def test_forward_is_done_once_where_there_is_room(room, monkeypatch):
     got = {}
     for n_kept in (room, 0):
         base = streamed(toy_dir("llama"), memory_budget="200MB", micro_batch_size=2)
-        bytes_of = base.session.sizes.visit_bytes
-        sizes = replace(  # dropout keeps more
-            base.session.sizes, visit_bytes=lambda *size, f=bytes_of: [2 * n for n in f(*size)]
+        planner = base.streaming.planner
+        bytes_of = planner.sizes.visit_bytes
+        sizes = replace(  # dropout saves more
+            planner.sizes, visit_bytes=lambda *size, f=bytes_of: [2 * n for n in f(*size)]
         )
-        base.session.sizes = sizes
+        planner.sizes = sizes
         part = n_kept * sizes.visit_bytes(5, 10)[2]
-        monkeypatch.setattr("onn_core.memory.plan.KEPT", 200_000_000 // part if part else 1 << 40)
+        monkeypatch.setattr("onn_core.memory.plan.MAX_GRAPH_FRACTION", part / 200_000_000)
         model, calls = with_lora(base, **settings).train(), Counter()
         for layer in base.streamed_layers:
             forward = layer.forward
@@ -230,7 +233,7 @@ def test_forward_is_done_once_where_there_is_room(room, monkeypatch):
             )
         torch.manual_seed(0)
         got[n_kept] = [step(model, toy_batch()) for _ in range(2)]
-        assert base.session.plan.n_kept == n_kept
+        assert base.plan.n_reserved == n_kept
         n_parts = 3  # five samples, two at a time
         for number in range(N_LAYERS):
             once = number >= N_LAYERS - n_kept
@@ -244,13 +247,13 @@ def test_graphs_take_what_reading_does_not_need_and_all_that_products_need():
     config = geometry("phi-4", 40)
     sizes = geometry_of(config, sparse_layers="ends:4").sizes
     few, many = (make_plan(sizes, size, 16, 3 << 30) for size in (8, 32))
-    assert 0 < few.n_kept * sizes.visit_bytes(8, 16)[2] <= (3 << 30) // KEPT
-    assert few.n_resident > many.n_resident == 1 and many.n_kept > 6
+    assert 0 < few.n_reserved * sizes.visit_bytes(8, 16)[2] <= (3 << 30) * MAX_GRAPH_FRACTION
+    assert few.n_resident > many.n_resident == 1 and many.n_reserved > 6
     on_gpu = make_plan(replace(sizes, on_cpu=False), 8, 16, 3 << 30)
-    assert 0 < on_gpu.n_kept * sizes.visit_bytes(8, 16)[2] <= (3 << 30) // KEPT
+    assert 0 < on_gpu.n_reserved * sizes.visit_bytes(8, 16)[2] <= (3 << 30) * MAX_GRAPH_FRACTION
     for n_back in (0, 5):  # an evaluation; "last:5"
         plan = make_plan(replace(sizes, n_back=n_back), 32, 16, 3 << 30)
-        assert plan.n_kept == n_back and plan.n_resident >= 1
+        assert plan.n_reserved == n_back and plan.n_resident >= 1
     for plan in (few, many, on_gpu):
         assert plan.peak_bytes <= 3 << 30
 
@@ -260,29 +263,29 @@ def test_graphs_that_take_more_than_was_planned_are_made_again():
     model = with_lora(base).train()
     expected = want("llama")
     assert_same(step(model, toy_batch()), expected)
-    session = base.session
-    planned = session.plan.parts[GRAPHS]
-    assert session.plan.n_kept == N_LAYERS and session.kept_bytes == 0
+    planned, graphs = base.plan.terms.graphs, base.streaming.planner.graphs
+    assert base.plan.n_reserved == N_LAYERS and graphs.total == 0
     loss = model(**toy_batch()).loss
-    assert 0.5 * planned < session.kept_bytes <= planned  # what is counted is what is there
-    kept = session.kept_bytes / N_LAYERS
+    assert 0.5 * planned < graphs.total <= planned  # what is counted is what is there
+    of_a_layer = graphs.total / N_LAYERS
     second = model(**toy_batch()).loss  # two at once: of the second hardly a layer's fits
-    assert session.kept_bytes <= planned + kept
+    assert graphs.total <= planned + of_a_layer
     del loss, second
-    session.plan = replace(session.plan, count=(session.plan.parts | {GRAPHS: 2 * kept}).copy)
+    terms = replace(base.plan.terms, graphs=2 * of_a_layer)
+    change_plan(base, count_terms=lambda: terms)
     assert_same(step(model, toy_batch()), expected)
 
 
 def test_a_layer_whose_graph_is_kept_is_fetched_last_first():
     model = streamed(toy_dir("llama"))
-    session = model.session  # slots for a layer and a part of the next
-    stream, last, session.lowest = session.stream, N_LAYERS - 1, 0
-    session.kept.update({last: 1, last - 1: 1})
-    future = session.backward_pass(last)
-    assert future == [~last, ~(last - 1), *range(last - 2, -1, -1)]
+    streaming = model.streaming  # slots for a layer and a part of the next
+    stream, last = streaming.stream, N_LAYERS - 1
+    streaming.planner.graphs.by_layer.update({last: 1, last - 1: 1})
+    future = streaming.visits.uses_from("backward", last, lowest=0)[:N_LAYERS]
+    assert future == [(n, n >= last - 1) for n in range(last, -1, -1)]
     fetched = []
-    load = stream._load
-    stream._load = lambda item, *rest: fetched.append(item) or load(item, *rest)
+    load = stream.fetch
+    stream.fetch = lambda item, *rest: fetched.append(item) or load(item, *rest)
     for item in stream.enter(future)[::-1]:
         stream.wait(item)
     assert fetched[: len(stream.units[last])] == stream.units[last][::-1]

@@ -44,7 +44,7 @@ def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
 
     def setup_and_count():
         setup()
-        stream = made.base.session.stream
+        stream = made.base.streaming.stream
         enter = stream.enter
 
         def count(future, claim):
@@ -233,7 +233,7 @@ def test_a_finished_run_resumes_to_itself_and_a_new_one_sets_it_aside(small, who
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     resumed = trainer(small, tmp_path)
     record = resumed.train(resume=True)
-    assert len(record.steps) == 7 and resumed.base.session.stream.counts.bytes_read == 0
+    assert len(record.steps) == 7 and resumed.base.streaming.stream.counts.bytes_read == 0
     require_equal(tmp_path, whole)
     trainer(small, tmp_path, seed=1, max_steps=1, checkpoint_every=0).train()
     assert [path.name for path in Checkpoints(tmp_path, 2).paths()] == ["step-00000001"]

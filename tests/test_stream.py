@@ -33,8 +33,9 @@ from toy import (
 )
 
 from onn_core.errors import ModelFolderError
-from onn_core.weights.items import count_slots
 from onn_core.weights.reader import SLICE_NS, run_at_once
+from onn_core.weights.schedule import Use
+from onn_core.weights.slots import count_slots
 from onn_core.weights.stream import WeightStream
 
 
@@ -57,25 +58,25 @@ def copied(folder, tmp_path):
 def settle(stream):
     """Wait until the readers have nothing left to do."""
     before = None
-    while before != (before := (stream.counts.bytes_read, stream.counts.item_loads.total())):
+    while before != (before := (stream.counts.bytes_read, stream.counts.weight_loads.total())):
         time.sleep(0.03)
 
 
 def loads_of_a_step(model):
     """Unit -> items fetched by one training step in the steady state."""
-    stream = model.base_model.model.session.stream
+    stream = model.base_model.model.streaming.stream
     for _ in range(2):
         step(model, toy_batch())
     settle(stream)
-    before = Counter(stream.counts.item_loads)
+    before = Counter(stream.counts.weight_loads)
     step(model, toy_batch())
     settle(stream)
-    return stream.counts.item_loads - before
+    return stream.counts.weight_loads - before
 
 
 def acquire(stream, future):
     """Enter unit future[0]; its items, once all are there."""
-    items = stream.enter(future)
+    items = stream.enter(list(map(Use, future)))
     for item in items:
         stream.wait(item)
     return items
@@ -93,16 +94,16 @@ def by_size(stream):
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, N_LAYERS])
 def test_a_step_reads_each_item_twice_but_for_what_stays_at_the_two_turns(family, chunk_size):
     model = streamed(toy_dir(family), chunk_size=chunk_size)
-    stream = model.session.stream
+    stream = model.streaming.stream
     loads = loads_of_a_step(with_lora(model))
     items = by_size(stream)
-    assert loads.total() == 2 * sum(items[size] - stream.slots[size] for size in items)
+    assert loads.total() == 2 * sum(items[size] - stream.schedule.slots[size] for size in items)
 
 
 def test_the_chunk_at_each_turn_is_not_read_again():
     """Layer 2 of 5 is far from both turns; layers 0 and 4 are read once a step, at the other."""
     model = with_lora(streamed(toy_dir("llama"), chunk_size=1))
-    n_items = len(model.base_model.model.session.stream.units[0])
+    n_items = len(model.base_model.model.streaming.stream.units[0])
     loads = loads_of_a_step(model)
     assert loads[2] == 2 * n_items
     assert loads[0] == loads[4] == n_items
@@ -111,7 +112,7 @@ def test_the_chunk_at_each_turn_is_not_read_again():
 
 def test_a_model_that_fits_is_read_once():
     model = streamed(toy_dir("llama"), chunk_size=N_LAYERS)
-    stream = model.session.stream
+    stream = model.streaming.stream
     model = with_lora(model)
     for _ in range(3):
         step(model, toy_batch())
@@ -119,7 +120,7 @@ def test_a_model_that_fits_is_read_once():
             model(**toy_batch())
     settle(stream)
     n_items = sum(by_size(stream).values())
-    assert stream.counts.item_loads.total() == n_items
+    assert stream.counts.weight_loads.total() == n_items
     needed = sum(item.n_bytes for unit in stream.units for item in unit)
     assert needed <= stream.counts.bytes_read <= needed + 2 * 4096 * n_items
 
@@ -128,8 +129,8 @@ def test_a_model_that_fits_is_read_once():
 def test_backward_visits_and_reads_nothing_below_the_lowest_trained_layer(chunk_size):
     model = streamed(toy_dir("llama"), chunk_size=chunk_size)
     visits = []
-    model.session.on_visit = lambda phase, unit: visits.append((phase, unit))
-    n_items = len(model.session.stream.units[0])
+    model.on_visit(lambda phase, unit: visits.append((phase, unit)))
+    n_items = len(model.streaming.stream.units[0])
     model = with_lora(model, layers_to_transform=[3, 4])
     loads = loads_of_a_step(model)
     forward = [("forward", layer) for layer in range(N_LAYERS)]
@@ -139,16 +140,16 @@ def test_backward_visits_and_reads_nothing_below_the_lowest_trained_layer(chunk_
 
 def test_evaluation_reads_each_item_once_at_most():
     model = streamed(toy_dir("llama"))
-    stream = model.session.stream
+    stream = model.streaming.stream
     with torch.no_grad():
         for _ in range(4):
             model(**toy_batch())
     settle(stream)
-    assert stream.counts.item_loads.total() <= 5 * sum(by_size(stream).values())
+    assert stream.counts.weight_loads.total() <= 5 * sum(by_size(stream).values())
 
 
 def test_the_next_layer_is_fetched_while_this_one_is_in_use():
-    stream = streamed(toy_dir("llama")).session.stream
+    stream = streamed(toy_dir("llama")).streaming.stream
     acquire(stream, [0, 1, 2, 3, 4, 5])
     settle(stream)
     names = [item.source.entry.name for item in stream.units[1] if item.tensor is not None]
@@ -167,7 +168,7 @@ def test_a_layer_begins_before_its_last_matrix_is_there(how):
     model = with_lora(streamed(toy_dir("llama")))
     core = model.base_model.model
     want = step(model, toy_batch())  # from now on it is known which modules are called
-    stream, load, gate = core.session.stream, core.session.stream._load, threading.Event()
+    stream, load, gate = core.streaming.stream, core.streaming.stream.fetch, threading.Event()
     last = stream.units[2][-1]
 
     def wait_at_the_gate(item, *rest):
@@ -175,7 +176,7 @@ def test_a_layer_begins_before_its_last_matrix_is_there(how):
             gate.wait()
         return load(item, *rest)
 
-    stream._load = wait_at_the_gate
+    stream.fetch = wait_at_the_gate
     layer = core.model.layers[2]
     layer.mlp.up_proj.base_layer.register_forward_hook(lambda *_: gate.set())
     with how():
@@ -191,15 +192,13 @@ def test_memory_is_that_of_the_slots_and_weights_in_use_stay_as_they_are(chunk_s
     folder = toy_dir("llama")
     true_weights = {n: p.detach() for n, p in in_memory(folder).named_parameters()}
     model = streamed(folder, chunk_size=chunk_size)
-    stream = model.session.stream
+    stream = model.streaming.stream
     checked = Counter()
 
     def check(module, *_):
         name = names[module]
         assert torch.equal(module.weight, true_weights[f"{name}.weight"]), name
-        for size, held in stream._held.items():
-            assert len(held) <= stream.slots[size]
-            assert all(slot.memory.numel() == size for slot in held)
+        assert stream.schedule.made() <= stream.schedule.slots
         checked[name] += 1
 
     names = {}
@@ -212,7 +211,7 @@ def test_memory_is_that_of_the_slots_and_weights_in_use_stay_as_they_are(chunk_s
     for _ in range(3):
         step(model, toy_batch())
     assert len(checked) == 7 * N_LAYERS and set(checked.values()) == {3 * 2 * 2}
-    assert {size: len(held) for size, held in stream._held.items()} == stream.slots
+    assert stream.schedule.made() == stream.schedule.slots
 
 
 def test_an_absent_weight_is_nan_of_one_element():
@@ -231,7 +230,7 @@ def test_random_visits_in_unannounced_order_get_the_right_bytes():
     folder = toy_dir("llama")
     model = streamed(folder)
     true_weights = {n: p.detach() for n, p in in_memory(folder).named_parameters()}
-    units = [list(unit) for unit in model.session.stream.units[:N_LAYERS]]
+    units = [list(unit) for unit in model.streaming.stream.units[:N_LAYERS]]
     stream = WeightStream(model.model_folder, units, count_slots(units, 1), torch.device("cpu"))
     chance = random.Random(0)
     unit = 0
@@ -339,8 +338,8 @@ def interruptible():
 def test_an_interrupted_wait_can_be_followed_by_a_step(unit, interruptible):
     """The stop button of a notebook, while weights are on their way."""
     model = with_lora(streamed(toy_dir("llama")))
-    stream = model.base_model.model.session.stream
-    reached, gate, load = threading.Event(), threading.Event(), stream._load
+    stream = model.base_model.model.streaming.stream
+    reached, gate, load = threading.Event(), threading.Event(), stream.fetch
 
     def wait_at_the_gate(item, *rest):
         if item.unit == unit:
@@ -353,7 +352,7 @@ def test_an_interrupted_wait_can_be_followed_by_a_step(unit, interruptible):
         time.sleep(0.2)  # until the compute waits as well
         os.kill(os.getpid(), signal.SIGINT)
 
-    stream._load = wait_at_the_gate
+    stream.fetch = wait_at_the_gate
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         step(model, toy_batch())
@@ -389,8 +388,10 @@ def test_close_stops_the_readers_and_closes_files_and_the_model_works_again():
     for _ in range(2):  # closing twice is harmless
         model.base_model.model.close()
         assert readers() == [] and n_descriptors() == before
-    stream = model.base_model.model.session.stream
-    assert not stream._held and all(i.tensor is None for unit in stream.units for i in unit)
+    stream = model.base_model.model.streaming.stream
+    assert not stream.schedule._made and all(
+        i.tensor is None for unit in stream.units for i in unit
+    )
     assert_same(step(model, toy_batch()), want)
 
 
@@ -399,7 +400,7 @@ def test_close_stops_the_readers_and_closes_files_and_the_model_works_again():
 def test_a_model_that_is_no_longer_used_takes_its_readers_along(family):
     model = with_lora(streamed(toy_dir(family)))
     step(model, toy_batch())
-    stream, core = (weakref.ref(x) for x in (model.base_model.model.session.stream, model))
+    stream, core = (weakref.ref(x) for x in (model.base_model.model.streaming.stream, model))
     assert readers()
     del model
     gc.collect()
@@ -410,8 +411,8 @@ def test_a_model_that_is_no_longer_used_takes_its_readers_along(family):
 def test_garbage_collection_in_a_reader_thread_closes_as_well():
     model = streamed(toy_dir("llama"))
     object.__setattr__(model, "itself", model)
-    gate, stream = threading.Event(), model.session.stream
-    load = stream._load
+    gate, stream = threading.Event(), model.streaming.stream
+    load = stream.fetch
 
     def collect(item, *rest):
         if item.unit == 1:
@@ -419,7 +420,7 @@ def test_garbage_collection_in_a_reader_thread_closes_as_well():
             gc.collect()
         return load(item, *rest)
 
-    stream._load = collect
+    stream.fetch = collect
     acquire(stream, [0, 1, 2])
     gc.disable()
     try:
@@ -497,10 +498,10 @@ def test_weights_are_cast_on_the_way(stored, dtype):
 @pytest.mark.parametrize("piece_bytes", [4096, 3 * 4096])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_pieces_smaller_than_a_tensor(family, piece_bytes, dtype, monkeypatch):
-    monkeypatch.setattr("onn_core.weights.items.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("onn_core.weights.slots.READ_BYTES", piece_bytes)
     folder = toy_dir(family)
     model = streamed(folder, dtype=dtype)
-    pieces = [item.pieces() for unit in model.session.stream.units for item in unit]
+    pieces = [item.reads() for unit in model.streaming.stream.units for item in unit]
     assert max(map(len, pieces)) > 1
     want = step(with_lora(in_memory(folder, dtype=dtype)), toy_batch())
     assert_same(step(with_lora(model), toy_batch()), want)
@@ -534,7 +535,7 @@ def test_tensors_at_odd_offsets(tmp_path, stored, dtype, header_pad, first_bytes
     plain = toy_dir("llama", stored)
     folder = shifted(plain, tmp_path, header_pad, first_bytes)
     model = streamed(folder, dtype=dtype)
-    entry = model.session.stream.units[0][0].source.entry
+    entry = model.streaming.stream.units[0][0].source.entry
     assert entry.offset % 8 == (header_pad + first_bytes) % 8
     assert_same(
         step(with_lora(model), toy_batch()),
@@ -554,7 +555,7 @@ def test_through_the_page_cache():
     """As on CUDA in a host with memory to spare."""
     want = step(with_lora(streamed(toy_dir("llama"))), toy_batch())
     model = with_lora(streamed(toy_dir("llama")))
-    files = model.base_model.model.session.stream.files
+    files = model.base_model.model.streaming.stream.files
     files.cached = True
     assert_same(step(model, toy_batch()), want)
     flags = [fcntl.fcntl(descriptor, fcntl.F_GETFL) for descriptor, _ in files._opened.values()]
@@ -599,7 +600,7 @@ def test_weights_differ_where_the_file_differs(tmp_path):
     folder = copied(toy_dir("llama"), tmp_path)
     model = with_lora(streamed(folder))
     before, _ = step(model, toy_batch())
-    item = model.base_model.model.session.stream.units[2][3]
+    item = model.base_model.model.streaming.stream.units[2][3]
     model.base_model.model.close()
     with open(folder / "model.safetensors", "r+b") as file:
         file.seek(item.source.entry.offset + 3)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import onn_core
 from onn_core.adapters.lora import linear_names
-from onn_core.memory.plan import GRAPHS
 from onn_core.streaming.loading import decoder_layers
 
 N_LAYERS = 5
@@ -87,12 +86,17 @@ def streamed(folder: Path, **settings) -> transformers.PreTrainedModel:
     return onn_core.from_pretrained(folder, **{"device": "cpu", "dtype": stored} | settings)
 
 
-def keeping_graphs(model: transformers.PreTrainedModel, n_kept: int = N_LAYERS):
-    """A streamed model that keeps the graphs of its last layers, though their weights go."""
-    plan = model.session.plan
-    count = (plan.parts | {GRAPHS: n_kept << 30}).copy
-    model.session.plan = dataclasses.replace(plan, n_kept=n_kept, count=count)
+def change_plan(model: transformers.PreTrainedModel, **changes):
+    """A streamed model with another plan than its budget gave it."""
+    planner = model.streaming.planner
+    planner.plan = dataclasses.replace(planner.plan, **changes)
     return model
+
+
+def reserving_graphs(model: transformers.PreTrainedModel, n_reserved: int = N_LAYERS):
+    """A streamed model that reserves the graphs of its last layers, though not their weights."""
+    terms = dataclasses.replace(model.plan.terms, graphs=n_reserved << 30)
+    return change_plan(model, n_reserved=n_reserved, count_terms=lambda: terms)
 
 
 def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -144,7 +144,7 @@ def require_packing(model: Any) -> None:
     masks = []
     hook = model.streamed_layers[0].module.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        ids = torch.zeros(1, 4, dtype=torch.int64, device=model.session.device)
+        ids = torch.zeros(1, 4, dtype=torch.int64, device=model.device)
         with torch.no_grad():
             model(
                 input_ids=ids,

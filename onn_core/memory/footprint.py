@@ -4,12 +4,12 @@ import copy
 import warnings
 import weakref
 from typing import Any
-from unittest import mock
 
 import peft
 import torch
 import torch._meta_registrations  # the shapes of the CPU's attention kernel
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -52,7 +52,7 @@ def visit_bytes(
 ) -> tuple[int, int, int]:
     """Bytes of the activations of one adapted layer on (batch_size, n_tokens).
 
-    The peak forward, the peak backward, and what the graph between the two keeps. The first layer
+    The peak forward, the peak backward, and what the graph holds between the two. The first layer
     of `config` stands for all; attention counts as the fused kernel.
     """
     config = copy.deepcopy(config)
@@ -69,16 +69,16 @@ def visit_bytes(
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
         mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)
         given = {"inputs_embeds": hidden, "attention_mask": mask, "use_cache": False}
-        with mock.patch.object(F, "scaled_dot_product_attention", _attention):
+        with FusedAttention():
             with LiveBytes() as forward, torch.no_grad():
                 base(**given)
             with LiveBytes() as live:
                 out = base(**given)[0]
-                kept = live.now
+                graph_bytes = live.now
                 trained = [p for p in base.parameters() if p.requires_grad]
                 at = [hidden, *trained]
                 torch.autograd.grad(out, at, torch.zeros_like(out), allow_unused=True)
-    return forward.peak, live.peak, kept
+    return forward.peak, live.peak, graph_bytes
 
 
 class Footprint:
@@ -105,8 +105,17 @@ class Footprint:
             return 3 * (values * (self.dtype.itemsize + 4),)
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """q (B, H, T, D), k and v (B, H or fewer, T, D): fused, as a CPU and a GPU compute it."""
+class FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernel of a CPU or a GPU computes it; in this thread alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """q (B, H, T, D), k and v (B, H or fewer, T, D) -> (B, H, T, D)."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

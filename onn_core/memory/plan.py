@@ -1,31 +1,35 @@
-"""What fits a memory budget: chunk, micro-batch, resident layers, where boundaries wait."""
+"""What fits a memory budget: chunk, micro-batch, resident layers, reserved graphs, boundaries."""
 
 import dataclasses
 import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
-from onn_core.weights.items import Item, count_slots, few_slots
+from onn_core.weights.slots import StreamedWeight, count_slots, few_slots, slots_bytes
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
-HEAP = 1.95  # on a CPU: the heap with its gaps, in activations; phi-4's, 256 and 512 tokens
-MARGIN = 1.05  # of a budget, for what the sum does not see; a CUDA allocator is counted to the byte
+# On a CPU the heap with its gaps, in activations: measured on phi-4 with 256 and 512 tokens.
+HEAP_FACTOR = 1.95
+# Of a budget, for what the sum does not see. A CUDA allocator is counted to the byte.
+CPU_MARGIN = 1.05
 CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
-KEPT = 8  # where reading is the limit, graphs that are kept take at most one such part of a budget
-GRAPHS = "of graphs that stay"
-FEW_TOKENS = 256  # of a micro-batch, multiply fast; of a CPU's batch, take longer than its reads
+# Where reading is the limit, reserved graphs take at most this part of a budget.
+MAX_GRAPH_FRACTION = 1 / 8
+# From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
+FULL_SPEED_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """All that a plan needs to know of a model."""
 
-    layers: Sequence[Sequence[Item]]
-    head: Sequence[Sequence[Item]]
+    layers: Sequence[Sequence[StreamedWeight]]
+    head: Sequence[Sequence[StreamedWeight]]
     held_bytes: int  # what always stays
     hidden_bytes: int  # of a token between two layers
     visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
@@ -35,45 +39,67 @@ class Sizes:
 
     @property
     def margin(self) -> float:
-        return MARGIN if self.on_cpu else CUDA_MARGIN
+        return CPU_MARGIN if self.on_cpu else CUDA_MARGIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """The terms of a plan's peak memory, in bytes."""
+
+    weights: int  # all slots
+    always_there: int
+    adapters: int  # with their gradients and the optimizer's state
+    boundaries: int  # the layers' inputs, as far as they stay in memory
+    activations: int  # of the largest visit
+    graphs: int = 0  # reserved between forward and backward
+    heap_gaps: int = 0  # what the heap may grow by before it is trimmed
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        names = (name.replace("_", " ") for name in self.__dataclass_fields__)
+        terms = zip(names, dataclasses.astuple(self), strict=True)
+        shown = " + ".join(f"{size / 2**20:.0f} {name}" for name, size in terms if size)
+        return f"{shown} = {self.total / 2**20:.0f} MiB"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model runs; `parts` are the terms of its peak memory, in bytes, counted at need."""
+    """How a model runs, and what its peak memory is made of."""
 
     slots: Counter  # size in bytes -> how many
-    n_resident: int  # layers that are there at once; 0: a layer is streamed matrix by matrix
+    n_resident: int  # layers that are resident at once; 0: a layer is streamed matrix by matrix
     micro_batch_size: int
     n_micro_batches: int
-    n_kept: int  # of the last layers, the graphs stay: their forward is not done again
+    n_reserved: int  # of the last layers, the graphs are reserved: they are not recomputed
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
-    count: Callable[[], dict[str, int]]  # -> parts; traces a layer
+    count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
 
     @functools.cached_property
-    def parts(self) -> dict[str, int]:
-        return self.count()
+    def terms(self) -> Terms:
+        return self.count_terms()
 
     @property
     def by_matrix(self) -> bool:
         return self.n_resident == 0
 
-    def kept(self, n_layers: int) -> range:
-        """The layers whose graphs stay."""
-        return range(n_layers - self.n_kept, n_layers)
+    def reserved(self, n_layers: int) -> range:
+        """The layers whose graphs are reserved."""
+        return range(n_layers - self.n_reserved, n_layers)
 
     @property
     def graph_bytes(self) -> int:
-        """Of one layer whose graph stays."""
-        return self.parts[GRAPHS] // self.n_kept if self.n_kept else 0
+        """Of one layer whose graph is reserved."""
+        return self.terms.graphs // self.n_reserved if self.n_reserved else 0
 
     @property
     def peak_bytes(self) -> int:
-        return sum(self.parts.values())
+        return self.terms.total
 
-    def __str__(self) -> str:
-        terms = " + ".join(f"{size / 2**20:.0f} {what}" for what, size in self.parts.items())
-        return f"{terms} = {self.peak_bytes / 2**20:.0f} MiB"
+    def with_terms(self, terms: Terms, **changes: Any) -> "Plan":
+        return dataclasses.replace(self, count_terms=lambda: terms, **changes)
 
 
 def make_plan(
@@ -92,7 +118,7 @@ def make_plan(
     head = count_slots(sizes.head, 1)
     weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
     if chunk_size == 1 and not sizes.on_cpu:
-        weights.append((1, count_slots(sizes.layers, 1, look_ahead=False) + head))
+        weights.append((1, count_slots(sizes.layers, 1, prefetch=False) + head))
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
     places = ("memory", "disk" if sizes.on_cpu else "host")
@@ -106,17 +132,17 @@ def make_plan(
         # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
     for (n_resident, slots), place, size in tries:
-        count = functools.partial(_parts, sizes, slots, place, batch_size, size, n_tokens)
+        count = functools.partial(_count_terms, sizes, slots, place, batch_size, size, n_tokens)
         plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
         if budget is None:
             return plan
         if sizes.margin * plan.peak_bytes <= budget:
-            plan = _keep_graphs(plan, sizes, budget, batch_size, n_tokens)
-            return _keep_weights(plan, sizes, budget)
+            plan = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens)
+            return _add_residents(plan, sizes, budget)
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
-        f"{n_tokens} tokens: {plan}, and {100 * sizes.margin - 100:.0f} % for safety: raise it, or "
-        "lower chunk_size, batch_size or max_length."
+        f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: raise "
+        "it, or lower chunk_size, batch_size or max_length."
     )
 
 
@@ -133,40 +159,41 @@ def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int)
     On CUDA the largest that takes a quarter of the budget.
     """
     all_sizes = _all_micro_batches(batch_size)
-    fast = [size for size in all_sizes if size * n_tokens >= FEW_TOKENS] or all_sizes[:1]
+    fast = [size for size in all_sizes if size * n_tokens >= FULL_SPEED_TOKENS] or all_sizes[:1]
     small = [size for size in fast if sizes.visit_bytes(size, n_tokens)[1] <= budget // 4]
     return small[0] if small and not sizes.on_cpu else fast[-1]
 
 
-def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> Plan:
+def _reserve_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> Plan:
     """`plan` with the graphs of as many of the last layers as it has room for.
 
-    A byte of them saves more time than one of weights, where products are the limit: on a CPU with
-    FEW_TOKENS or more. Elsewhere they take a part of the budget: of few tokens they are small.
+    A byte of them saves more time than one of weights where matmul is the limit: on a CPU with
+    FULL_SPEED_TOKENS or more. Elsewhere they take a part of the budget: of few tokens they are
+    small.
     """
-    kept_bytes = sizes.visit_bytes(batch_size, n_tokens)[2]  # of a layer
+    graph_bytes = sizes.visit_bytes(batch_size, n_tokens)[2]  # of a layer
     if plan.boundaries != "memory":  # then its input is in memory only for the graph
-        kept_bytes += batch_size * n_tokens * sizes.hidden_bytes
+        graph_bytes += batch_size * n_tokens * sizes.hidden_bytes
     room = int(budget / sizes.margin) - plan.peak_bytes
-    if not sizes.on_cpu or batch_size * n_tokens < FEW_TOKENS:
-        room = min(room, budget // KEPT)
-    n_kept = min(room // kept_bytes, sizes.n_back) if plan.n_resident else 0
-    if n_kept <= 0:
+    if not sizes.on_cpu or batch_size * n_tokens < FULL_SPEED_TOKENS:
+        room = min(room, int(budget * MAX_GRAPH_FRACTION))
+    n_reserved = min(room // graph_bytes, sizes.n_back) if plan.n_resident else 0
+    if n_reserved <= 0:
         return plan
-    parts = plan.parts | {GRAPHS: n_kept * kept_bytes}
-    return dataclasses.replace(plan, n_kept=n_kept, count=parts.copy)
+    terms = dataclasses.replace(plan.terms, graphs=n_reserved * graph_bytes)
+    return plan.with_terms(terms, n_reserved=n_reserved)
 
 
-def _keep_weights(plan: Plan, sizes: Sizes, budget: int) -> Plan:
-    """`plan` with as many layers as the budget has room for, and the head once all are there.
+def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
+    """`plan` with as many resident layers as the budget has room for, and the head after all.
 
-    What room is then left keeps single matrices, the largest first, but for what the heap may
-    grow by before it is trimmed, which costs time.
+    What room is then left keeps single matrices resident, the largest first, but for what the heap
+    may grow by before it is trimmed, which costs time.
     """
+    other_bytes = plan.peak_bytes - plan.terms.weights
 
     def fits(slots: Counter, gaps: int = 0) -> bool:
-        beside = plan.peak_bytes - plan.parts["weights"] + gaps
-        return sizes.margin * (beside + slots_bytes(slots)) <= budget
+        return sizes.margin * (other_bytes + gaps + slots_bytes(slots)) <= budget
 
     n_layers, head = len(sizes.layers), sizes.head
     choices = [(n_layers, count_slots(sizes.layers, n_layers) + count_slots(head, len(head) or 1))]
@@ -174,27 +201,27 @@ def _keep_weights(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
     choices.append((plan.n_resident, plan.slots.copy()))
     n_resident, slots = next(choice for choice in choices if fits(choice[1]))
-    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
-    gaps = plan.parts["activations"] // 2 if sizes.on_cpu else 0
+    every = Counter(weight.slot_bytes for unit in sizes.layers for weight in unit)
+    gaps = plan.terms.activations // 2 if sizes.on_cpu else 0
     for size in sorted(every if n_resident else (), reverse=True):
         while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
             slots[size] += 1
-    parts = plan.parts | {"weights": slots_bytes(slots)}
+    terms = dataclasses.replace(plan.terms, weights=slots_bytes(slots))
     if any(slots[size] < count for size, count in every.items()):  # else there is room anyway
-        room = int(budget / sizes.margin) - sum(parts.values())
-        parts |= {"heap's gaps": max(0, min(gaps, room))} if gaps else {}
-    return dataclasses.replace(plan, n_resident=n_resident, slots=slots, count=parts.copy)
+        room = int(budget / sizes.margin) - terms.total
+        terms = dataclasses.replace(terms, heap_gaps=max(0, min(gaps, room)))
+    return plan.with_terms(terms, n_resident=n_resident, slots=slots)
 
 
-def _parts(
+def _count_terms(
     sizes: Sizes,
     slots: Counter,
     place: str,
     batch_size: int,
     micro_batch_size: int,
     n_tokens: int,
-) -> dict[str, int]:
-    """The terms of the peak: a layer's visit, or the head, beside what it is given and makes.
+) -> Terms:
+    """The peak of a layer's visit, or of the head, with what it is given and makes.
 
     Forward, the embedding stays too: transformers refers to it until the last layer is done.
     """
@@ -203,13 +230,13 @@ def _parts(
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
     activations = max(forward + batch_bytes, backward, head)
-    return {
-        "weights": slots_bytes(slots),
-        "always there": sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
-        "adapters": TRAINED_BYTES * sizes.n_trained,
-        "boundary activations": saved,
-        "activations": int((HEAP if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
-    }
+    return Terms(
+        weights=slots_bytes(slots),
+        always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
+        adapters=TRAINED_BYTES * sizes.n_trained,
+        boundaries=saved,
+        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+    )
 
 
 def head_bytes(sizes: Sizes, n_tokens: int) -> int:
@@ -234,20 +261,15 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
     return sums + gradient + logits
 
 
-def slots_bytes(slots: Counter) -> int:
-    """Memory of all slots."""
-    return sum(size * count for size, count in slots.items())
-
-
-def items_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
-    """Size of a slot -> items that a training step reads in the steady state.
+def weights_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
+    """Size of a slot -> weights that a training step reads in the steady state.
 
     lowest: the lowest trained layer. What has a slot stays at each turn, from forward to backward
     and from step to step, unless the layers below `lowest` come between.
     """
     found: Counter = Counter()
-    every = Counter(item.slot_bytes for unit in sizes.layers for item in unit)
-    below = Counter(item.slot_bytes for unit in sizes.layers[:lowest] for item in unit)
+    every = Counter(weight.slot_bytes for unit in sizes.layers for weight in unit)
+    below = Counter(weight.slot_bytes for unit in sizes.layers[:lowest] for weight in unit)
     for size, count in every.items():
         back, slots = count - below[size], plan.slots[size]
         if plan.by_matrix and slots * len(sizes.layers) < count:
@@ -257,10 +279,10 @@ def items_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
             found[size] += count + back
         elif slots < count:
             found[size] += count - max(0, slots - below[size]) + max(0, back - slots)
-    head = Counter(item.slot_bytes for unit in sizes.head for item in unit)
+    head = Counter(weight.slot_bytes for unit in sizes.head for weight in unit)
     return found + Counter({size: n for size, n in head.items() if n > plan.slots[size]})
 
 
 def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:
     """Bytes that a training step reads in the steady state."""
-    return slots_bytes(items_read(sizes, plan, lowest))
+    return slots_bytes(weights_read(sizes, plan, lowest))

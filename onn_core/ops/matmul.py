@@ -40,7 +40,7 @@ def in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float16 and device.type == "cpu"
 
 
-def keep_as(
+def prepare_linear(
     module: nn.Module, stored: torch.dtype, wanted: torch.dtype, device: torch.device
 ) -> torch.dtype:
     """In which dtype the matrix of `module` stays in memory; a plain linear layer takes any."""

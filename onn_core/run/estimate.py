@@ -15,7 +15,7 @@ from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.geometry import GEOMETRIES, geometry
-from onn_core.weights.items import Item
+from onn_core.weights.slots import StreamedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def geometry_of(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
     units = [
-        [Item(None, tuple(p.shape), dtype) for p in layer.parameters() if p.ndim > 1]
+        [StreamedWeight(None, tuple(p.shape), dtype) for p in layer.parameters() if p.ndim > 1]
         for layer in layers
     ]
     n_rows, hidden_size = model.get_output_embeddings().weight.shape
@@ -63,7 +63,7 @@ def geometry_of(
     held = [p for p in model.parameters() if id(p) not in inside | ends]
     sizes = Sizes(
         layers=units,
-        head=[[Item(None, (stop - start, hidden_size), dtype)] for start, stop in blocks],
+        head=[[StreamedWeight(None, (stop - start, hidden_size), dtype)] for start, stop in blocks],
         held_bytes=sum(p.nbytes for p in held),
         hidden_bytes=hidden_size * compute_dtype.itemsize,
         visit_bytes=Footprint(config, compute_dtype),
@@ -115,11 +115,11 @@ def predict(
     layer_bytes = bytes_read(sizes, plan, n_layers - n_back) - head_bytes
     forward_bytes = layer_bytes * n_layers // (n_layers + n_back)
     backward_s = one_layer["backward_s"] + one_layer.get("kept_layers", 0) * one_layer["forward_s"]
-    kept_s = plan.n_kept * one_layer["forward_s"]  # are not done again
+    reserved_s = plan.n_reserved * one_layer["forward_s"]  # are not done again
     passes = (
         (forward_bytes, n_layers * one_layer["forward_s"]),
         (head_bytes, one_layer["head_s"]),
-        (layer_bytes - forward_bytes, n_back * backward_s - kept_s),
+        (layer_bytes - forward_bytes, n_back * backward_s - reserved_s),
     )
     read_s = sum(size for size, _ in passes) / read_bytes_per_s
     compute_s = sum(seconds for _, seconds in passes)
@@ -175,7 +175,7 @@ def describe_plan(
     plan = found["plan"]
     return (
         f"{found['parameters'] / 1e9:.2f} B parameters, {found['trainable']:,} trained\n"
-        f"memory: {plan}\n"
+        f"memory: {plan.terms}\n"
         f"{plan.n_resident or 'no whole'} layers resident, micro-batches of "
         f"{plan.micro_batch_size} samples, boundary activations in {plan.boundaries}\n"
         f"a step: {found['bytes_read'] / 1e9:.1f} GB read, {found['step_s']:.1f} s, limited by "

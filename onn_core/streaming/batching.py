@@ -7,7 +7,6 @@ rows a sample (ALiBi) or keeps the batch elsewhere than in front.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from onn_core.errors import ConfigError
+from onn_core.streaming.passes import Pass
 
 CANNOT_CUT = "set micro_batch_size to None: {} cannot be cut into micro-batches ({})."
 
@@ -39,38 +39,14 @@ class Reached(Exception):
 
 
 class Batching:
-    """Follows the calls of the layers in a forward pass of a model, from `begin` to `end`."""
+    """Knows of each call of a layer in a pass where its arguments and outputs hold the samples."""
 
     def __init__(self) -> None:
-        self.batch_size: int | None = None  # of the pass that runs now
         self.probing = False
-        self._pass: tuple[Callable, tuple, dict] | None = None
-        self._owner: Any = None
-        self._position = 0  # calls of layers so far, in this pass
         self._returns: list[tuple[Any, list[Callable]]] = []  # of each call, see `note`
-        self._seen: list[list[Any]] = []  # leaves of each call, in a probe
-        self._known: dict[
-            Any, list[list[Any]]
-        ] = {}  # shapes of a pass's arguments -> shapes of calls
-
-    def begin(self, owner: Any, run: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        """`owner` runs the pass; nothing changes if a pass is on its way, of which it is a part."""
-        if self._pass is not None:
-            return
-        self._owner, self._pass, self._position = owner, (run, args, kwargs), 0
-        given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-        self.batch_size = next((len(x) for x in samples if x is not None), None)
-
-    def end(self, owner: Any) -> None:
-        if not self.probing and owner is self._owner:
-            self._pass = self.batch_size = None
-
-    def enter(self) -> int:
-        """The number of this call of a layer in the pass."""
-        self._position += 1
-        return self._position - 1
+        self._seen: list[list[Any]] = []  # shapes of the leaves of each call, in a probe
+        # shapes of a pass's arguments -> shapes of the leaves of each call with one sample more
+        self._known: dict[Any, list[list[Any]]] = {}
 
     def answer(self, leaves: list[Any]) -> Any:
         """What a layer returns in a probe."""
@@ -81,65 +57,69 @@ class Batching:
         return pytree.tree_unflatten([make(leaves) for make in outputs], spec)
 
     def note(
-        self, number: int, leaves: list[Any], outputs: list[Any], places: list[Rows], spec: Any
+        self,
+        number: int,
+        batch_size: int,
+        leaves: list[Any],
+        outputs: list[Any],
+        places: list[Rows],
+        spec: Any,
     ) -> None:
         """Remember what a call returns; places: of the tensors among the outputs."""
         if number == len(self._returns):
             remaining = iter(places)
-            makers = [_maker(x, leaves, remaining, self.batch_size + 1) for x in outputs]
+            makers = [_maker(x, leaves, remaining, batch_size + 1) for x in outputs]
             self._returns.append((spec, makers))
 
-    def rows_of(self, number: int, leaves: list[Any], what: str) -> list[Rows | None]:
+    def rows_of(self, of: Pass, number: int, leaves: list[Any], what: str) -> list[Rows | None]:
         """Of each leaf of a call: where its samples are, None if it goes whole. ConfigError."""
-        if self._pass is None or self.batch_size is None:
+        if of.run is None or of.batch_size is None:
             raise ConfigError(CANNOT_CUT.format(what, "it was not called by its model"))
-        _, args, kwargs = self._pass
-        key = tuple(getattr(x, "shape", None) for x in pytree.tree_leaves((args, kwargs)))
+        key = tuple(getattr(x, "shape", None) for x in pytree.tree_leaves((of.args, of.kwargs)))
         for attempt in range(2):
             known = self._known.get(key, [])
             if attempt or len(known) <= number:
-                known = self._known[key] = self._probe()
+                known = self._known[key] = self._probe(of)
             if len(known) > number:
-                rows = [self._compare(x, y) for x, y in zip(leaves, known[number], strict=False)]
-                if len(leaves) == len(known[number]) and False not in rows:
+                grown = known[number]
+                rows = [_compare(x, y, of.batch_size) for x, y in zip(leaves, grown, strict=False)]
+                if len(leaves) == len(grown) and False not in rows:
                     return rows
         raise ConfigError(CANNOT_CUT.format(what, "its arguments do not follow the batch"))
 
-    def _compare(self, leaf: Any, grown: torch.Size | None) -> Rows | None | bool:
-        if not isinstance(leaf, torch.Tensor) or grown is None:
-            return None if not isinstance(leaf, torch.Tensor) and grown is None else False
-        if leaf.ndim != len(grown):
-            return False
-        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] != grown[axis]]
-        if not axes:
-            return None
-        rows = Rows(axes[0], leaf.shape[axes[0]] // self.batch_size)
-        size, grown_size = (
-            self.batch_size * rows.per_sample,
-            (self.batch_size + 1) * rows.per_sample,
-        )
-        fits = len(axes) == 1 and (leaf.shape[axes[0]], grown[axes[0]]) == (size, grown_size)
-        return rows if fits else False
-
-    def _probe(self) -> list[list[Any]]:
+    def _probe(self, of: Pass) -> list[list[Any]]:
         """The shapes of the leaves of each call, with one sample more, as far as it gets."""
-        run, args, kwargs = self._pass
 
         def grow(x: Any) -> Any:
-            batched = isinstance(x, torch.Tensor) and x.shape[:1] == (self.batch_size,)
+            batched = isinstance(x, torch.Tensor) and x.shape[:1] == (of.batch_size,)
             return torch.cat([x, x[:1]]) if batched else x
 
         self.probing, self._seen = True, []
         devices = list(range(torch.cuda.device_count()))
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
-                args, kwargs = pytree.tree_map(grow, (args, kwargs))
-                run(*args, **kwargs)
+                args, kwargs = pytree.tree_map(grow, (of.args, of.kwargs))
+                of.run(*args, **kwargs)
         except Exception:
             pass  # it got as far as it could; what it did not see is refused
         finally:
             self.probing = False
         return self._seen
+
+
+def _compare(leaf: Any, grown: torch.Size | None, batch_size: int) -> Rows | None | bool:
+    """Where a leaf holds its samples, from its shape with one sample more; False if unclear."""
+    if not isinstance(leaf, torch.Tensor) or grown is None:
+        return None if not isinstance(leaf, torch.Tensor) and grown is None else False
+    if leaf.ndim != len(grown):
+        return False
+    axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] != grown[axis]]
+    if not axes:
+        return None
+    rows = Rows(axes[0], leaf.shape[axes[0]] // batch_size)
+    sizes = (batch_size * rows.per_sample, (batch_size + 1) * rows.per_sample)
+    fits = len(axes) == 1 and (leaf.shape[axes[0]], grown[axes[0]]) == sizes
+    return rows if fits else False
 
 
 def _maker(output: Any, leaves: list[Any], places: Iterator[Rows], grown: int) -> Callable:

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from onn_core.streaming.session import Session
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source
 
@@ -12,12 +11,16 @@ class EmbeddingRows:
     """Takes the place of an embedding's forward: reads the rows that a batch needs."""
 
     def __init__(
-        self, module: nn.Embedding, model_folder: ModelFolder, source: Source, session: Session
+        self,
+        module: nn.Embedding,
+        model_folder: ModelFolder,
+        source: Source,
+        device: torch.device,
     ):
         self.module = module
         self.forward = module.forward  # the class's own: some scale what they look up
         self.n_rows = len(module.weight)
-        self.dtype, self.session = module.weight.dtype, session
+        self.dtype, self.device = module.weight.dtype, device
         self.model_folder, self.name = model_folder, source.entry.name
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -39,4 +42,4 @@ class EmbeddingRows:
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.model_folder.read_rows(self.name, ids.cpu())  # (U, C)
-        return rows.to(self.session.device, self.dtype)
+        return rows.to(self.device, self.dtype)

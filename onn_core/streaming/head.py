@@ -13,9 +13,9 @@ from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, shift_labels
 from onn_core.ops.matmul import linear, matmul, matmul_grad
 from onn_core.streaming.batching import Reached
 from onn_core.streaming.lazy import LazyTensor, changes_its_tensor
-from onn_core.streaming.session import Session
+from onn_core.streaming.visits import Streaming
 from onn_core.weights.formats import Source
-from onn_core.weights.items import Item
+from onn_core.weights.slots import StreamedWeight
 
 HEAD_BLOCK_BYTES = 64 << 20  # a head of one block has the very loss of a head in memory
 # Elementwise functions of logits, with numbers at most, that wait until the logits are made.
@@ -29,17 +29,18 @@ Op = Callable[[torch.Tensor], torch.Tensor]
 class StreamedHead:
     """Takes the place of the head's forward.
 
-    module: the output projection (V, C). blocks: its weight in items of rows, in order, each with
-    its first row. While it `defers`, its logits wait until they are used: a loss that takes them
-    as they are never has them all at once.
+    module: the output projection (V, C). blocks: its weight in blocks of rows, in order, each with
+    its first row. In a pass that defers logits they wait until they are used: a loss that takes
+    them as they are never has them all at once.
     """
 
-    def __init__(self, module: nn.Linear, blocks: list[tuple[int, Item]], session: Session):
+    def __init__(
+        self, module: nn.Linear, blocks: list[tuple[int, StreamedWeight]], streaming: Streaming
+    ):
         self.module = module
         self.blocks = blocks
-        self.session = session
+        self.streaming = streaming
         self.n_rows = len(module.weight)
-        self.defers = False
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -47,11 +48,14 @@ class StreamedHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> logits (..., V)."""
-        if self.session.batching.probing:
+        if self.streaming.batching.probing:
             raise Reached
         if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
             return _HeadLogits.apply(self, hidden, False) + self.bias
-        return Logits.of(self, hidden) if self.defers else _HeadLogits.apply(self, hidden, True)
+        running = self.streaming.passes.running
+        if running is not None and running.defers_logits:
+            return Logits.of(self, hidden)
+        return _HeadLogits.apply(self, hidden, True)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """A copy of rows start:stop of the weight (V, C)."""
@@ -63,19 +67,17 @@ class StreamedHead:
 
     def resident_blocks(self, start: int = 0, stop: int | None = None):
         """Visits the blocks of rows start:stop: the first row, weight (v, C), bias (v,) of each."""
-        session = self.session
-        units = session.head_units
-        for index, (first, item) in enumerate(self.blocks):
-            if first + item.shape[0] <= start or stop is not None and first >= stop:
+        streaming, units = self.streaming, self.streaming.visits.head_units
+        for unit, (first, stored) in zip(units, self.blocks, strict=True):
+            if first + stored.shape[0] <= start or stop is not None and first >= stop:
                 continue
-            future = units[index:] + session.backward_pass(session.n_layers - 1)
-            with session.visit("head", units[index], future + session.forward_pass()):
-                weight = item.tensor
+            with streaming.visit("head", unit, streaming.passes.latest):
+                weight = stored.tensor
                 bias = None if self.bias is None else self.bias[first : first + len(weight)]
                 try:
                     yield first, weight, bias
                 finally:
-                    session.stream.release(item)
+                    streaming.stream.release(stored)
 
 
 class Logits(LazyTensor):
@@ -280,11 +282,11 @@ def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def head_items(
+def head_blocks(
     source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype
-) -> list[tuple[int, Item]]:
-    """The head's weight (V, C) as items of rows, each with its first row."""
+) -> list[tuple[int, StreamedWeight]]:
+    """The head's weight (V, C) in blocks of rows, each with its first row."""
     return [
-        (start, Item(source.rows(start, stop), (stop - start, hidden_size), dtype))
+        (start, StreamedWeight(source.rows(start, stop), (stop - start, hidden_size), dtype))
         for start, stop in split_rows(n_rows, hidden_size * dtype.itemsize)
     ]

@@ -1,14 +1,14 @@
 """`from_pretrained`: a transformers model whose decoder layers are streamed from disk.
 
 transformers owns the forward pass; only how its parts get their weights changes: matrices of
-decoder layers come and go, the embedding and the head are read as needed, all else stays.
+decoder layers are streamed, the embedding and the head are read as needed, all else is resident.
 """
 
 import copy
-import functools
 import os
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,19 +20,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, ModelFolderError, OnnError
 from onn_core.memory.footprint import Footprint
-from onn_core.memory.plan import Sizes, make_plan
+from onn_core.memory.plan import Sizes
+from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
-from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, keep_as
+from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
 from onn_core.ops.norm import NormInParts, is_norm
+from onn_core.streaming.batching import Batching
 from onn_core.streaming.embedding import EmbeddingRows
-from onn_core.streaming.head import StreamedHead, head_items
+from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
-from onn_core.streaming.model import become_streamed
-from onn_core.streaming.session import Binding, Session
+from onn_core.streaming.layer_weights import Binding, LayerWeights
+from onn_core.streaming.model import streamed_class
+from onn_core.streaming.passes import Passes
+from onn_core.streaming.visits import Streaming, Visits
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
-from onn_core.weights.items import Item
+from onn_core.weights.host import HostMemory
 from onn_core.weights.reader import keep_freed_memory
+from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
 
 MAX_BUFFERS_BYTES = 4 << 30  # causal masks of old families, tables of positions
@@ -53,18 +58,39 @@ def from_pretrained(
     chunk_size: decoder layers resident together, 1 to all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
-        plans the micro-batch, how many layers stay, and where boundary activations wait, at the
-        first forward of a batch size. None keeps `chunk_size` layers.
+        plans the micro-batch, the resident layers, and where boundary activations wait, at the
+        first forward of a batch size. None makes `chunk_size` layers resident.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
 
     Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
     Raises ModelFolderError or ConfigError, before any weight is read.
     """
+    return open_streamed(
+        model_dir,
+        chunk_size=chunk_size,
+        micro_batch_size=micro_batch_size,
+        memory_budget=memory_budget,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def open_streamed(
+    model_dir: str | os.PathLike,
+    *,
+    chunk_size: int,
+    micro_batch_size: int | None,
+    memory_budget: int | str | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    stream_class: type[WeightStream] = WeightStream,
+) -> PreTrainedModel:
+    """`from_pretrained` with another stream: a benchmark has one that reserves nothing."""
     model_folder = ModelFolder.open(model_dir)
     device = resolve_device(device)
     memory_before = memory_bytes()
-    model = skeleton(model_folder, dtype, device)
+    model = skeleton(model_folder, dtype, device, streamed_class)
     layers = decoder_layers(model)
     _require_integer("chunk_size", chunk_size, len(layers))
     if micro_batch_size is not None:
@@ -74,64 +100,53 @@ def from_pretrained(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_rows = isinstance(embedding, nn.Embedding)
     in_blocks = isinstance(head, nn.Linear)
-    ends = [
-        end for end, comes_and_goes in ((embedding, by_rows), (head, in_blocks)) if comes_and_goes
-    ]
+    ends = [end for end, is_streamed in ((embedding, by_rows), (head, in_blocks)) if is_streamed]
     bindings, end_sources = _fill(model, layers, ends, sources, model_folder, device)
 
-    units = [list({binding.item: None for binding in layer}) for layer in bindings]
+    units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     blocks = []
     if in_blocks:
-        stored, dtype = end_sources[head].entry.dtype, head.weight.dtype
-        dtype = stored if cast_in_cache(stored, dtype, device) else dtype
-        blocks = head_items(end_sources[head], *head.weight.shape, dtype)
-    head_units = [[item] for _, item in blocks]
-    hidden_size, dtype = model.config.get_text_config().hidden_size, model.dtype
+        stored, in_memory = end_sources[head].entry.dtype, head.weight.dtype
+        in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
+        blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory)
+    head_units = [[weight] for _, weight in blocks]
     sizes = Sizes(
         layers=units,
         head=head_units,
         held_bytes=_held_bytes(model) + library_bytes(device),
-        hidden_bytes=hidden_size * dtype.itemsize,
-        visit_bytes=Footprint(model_folder.config, dtype),
+        hidden_bytes=model.config.get_text_config().hidden_size * model.dtype.itemsize,
+        visit_bytes=Footprint(model_folder.config, model.dtype),
         on_cpu=device.type == "cpu",
     )
     budget = parse_bytes(memory_budget)
-    plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
+    planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         keep_freed_memory(budget is not None)  # whose plan says when to trim
-    stream = WeightStream(model_folder, units + head_units, plan.slots, device)
-    session = Session(
-        stream=stream,
-        n_layers=len(layers),
-        head_units=list(range(len(units), len(units) + len(blocks))),
-        device=device,
-        micro_batch_size=micro_batch_size,
-        sizes=sizes,
-        plan=plan,
-        memory_before=memory_before,
-        budget=budget,
-        planner=functools.partial(
-            make_plan, chunk_size=chunk_size, micro_batch_size=micro_batch_size
-        ),
+    stream = stream_class(model_folder, units + head_units, planner.plan.slots, device)
+    visits = Visits(
+        stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
     )
-    streamed = []
+    host_memory = HostMemory(device)
+    streaming = Streaming(stream, planner, visits, Passes(), Batching(), host_memory, device)
+    streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
-        streamed.append(StreamedLayer(layer, number, own, session))
-        layer.forward = streamed[-1]
+        weights = LayerWeights(layer, number, own, streaming)
+        streamed_layers.append(StreamedLayer(layer, weights))
+        layer.forward = streamed_layers[-1]
     rows = None
     if by_rows:
-        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], session)
+        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:
-        head.forward = streamed_head = StreamedHead(head, blocks, session)
+        head.forward = streamed_head = StreamedHead(head, blocks, streaming)
     inside = {part for layer in layers for part in layer.modules()}
     for module in model.modules():
         if is_norm(module) and module not in inside:
             module.forward = NormInParts(module)
-    become_streamed(model, session, model_folder, streamed, streamed_head, rows)
+    model.connect(streaming, model_folder, streamed_layers, streamed_head, rows)
     weakref.finalize(model, stream.close)
-    weakref.finalize(model, session.host_memory.close)
+    weakref.finalize(model, host_memory.close)
     return model.eval()
 
 
@@ -157,14 +172,19 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def skeleton(
-    model_folder: ModelFolder, dtype: str | torch.dtype, device: torch.device
+    model_folder: ModelFolder,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    make_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = lambda plain: plain,
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real.
+
+    make_class: what is made of the family's class before an instance is.
 
     ConfigError, ModelFolderError if config.json describes none that can be streamed from here.
     """
     try:
-        return _skeleton(model_folder, dtype, device)
+        return _skeleton(model_folder, dtype, device, make_class)
     except OnnError:
         raise
     except Exception as error:  # what a bad file raises differs from family to family
@@ -176,7 +196,7 @@ def skeleton(
 
 
 def _skeleton(
-    model_folder: ModelFolder, dtype: str | torch.dtype, device: torch.device
+    model_folder: ModelFolder, dtype: str | torch.dtype, device: torch.device, make_class: Callable
 ) -> PreTrainedModel:
     config = model_folder.config
     try:
@@ -197,7 +217,8 @@ def _skeleton(
         raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
     _require_modest(model_class, model_folder)
     with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=_resolve_dtype(dtype, model_folder, device))
+        dtype = _resolve_dtype(dtype, model_folder, device)
+        model = make_class(model_class)._from_config(config, dtype=dtype)
     model.tie_weights()
     model.name_or_path = config._name_or_path = str(model_folder.model_dir)
     if (model_folder.model_dir / "generation_config.json").is_file():
@@ -248,7 +269,7 @@ def _fill(
     model_folder: ModelFolder,
     device: torch.device,
 ) -> tuple[list[list[Binding]], dict[nn.Module, Source]]:
-    """Give every parameter its values, or, where they come and go, a placeholder.
+    """Give every parameter its values, or, where they are streamed, a placeholder.
 
     Returns the bindings of each layer and the sources of the weights of `ends`.
     """
@@ -258,7 +279,7 @@ def _fill(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in sources:
             source_of.setdefault(id(parameter), sources[name])
-    made: dict[int, tuple[nn.Parameter, Item | None]] = {}
+    made: dict[int, tuple[nn.Parameter, StreamedWeight | None]] = {}
     bindings: list[list[Binding]] = [[] for _ in layers]
     end_sources: dict[nn.Module, Source] = {}
     for module_name, module in list(model.named_modules()):
@@ -269,22 +290,22 @@ def _fill(
             if module in ends and name == "weight":
                 end_sources[module] = source
             if id(parameter) not in made:
-                kept = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
-                dtype = torch.float32 if kept else parameter.dtype
-                item = None
+                in_float32 = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
+                dtype = torch.float32 if in_float32 else parameter.dtype
+                weight = None
                 if parameter.ndim > 1 and number is not None:
                     stored = source.entry.dtype if source.direct else dtype
-                    kept_as = keep_as(module, stored, dtype, device)
-                    item = Item(source, tuple(parameter.shape), kept_as)
-                if item is not None or module in end_sources and name == "weight":
+                    in_memory = prepare_linear(module, stored, dtype, device)
+                    weight = StreamedWeight(source, tuple(parameter.shape), in_memory)
+                if weight is not None or module in end_sources and name == "weight":
                     nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                     values = nan.expand(parameter.shape)
                 else:
                     values = source.read(model_folder).to(device, dtype).view(parameter.shape)
-                made[id(parameter)] = nn.Parameter(values, requires_grad=False), item
-            module._parameters[name], item = own, _ = made[id(parameter)]
-            if item is not None:
-                bindings[number].append(Binding(module, own, item, own.data))
+                made[id(parameter)] = nn.Parameter(values, requires_grad=False), weight
+            module._parameters[name], weight = own, _ = made[id(parameter)]
+            if weight is not None:
+                bindings[number].append(Binding(module, own, weight, own.data))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))

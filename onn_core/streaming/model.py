@@ -1,31 +1,134 @@
-"""What a streamed model does otherwise than the transformers class that it is of."""
+"""What a streamed model does otherwise than the transformers class that it is of.
 
+`streamed_class` makes a subclass with the family's own name and module, because libraries tell
+families by them: label smoothing, saved adapters, automatic classes.
+"""
+
+import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from onn_core.errors import ConfigError, OnnError, frozen
+from onn_core.memory.plan import Plan
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.lazy import LazyWeight, is_absent
-from onn_core.streaming.session import Session
+from onn_core.streaming.passes import RowHook
+from onn_core.streaming.visits import Counts, Event, Streaming
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.stream import CLOSE_S
 
 
 class StreamedModel:
-    """Mixed into a transformers model class; `session` is shared by the streamed layers."""
+    """Mixed into a transformers model class; `connect` gives it its parts."""
 
-    session: Session
+    streaming: Streaming
     model_folder: ModelFolder
-    streamed_head: StreamedHead | None
     streamed_layers: list[StreamedLayer]
+    streamed_head: StreamedHead | None
+    _defers_logits = False
+    _checked: set[int]  # ids of trained parameters
+
+    # --- what the trainer, a bar or a benchmark asks ------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The present plan: slots, micro-batch, terms of the peak memory."""
+        return self.streaming.planner.plan
+
+    def counts(self) -> Counts:
+        """What was waited, read and computed since the model was loaded."""
+        return self.streaming.visits.counts()
+
+    @property
+    def n_units(self) -> int:
+        """Decoder layers and blocks of the head."""
+        return len(self.streaming.stream.units)
+
+    def count_unit_loads(self, weight_loads: int) -> int:
+        """As how many whole units a number of fetched weights counts."""
+        units = self.streaming.stream.units
+        return weight_loads * len(units) // sum(len(unit) for unit in units)
+
+    def on_visit(self, callback: Callable[[str, int], None]) -> RemovableHandle:
+        """Call `callback(phase, unit)` when a visit begins; phase: forward, head or backward."""
+        return self.streaming.visits.watch(callback)
+
+    def n_visits_in_step(self) -> int:
+        """Visits of a training step like the latest."""
+        return len(self.streaming.visits.step_uses(self.streaming.passes.latest.lowest))
+
+    @contextlib.contextmanager
+    def trace(self) -> Iterator[list[Event]]:
+        """Inside, what is computed and read is noted: (phase or "read", unit, start, stop)."""
+        visits, events = self.streaming.visits, []
+        before, visits.trace = visits.trace, events
+        visits.stream.trace = events
+        try:
+            yield events
+        finally:
+            visits.trace = visits.stream.trace = before
+
+    @contextlib.contextmanager
+    def stoppable(self, check: Callable[[], None]) -> Iterator[None]:
+        """Inside, `check` is called at each visit and while it waits; it may raise."""
+        before, self.streaming.stream.check = self.streaming.stream.check, check
+        try:
+            yield
+        finally:
+            self.streaming.stream.check = before
+
+    @contextlib.contextmanager
+    def rows_hook(self, hook: RowHook, group_size: int | None = None) -> Iterator[None]:
+        """Inside, `hook(layer, rows, args, kwargs)` is entered around each micro-batch in a layer.
+
+        It is a context manager that yields the arguments for the layer. group_size: samples; no
+        micro-batch and no cache crosses a multiple of it.
+        """
+        passes = self.streaming.passes
+        before = passes.row_hook, passes.group_size
+        passes.row_hook, passes.group_size = hook, group_size
+        try:
+            yield
+        finally:
+            passes.row_hook, passes.group_size = before
+
+    @contextlib.contextmanager
+    def deferred_logits(self) -> Iterator[None]:
+        """Inside, logits wait until they are used: see `head.Logits`."""
+        before, self._defers_logits = self._defers_logits, True
+        try:
+            yield
+        finally:
+            self._defers_logits = before
+
+    def fit(self, batch_size: int, n_tokens: int) -> None:
+        """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits."""
+        self._fit(batch_size, n_tokens, None)
+
+    def keep_digests(self) -> dict[str, str]:
+        """From now on every read is hashed and compared with its first; returns the hashes."""
+        self.streaming.stream.digests = {}
+        return self.streaming.stream.digests
+
+    def check_files(self) -> None:
+        """ModelFolderError if a shard is not what it was when the model was loaded."""
+        self.model_folder.check_unchanged()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Give back the weights' memory and stop the readers; the next forward starts them."""
+        self.streaming.stream.close(timeout_s)
+
+    # --- what trainers and users ask of any model --------------------------------------------
 
     @property
     def loss_function(self) -> Callable[..., torch.Tensor]:
@@ -34,12 +137,6 @@ class StreamedModel:
     @loss_function.setter
     def loss_function(self, value: Callable[..., torch.Tensor]) -> None:
         self._loss_function = value
-
-    def close(self) -> None:
-        """Give back the weights' memory and stop the readers; the next forward starts them."""
-        self.session.stream.close()
-
-    # --- what trainers and users ask of any model --------------------------------------------
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise OnnError(
@@ -61,7 +158,9 @@ class StreamedModel:
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Under `.to()`, `.half()` and the like: nothing to do, or ConfigError."""
-        now = torch.empty(0, dtype=self.dtype, device=self.session.device)
+        if "streaming" not in vars(self):  # it is being made
+            return super()._apply(fn, recurse)
+        now = torch.empty(0, dtype=self.dtype, device=self.streaming.device)
         then = fn(now)
         if then.dtype != now.dtype or then.device != now.device:
             raise ConfigError(
@@ -70,97 +169,128 @@ class StreamedModel:
             )
         return self
 
+    # --- a pass -------------------------------------------------------------------------------
 
-def become_streamed(
-    model: PreTrainedModel,
-    session: Session,
-    model_folder: ModelFolder,
-    layers: list[StreamedLayer],
-    head: StreamedHead | None,
-    embedding: EmbeddingRows | None,
-) -> None:
-    """Give `model`, whose layers and ends are streamed, a class of its own."""
-    plain = type(model)
+    def connect(
+        self,
+        streaming: Streaming,
+        model_folder: ModelFolder,
+        layers: list[StreamedLayer],
+        head: StreamedHead | None,
+        embedding: EmbeddingRows | None,
+    ) -> None:
+        """Take the streamed parts, and watch for passes of the model and of its base."""
+        self.streaming, self.model_folder, self.streamed_layers = streaming, model_folder, layers
+        self.streamed_head = head
+        self._checked = set()
+        for end in filter(None, (head, embedding)):
+            weight = end.module._parameters["weight"]
+            if type(weight) is nn.Parameter:  # else it is tied, and replaced already
+                lazy = LazyWeight.of(weight, end.rows)
+                for module in self.modules():
+                    for name, parameter in module._parameters.items():
+                        if parameter is weight:
+                            module._parameters[name] = lazy
+        owner = weakref.ref(self)  # no cycle: it is freed at once
+        base = self.base_model
+        base.register_forward_pre_hook(
+            lambda module, args, kwargs: owner().begin_pass(module, args, kwargs),
+            with_kwargs=True,
+        )
+        base.register_forward_hook(
+            lambda module, *_: streaming.passes.end(module), always_call=True
+        )
+        self.register_state_dict_post_hook(_leave_out_absent)
+
+    def begin_pass(
+        self,
+        module: nn.Module | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        defers_logits: bool = False,
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Before a forward pass of the model (None), or of its base where that is called alone."""
+        streaming = self.streaming
+        if streaming.batching.probing:
+            return args, kwargs
+        lowest = self._lowest_trained(kwargs) if torch.is_grad_enabled() else None
+        if any(p.requires_grad and is_absent(p) for p in self.parameters()):
+            raise frozen("weights")
+        for name in ("output_router_logits", "output_attentions"):
+            config = self.config.get_text_config()
+            if kwargs.get(name, getattr(config, name, False)) and (
+                lowest is not None or streaming.planner.micro_batch_size
+            ):
+                raise ConfigError(
+                    f"{name} asks for values from inside the layers, whose gradients are not "
+                    f"streamed: set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
+                )
+        run = super().forward if module is None else module.forward
+        if lowest is not None:
+            self._check_trained()
+            args, kwargs = _without_cache(run, args, kwargs)
+        if streaming.passes.running is None:
+            begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
+            if begun.batch_size is not None:
+                self._fit(begun.batch_size, begun.n_tokens, lowest)
+        return args, kwargs
+
+    def _fit(self, batch_size: int, n_tokens: int, lowest: int | None) -> None:
+        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
+        self.streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
+        self.streaming.stream.set_slots(self.plan.slots)
+
+    def _lowest_trained(self, given: dict[str, Any]) -> int | None:
+        """The lowest layer that backward reaches: below what is trained, or None."""
+        embeds = given.get("inputs_embeds")
+        below = [*self.get_input_embeddings().parameters()]
+        if any(p.requires_grad for p in below) or embeds is not None and embeds.requires_grad:
+            return 0
+        for layer in self.streamed_layers:
+            if any(parameter.requires_grad for parameter in layer.module.parameters()):
+                return layer.number
+        return None
+
+    def _check_trained(self) -> None:
+        """ConfigError if a trained parameter was made from weights that were not there."""
+        visited = {id(p) for layer in self.streamed_layers for p in layer.module.parameters()}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad or id(parameter) in self._checked:
+                continue
+            self._checked.add(id(parameter))
+            later = "lora_magnitude_vector" in name and id(parameter) in visited
+            if not later and parameter.isnan().any():
+                raise ConfigError(
+                    f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
+                    "DoRA with init_lora_weights True."
+                )
+
+
+@functools.cache
+def streamed_class(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of `plain`, of the same name and module, whose instances `connect`."""
+    signature = inspect.signature(plain.forward)
 
     @functools.wraps(plain.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(inspect.signature(plain.forward).parameters, (self, *args), strict=False))
-        given |= kwargs
+        given = dict(zip(signature.parameters, (self, *args), strict=False)) | kwargs
         with_loss = given.get("labels") is not None or given.get("shift_labels") is not None
-        takes_cache = "use_cache" in inspect.signature(plain.forward).parameters
-        if with_loss and takes_cache and "use_cache" not in given:
-            kwargs["use_cache"] = False  # nothing is generated
-        if head is not None:
-            head.defers = with_loss
+        scores = with_loss or self._defers_logits  # and nothing is generated
+        if scores and "use_cache" in signature.parameters and "use_cache" not in given:
+            kwargs["use_cache"] = False
         try:
-            args, kwargs = begin(None, args, kwargs)
+            args, kwargs = self.begin_pass(None, args, kwargs, defers_logits=scores)
             return plain.forward(self, *args, **kwargs)
         except RuntimeError as error:  # in place, on a placeholder
             if "written-to tensor" in str(error):
                 raise frozen("weights") from error
             raise
         finally:
-            session.batching.end(None)
-            if head is not None:
-                head.defers = False
+            self.streaming.passes.end(None)
 
-    model.__class__ = type(
-        f"Streamed{plain.__name__}", (StreamedModel, plain), {"forward": forward}
-    )
-    model.session, model.model_folder, model.streamed_layers = session, model_folder, layers
-    model.streamed_head = head
-    for end in filter(None, (head, embedding)):
-        weight = end.module._parameters["weight"]
-        if type(weight) is nn.Parameter:  # else it is tied, and replaced already
-            lazy = LazyWeight.of(weight, end.rows)
-            for module in model.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is weight:
-                        module._parameters[name] = lazy
-    absent = [parameter for parameter in model.parameters() if is_absent(parameter)]
-    begin = functools.partial(
-        _begin, plain, weakref.ref(model), absent
-    )  # no cycle: it is freed at once
-    base = model.base_model
-    base.register_forward_pre_hook(begin, with_kwargs=True)
-    base.register_forward_hook(lambda base, *_: session.batching.end(base), always_call=True)
-    model.register_state_dict_post_hook(_leave_out_absent)
-
-
-def _begin(
-    plain: type[PreTrainedModel],
-    owner: weakref.ref,
-    absent: list[nn.Parameter],
-    module: nn.Module | None,
-    args: tuple,
-    kwargs: dict[str, Any],
-) -> tuple[tuple, dict[str, Any]]:
-    """Before a forward pass of the model, or of its base where a trainer calls that alone."""
-    model, lowest = owner(), None
-    if model.session.batching.probing:
-        return args, kwargs
-    for layer in reversed(model.streamed_layers if torch.is_grad_enabled() else []):
-        if any(parameter.requires_grad for parameter in layer.module.parameters()):
-            lowest = layer.number
-    if any(weight.requires_grad for weight in absent):
-        raise frozen("weights")
-    for name in ("output_router_logits", "output_attentions"):
-        config = model.config.get_text_config()
-        if kwargs.get(name, getattr(config, name, False)) and (
-            lowest is not None or model.session.micro_batch_size
-        ):
-            raise ConfigError(
-                f"{name} asks for values from inside the layers, whose gradients are not streamed: "
-                f"set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
-            )
-    model.session.lowest = lowest
-    model.session.n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run = functools.partial(plain.forward, model) if module is None else module.forward
-    if lowest is not None:
-        model.session.check_trained(model)
-        args, kwargs = _without_cache(run, args, kwargs)
-    model.session.batching.begin(module, run, args, kwargs)
-    return args, kwargs
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (StreamedModel, plain), names | {"forward": forward})
 
 
 def _without_cache(run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -1,8 +1,9 @@
-"""One visit of a layer by the whole batch: its graph is kept, or made again in backward."""
+"""One call of a layer on the whole batch: its graph is reserved, or made again in backward."""
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -12,85 +13,101 @@ from transformers.cache_utils import Cache
 
 from onn_core.errors import ConfigError
 from onn_core.streaming.batching import CANNOT_CUT, Rows
-from onn_core.weights.items import Item
+from onn_core.streaming.layer_weights import LayerWeights
+from onn_core.weights.slots import StreamedWeight
 
 
 class Call:
-    """One call of a layer on the whole batch."""
+    """One call of a layer in a pass, in micro-batches.
 
-    def __init__(self, layer: Any, leaves: list[Any], spec: pytree.TreeSpec):
-        self.layer = layer
-        self.session = layer.session
-        self.leaves = leaves  # tensors (B, ...) and others
+    weights: of the layer. forward: its own. leaves: the arguments as a flat list, of tensors
+    (B, ...) and others, whose structure is `spec`.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, forward: Callable, leaves: list[Any], spec: pytree.TreeSpec
+    ):
+        self.weights = weights
+        self.streaming = weights.streaming
+        self.forward = forward
+        self.leaves = leaves
         self.spec = spec
         self.out_leaves: list[Any] = []
         self.out_spec: pytree.TreeSpec | None = None
-        batching = self.session.batching
-        self.number = batching.enter()
-        self.batch_size = batching.batch_size or next(len(x) for x in leaves if is_tensor(x))
-        part = self.session.part_rows or self.batch_size
-        size = self.session.micro_batch_size or part
-        if any(map(is_cache, leaves)):  # generation: a cache is filled in one go
-            size = part
+        passes, batching = self.streaming.passes, self.streaming.batching
+        self.of = passes.latest  # the pass
+        self.hook = passes.row_hook
+        self.number = self.of.next_call()
+        self.batch_size = self.of.batch_size or next(len(x) for x in leaves if is_tensor(x))
+        group = passes.group_size or self.batch_size
+        size = self.streaming.planner.micro_batch_size or group
+        with_cache = any(map(is_cache, leaves))
+        if with_cache:  # generation: a cache is filled in one go
+            size = group
         self.slices = [
             slice(start, min(start + size, end))
-            for end in range(part, self.batch_size + 1, part)
-            for start in range(end - part, end, size)
+            for end in range(group, self.batch_size + 1, group)
+            for start in range(end - group, end, size)
         ]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors
-        if len(self.slices) > 1 and any(map(is_cache, leaves)):  # which a probe would not grow
+        if len(self.slices) > 1 and with_cache:  # which a probe would not grow
             fits = [is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in leaves]
             self.rows_of = [Rows(0, 1) if fit else None for fit in fits]
         elif len(self.slices) > 1:
-            name = type(layer.module).__name__
-            self.rows_of = batching.rows_of(self.number, leaves, name)
+            self.rows_of = batching.rows_of(self.of, self.number, leaves, self._layer_name)
         self.random_states: list[Any] = []
-        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are kept
-        device_type = self.session.device.type
+        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are reserved
+        device_type = self.streaming.device.type
         self.autocast = {
             "device_type": device_type,
             "dtype": torch.get_autocast_dtype(device_type),
             "enabled": torch.is_autocast_enabled(device_type),
         }
 
-    def run(self, leaves: list[Any]) -> list[Any]:
-        """The layer's own forward; its outputs as leaves."""
+    @property
+    def _layer_name(self) -> str:
+        return type(self.weights.module).__name__
+
+    def run(self, leaves: list[Any], rows: slice) -> list[Any]:
+        """The layer's own forward on the rows of a micro-batch; its outputs as leaves."""
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        outputs = self.layer.forward(*args, **kwargs)
+        around = contextlib.nullcontext((args, kwargs))
+        if self.hook is not None:
+            around = self.hook(self.weights.module, rows, args, kwargs)
+        with around as (args, kwargs):
+            outputs = self.forward(*args, **kwargs)
         outputs, self.out_spec = pytree.tree_flatten(outputs, is_leaf=is_cache)
         return outputs
 
     def run_forward(self, inputs: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Every micro-batch through the resident layer: the output tensors.
 
-        Without a graph, or with one that is kept, if the plan has room for it. inputs: those that
-        wait for backward.
+        Without a graph, or with one that is reserved, if the plan has room for it. inputs: those
+        that wait for backward.
         """
-        session, layer = self.session, self.layer
-        future = [*range(layer.number, session.n_layers), *session.head_units]
-        future += session.backward_pass(session.n_layers - 1) + session.forward_pass()
-        keeps = layer.keeps_graph()
-        with layer.visiting("forward", future), torch.no_grad():
+        weights, planner = self.weights, self.streaming.planner
+        reserves = planner.reserves_graph(weights.number) and not weights.wrapped
+        with weights.visit("forward", self.of), torch.no_grad():
             whole: list[Any] = []
             for rows in self.slices:
-                layer.begin_micro_batch(rows is self.slices[-1])
-                session.row = rows.start
-                self.random_states.append(_random_state(session.device))
-                if inputs and keeps:
+                weights.begin_micro_batch(rows is self.slices[-1])
+                self.random_states.append(_random_state(self.streaming.device))
+                if inputs and reserves:
                     graph = self.build_graph(rows, inputs)
-                    session.keep(graph, layer.number, graph.weights.n_bytes)
+                    planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
                     self.graphs.append(graph)
                     part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
                 else:
-                    part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))))
+                    part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))), rows)
                 if len(self.slices) == 1:
                     whole = part
                 else:
                     self._place(whole, part, rows)
-            layer.begin_micro_batch(False)
+            weights.begin_micro_batch(False)
         if len(self.slices) > 1 and not any(map(is_cache, self.leaves)):
-            session.batching.note(self.number, self.leaves, whole, self.out_rows, self.out_spec)
+            batching, n = self.streaming.batching, self.batch_size
+            batching.note(self.number, n, self.leaves, whole, self.out_rows, self.out_spec)
         self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
         return tuple(leaf for leaf in whole if is_tensor(leaf))
 
@@ -118,8 +135,8 @@ class Call:
             here.copy_(part[index])
 
     def _cannot_cut(self) -> ConfigError:
-        name = type(self.layer.module).__name__
-        return ConfigError(CANNOT_CUT.format(name, "what it returns does not follow the batch"))
+        why = "what it returns does not follow the batch"
+        return ConfigError(CANNOT_CUT.format(self._layer_name, why))
 
     def with_outputs(self, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
         """The output leaves, with `tensors` in their places."""
@@ -133,28 +150,28 @@ class Call:
         for leaf, place in zip(self.leaves, self.rows_of, strict=True):
             if any(leaf is x for x in (_INPUT, *inputs)):
                 whole = next(remaining)  # it may wait on the host
-                leaf = cut(whole, place, rows).detach().to(self.session.device, non_blocking=True)
+                leaf = cut(whole, place, rows).detach().to(self.streaming.device, non_blocking=True)
                 if whole.requires_grad:
                     roots.append(leaf.requires_grad_())
             else:
                 leaf = cut(leaf, place, rows)
             leaves.append(leaf)
-        weights = Weights(self.layer, filter(is_tensor, leaves))
-        by_item = torch.autograd.graph.saved_tensors_hooks(weights.pack, weights.unpack)
-        with torch.enable_grad(), torch.autocast(**self.autocast), by_item:
-            return Graph(weights, roots, self.run(leaves))
+        saved = SavedTensors(self.weights, filter(is_tensor, leaves))
+        by_weight = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        with torch.enable_grad(), torch.autocast(**self.autocast), by_weight:
+            return Graph(saved, roots, self.run(leaves, rows))
 
     def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
-        """That of a micro-batch: kept, or made by running it again as it ran before."""
-        self.layer.begin_micro_batch(False)
+        """That of a micro-batch: reserved, or made by running it again as it ran before."""
+        self.weights.begin_micro_batch(False)
         if self.graphs:
             graph, self.graphs[number] = self.graphs[number], None
-            # else backward runs a second time, or was planned anew and has too few slots
-            if graph is not None and not self.session.plan.by_matrix:
+            # None if backward runs a second time. Planned anew, there may be too few slots for it.
+            if graph is not None and not self.streaming.planner.plan.by_matrix:
                 return graph
-        devices = [self.session.device] if self.session.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            _set_random_state(self.random_states[number], self.session.device)
+        device = self.streaming.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _set_random_state(self.random_states[number], device)
             return self.build_graph(self.slices[number], inputs)
 
 
@@ -166,7 +183,7 @@ _TENSOR = object()  # where an output tensor stood
 class Graph:
     """The graph of one micro-batch through a layer."""
 
-    weights: "Weights"
+    saved: "SavedTensors"
     roots: list[torch.Tensor]  # the inputs that need gradients
     leaves: list[Any]  # what the layer returned
 
@@ -175,31 +192,31 @@ class Graph:
         return [leaf for leaf in self.leaves if is_tensor(leaf)]
 
 
-class Weights:
-    """The weights in a graph, by item, not by memory.
+class SavedTensors:
+    """What a graph saves: a streamed weight by its name, not by the memory where it was.
 
     The graph refers to this, so this must not refer to the graph: nobody would collect the two.
     """
 
-    def __init__(self, layer: Any, inputs: Iterable[torch.Tensor]):
-        self.layer = layer
-        self.release = False  # let each matrix go after its last use
-        self.n_bytes = 0  # that the graph keeps, beside its inputs and what is always there
-        known = [*inputs, *layer.module.parameters()]
+    def __init__(self, weights: LayerWeights, inputs: Iterable[torch.Tensor]):
+        self.weights = weights
+        self.drops = False  # each weight after its last use
+        self.n_bytes = 0  # that the graph holds, without its inputs and what is always there
+        known = [*inputs, *weights.module.parameters()]
         self._known = {x.untyped_storage().data_ptr() for x in known}
         self._uses_left: Counter = Counter()
-        self._previous: Item | None = None
+        self._previous: StreamedWeight | None = None
 
     def pack(self, tensor: torch.Tensor) -> Any:
         memory = tensor.untyped_storage()
-        item = self.layer.item_at.get(memory.data_ptr())
-        if item is None:
+        weight = self.weights.at_address.get(memory.data_ptr())
+        if weight is None:
             self.n_bytes += memory.nbytes() if memory.data_ptr() not in self._known else 0
             self._known.add(memory.data_ptr())
             return tensor, tensor._version
-        self._uses_left[item] += 1
-        offset = tensor.storage_offset() - item.tensor.storage_offset()
-        return item, tensor.shape, tensor.stride(), offset
+        self._uses_left[weight] += 1
+        offset = tensor.storage_offset() - weight.tensor.storage_offset()
+        return weight, tensor.shape, tensor.stride(), offset
 
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed[0], torch.Tensor):
@@ -209,24 +226,23 @@ class Weights:
                     "a layer's output was changed in place, but its gradient needs it"
                 )
             return tensor
-        item, shape, stride, offset = packed
-        self._uses_left[item] -= 1
-        before, self._previous = self._previous, item
-        self.layer.session.stream.claim(item)  # before another may take the room of `before`
-        if self.release and before not in (None, item) and self._uses_left[before] == 0:
-            self.layer.let_go(before)
-        weight = self.layer.session.stream.wait(item)
-        return weight.as_strided(shape, stride, weight.storage_offset() + offset)
+        weight, shape, stride, offset = packed
+        self._uses_left[weight] -= 1
+        before, self._previous = self._previous, weight
+        self.weights.request(weight)  # before another may take the room of `before`
+        if self.drops and before not in (None, weight) and self._uses_left[before] == 0:
+            self.weights.drop(before)
+        tensor = self.weights.wait(weight)
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
 
 
 class Visit(torch.autograd.Function):
-    """The layer on the whole batch: recomputed in backward, but for a graph that was kept."""
+    """The layer on the whole batch: recomputed in backward, unless its graph was reserved."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
-        ctx.lowest = call.session.lowest
         outputs = call.run_forward(inputs)
         call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)
@@ -235,21 +251,18 @@ class Visit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        call, session, layer = ctx.call, ctx.call.session, ctx.call.layer
+        call, weights = ctx.call, ctx.call.weights
         inputs = list(ctx.saved_tensors)
-        session.lowest = ctx.lowest  # another pass may have come between
-        future = [layer.number]  # matrix by matrix, all room is for what this layer needs again
-        if not session.plan.by_matrix:
-            future = session.backward_pass(layer.number) + session.forward_pass()
         input_grads: list[torch.Tensor | None] = [None] * len(inputs)
         trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
         wanted = [index for index, x in enumerate(inputs) if x.requires_grad]
         in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
         out_rows = call.out_rows or [None] * len(grads)
-        with layer.visiting("backward", future or [layer.number]):
+        with weights.visit("backward", call.of):
             for number, rows in enumerate(call.slices):
                 graph = call.graph_of(number, inputs)
-                graph.weights.release = session.plan.by_matrix or rows is call.slices[-1]
+                by_matrix = call.streaming.planner.plan.by_matrix
+                graph.saved.drops = by_matrix or rows is call.slices[-1]
                 grad_of = [
                     (out, cut(grad, place, rows))
                     for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
@@ -271,8 +284,8 @@ class Visit(torch.autograd.Function):
                 for index, grad in enumerate(found[len(wanted) :]):
                     _add(trained_grads, index, grad)
                 del graph, found, grad_of
-        if layer.number == session.lowest:  # before any optimizer step can use these gradients
-            session.stream.check_files()
+        if weights.number == call.of.lowest:  # before any optimizer step can use these gradients
+            call.streaming.stream.model_folder.check_unchanged()
         return None, None, *input_grads, *trained_grads
 
 

@@ -1,9 +1,12 @@
-"""Pinned host memory."""
+"""Host memory on the way to a device: pinned buffers, and a reader's staging."""
+
+import weakref
 
 import torch
 
 from onn_core.errors import ConfigError
 from onn_core.weights.reader import host_buffer
+from onn_core.weights.slots import READ_BYTES
 
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
@@ -62,3 +65,46 @@ class HostMemory:
             torch.cuda.synchronize(self._device)
         for buffer in buffers:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+
+
+class Staging:
+    """One reader's two buffers, for reads that are cast or copied to a device.
+
+    copy_stream: of the device; None on a CPU.
+    """
+
+    def __init__(self, copy_stream: "torch.cuda.Stream | None"):
+        self._copy_stream = copy_stream
+        self._make = host_buffer
+        if copy_stream is not None:  # pinned, of huge pages: into others direct reads are slower
+            memory = HostMemory(copy_stream.device)
+            self._make = memory.take
+            weakref.finalize(self, memory.close).atexit = False
+        self._buffers: list[torch.Tensor] = []
+        self._copied: list = [None, None]  # an event for each buffer
+        self._turn = 0
+
+    def buffer(self) -> torch.Tensor:
+        """(READ_BYTES,) uint8 whose last copy is done."""
+        self._turn = 1 - self._turn
+        while len(self._buffers) < 2:
+            self._buffers.append(self._make(READ_BYTES))
+        if self._copied[self._turn] is not None:
+            self._copied[self._turn].synchronize()
+        return self._buffers[self._turn]
+
+    def copy(
+        self,
+        target: torch.Tensor,
+        values: torch.Tensor,
+        free_event: "torch.cuda.Event | None" = None,
+    ) -> None:
+        """target <- values, with a cast if they differ, once `free_event` has passed."""
+        if self._copy_stream is None:
+            target.copy_(values)
+            return
+        with torch.cuda.stream(self._copy_stream):
+            if free_event is not None:
+                self._copy_stream.wait_event(free_event)
+            target.copy_(values, non_blocking=True)
+            self._copied[self._turn] = self._copy_stream.record_event()

@@ -1,0 +1,198 @@
+"""The weights of one decoder layer: each is fetched before its module runs, and dropped after."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from onn_core.errors import ConfigError
+from onn_core.streaming.passes import Pass
+from onn_core.streaming.visits import Streaming
+from onn_core.weights.slots import StreamedWeight
+
+
+@dataclasses.dataclass(eq=False)
+class Binding:
+    """A parameter of a module that holds a streamed weight while its layer is visited."""
+
+    module: nn.Module
+    parameter: nn.Parameter
+    weight: StreamedWeight
+    absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
+
+    def fill(self) -> None:
+        self.parameter.data = self.weight.tensor
+
+    def clear(self) -> None:
+        self.parameter.data = self.absent
+
+
+class LayerWeights:
+    """Fills the parameters of `module` during its visits.
+
+    number: the layer's, which is its unit in the stream. bindings: its streamed parameters.
+
+    A module takes its weights in a hook before its forward; the first micro-batch shows how often
+    each module is called in which order. From then on the weights are fetched in that order, and
+    in the last micro-batch each is dropped after its last call, so that its slot is free early.
+    """
+
+    def __init__(
+        self, module: nn.Module, number: int, bindings: list[Binding], streaming: Streaming
+    ):
+        self.module = module
+        self.number = number
+        self.streaming = streaming
+        self.at_address: dict[int, StreamedWeight] = {}  # of the memory where it is now
+        self._bindings = bindings
+        self._by_weight: dict[StreamedWeight, list[Binding]] = {}
+        self._by_module: dict[nn.Module, list[StreamedWeight]] = {}
+        for binding in bindings:
+            self._by_weight.setdefault(binding.weight, []).append(binding)
+            self._by_module.setdefault(binding.module, []).append(binding.weight)
+        self._calls: Counter = Counter()  # of each module, in this micro-batch
+        self._usual_calls: Counter = Counter()  # in any micro-batch
+        modules = self._by_module.keys()
+        # A module that holds others may need its own weights after theirs.
+        self._holders = {m for m in modules if not modules.isdisjoint(set(m.modules()) - {m})}
+        # Where an adapter wraps an expert's parameter, it takes the weight before the module runs.
+        self.wrapped: set[nn.Module] = set()
+        self._n_parameters = 0
+        self._previous: nn.Module | None = None
+        self._last_micro_batch = False
+        self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
+        for own in modules:
+            own.register_forward_pre_hook(self._enter_module)
+
+    @property
+    def _by_matrix(self) -> bool:
+        return self.streaming.planner.plan.by_matrix
+
+    @contextlib.contextmanager
+    def visit(self, phase: str, of: Pass) -> Iterator[None]:
+        """Inside, each weight is there when its module runs.
+
+        Those of modules that are not known to be called are there from the beginning.
+        """
+        n_parameters = sum(1 for _ in self.module.parameters())
+        if n_parameters != self._n_parameters:  # adapters came or went: learn the calls anew
+            self._n_parameters = n_parameters
+            self._usual_calls.clear()
+        with self.streaming.visit(phase, self.number, of, wait=False):
+            self._previous = None
+            try:
+                if self._by_matrix:
+                    self._request_from(0)
+                for weight, bindings in () if self._by_matrix else self._by_weight.items():
+                    modules = {binding.module for binding in bindings}
+                    if not all(map(self._usual_calls.get, modules)) or modules & self.wrapped:
+                        self._fetch(weight)
+                self._fill_magnitudes()
+                yield
+            finally:
+                for weight in self._by_weight:
+                    self.drop(weight)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Another micro-batch, or a gradient, comes; weights are dropped early in the `last`."""
+        if self._calls:
+            if not self._usual_calls:
+                self._sort(list(self._calls))
+            self._usual_calls |= self._calls
+        if self._by_matrix and self._previous is not None:
+            for weight in self._by_weight:  # of the micro-batch before
+                self.drop(weight)
+        self._calls = Counter()
+        self._previous = None
+        self._last_micro_batch = last
+
+    def request(self, weight: StreamedWeight) -> None:
+        self.streaming.stream.request(weight)
+
+    def wait(self, weight: StreamedWeight) -> torch.Tensor:
+        return self.streaming.stream.wait(weight)
+
+    def drop(self, weight: StreamedWeight) -> None:
+        """This visit needs the weight no longer."""
+        for binding in self._by_weight[weight]:
+            binding.clear()
+        if weight.tensor is not None:
+            self.at_address.pop(weight.tensor.untyped_storage().data_ptr(), None)
+        self.streaming.stream.release(weight)
+
+    def _sort(self, modules: list[nn.Module]) -> None:
+        """Fetch in the order of the calls, which need not be that of the definition."""
+        turn = {module: number for number, module in enumerate(modules)}
+        last = len(modules)
+        by_turn = sorted(
+            self._by_weight.items(), key=lambda pair: min(turn.get(b.module, last) for b in pair[1])
+        )
+        self._by_weight = dict(by_turn)
+        self.streaming.stream.reorder(self.number, list(self._by_weight))
+
+    def _request_from(self, first: int) -> None:
+        """Matrix by matrix: request the next weights, in order, as far as there are slots."""
+        stream, weights = self.streaming.stream, list(self._by_weight)
+        if not self._usual_calls:  # nor is the order known
+            return
+        slots = stream.schedule.slots
+        room = slots - Counter(weight.slot_bytes for weight in weights if weight.in_use)
+        for weight in weights[first:]:
+            if not weight.in_use:
+                if not room[weight.slot_bytes]:
+                    break
+                room[weight.slot_bytes] -= 1
+                stream.request(weight)
+
+    def _fetch(self, weight: StreamedWeight) -> None:
+        if self._by_matrix:
+            self._request_from(list(self._by_weight).index(weight))
+        memory = self.wait(weight).untyped_storage()
+        self.at_address[memory.data_ptr()] = weight
+        for binding in self._by_weight[weight]:
+            binding.fill()
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        """Drop the weights of the module before, if this visit is done with it; fetch its own."""
+        self._calls[module] += 1
+        before, self._previous = self._previous, module
+        last = (self._by_matrix or self._last_micro_batch) and before not in self._holders
+        if last and before not in (None, module) and self._is_done(before):
+            for weight in self._by_module[before]:
+                if all(binding.module is before for binding in self._by_weight[weight]):
+                    self.drop(weight)
+        own = {id(parameter) for parameter in module._parameters.values()}
+        if any(id(b.parameter) not in own for b in self._bindings if b.module is module):
+            if self._by_matrix:
+                raise ConfigError(
+                    "adapters on expert tensors need a whole layer in memory: raise memory_budget."
+                )
+            self.wrapped.add(module)
+            return
+        for weight in self._by_module[module]:
+            self._fetch(weight)
+
+    def _is_done(self, module: nn.Module) -> bool:
+        usual = self._usual_calls[module] or int(self._by_matrix)
+        return self._calls[module] == usual
+
+    @torch.no_grad()
+    def _fill_magnitudes(self) -> None:
+        """The first magnitudes of DoRA, which PEFT wanted from weights that were not there."""
+        for tuner in self.module.modules():
+            for name, part in getattr(tuner, "lora_magnitude_vector", {}).items():
+                if part in self._initialised:
+                    continue
+                self._initialised.add(part)
+                if part.weight.isnan().all():  # else loaded from an adapter
+                    base = tuner.get_base_layer()
+                    for weight in self._by_module.get(base, ()):
+                        self._fetch(weight)
+                    dtype = next(b.absent.dtype for b in self._bindings if b.module is base)
+                    weight = base.weight.to(dtype)
+                    a, b = tuner.lora_A[name].weight.to(dtype), tuner.lora_B[name].weight.to(dtype)
+                    part.weight.copy_(part.get_weight_norm(weight, b @ a, tuner.scaling[name]))

@@ -1,0 +1,80 @@
+"""A forward pass of the model and its backward: what belongs to both and ends with them."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+# Called around each micro-batch in a layer with (layer, rows, args, kwargs); it yields the args and
+# kwargs that the layer is given.
+RowHook = Callable[[nn.Module, slice, tuple, dict], AbstractContextManager[tuple[tuple, dict]]]
+
+
+@dataclasses.dataclass(eq=False)
+class Pass:
+    """One forward pass and its backward.
+
+    owner: the module that began it, None for the model itself; a trainer may call its base alone.
+    run, args, kwargs: the call, for a probe of it; gone when the forward pass has ended.
+    lowest: the lowest layer that backward reaches; None without gradients.
+    """
+
+    owner: nn.Module | None = None
+    run: Callable | None = None
+    args: tuple = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lowest: int | None = None
+    batch_size: int | None = None
+    n_tokens: int | None = None  # of a sample
+    defers_logits: bool = False  # they wait until they are used: a loss never needs all at once
+    n_calls: int = 0  # of layers, so far
+
+    def next_call(self) -> int:
+        """The number of this call of a layer in the pass."""
+        self.n_calls += 1
+        return self.n_calls - 1
+
+
+class Passes:
+    """The pass that runs, or that ran last: its backward may be to come.
+
+    row_hook: around each micro-batch in a layer. group_size: samples; no micro-batch and no cache
+    crosses a multiple of it. None is the whole batch.
+    """
+
+    def __init__(self) -> None:
+        self.latest = Pass()
+        self.row_hook: RowHook | None = None
+        self.group_size: int | None = None
+
+    @property
+    def running(self) -> Pass | None:
+        return None if self.latest.run is None else self.latest
+
+    def begin(
+        self,
+        owner: nn.Module | None,
+        run: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        lowest: int | None,
+        defers_logits: bool = False,
+    ) -> Pass:
+        """`owner` runs a pass; if one is on its way, this is a part of it, which is returned."""
+        if self.running is not None:
+            return self.latest
+        given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        batch = next((x for x in samples if x is not None), None)  # (B, T) or (B, T, C)
+        size = (None, None) if batch is None else batch.shape[:2]
+        self.latest = Pass(owner, run, args, kwargs, lowest, *size, defers_logits)
+        return self.latest
+
+    def end(self, owner: nn.Module | None) -> None:
+        """The forward pass that `owner` began has ended; its backward keeps what it needs."""
+        if self.running is not None and owner is self.latest.owner:
+            self.latest.run, self.latest.args, self.latest.kwargs = None, (), {}
