@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from onn_core.errors import ConfigError
+from onn_core.streaming.lazy import StreamedParameter
 from onn_core.streaming.passes import Pass
 from onn_core.streaming.visits import Streaming
 from onn_core.weights.slots import StreamedWeight
@@ -20,15 +21,15 @@ class Binding:
     """A parameter of a module that holds a streamed weight while its layer is visited."""
 
     module: nn.Module
-    parameter: nn.Parameter
+    parameter: StreamedParameter
     weight: StreamedWeight
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.parameter.data = self.weight.tensor
+        self.parameter.set(self.weight.tensor)
 
     def clear(self) -> None:
-        self.parameter.data = self.absent
+        self.parameter.set(self.absent)
 
 
 class LayerWeights:

@@ -89,6 +89,54 @@ class LazyWeight(LazyTensor):
         return NotImplemented
 
 
+class StreamedParameter(torch.nn.Parameter):
+    """A parameter of a decoder layer, which outside a visit is one NaN seen as the whole shape.
+
+    What reads its data then, or converts it, is given an `AbsentWeight`, which says why it cannot
+    be merged, factorised or changed.
+    """
+
+    @property
+    def data(self) -> torch.Tensor:
+        data = torch.Tensor.data.__get__(self)
+        return data.as_subclass(AbsentWeight) if is_absent(data) else data
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        raise frozen("weights")
+
+    def set(self, values: torch.Tensor) -> None:
+        """Hold `values` (same shape) from now on."""
+        torch.Tensor.data.__set__(self, values)
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        converted = super().to(*args, **kwargs)
+        if converted is self or not is_absent(self):
+            return converted
+        return converted.as_subclass(AbsentWeight)
+
+
+class AbsentWeight(torch.Tensor):
+    """NaN in place of a weight: refuses by name what would need or change the weight."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):  # a property
+            name = func.__self__.__name__
+        if changes_its_tensor(name) or name.startswith(("linalg_", "svd", "qr")):
+            raise frozen("weights")
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        return made.as_subclass(AbsentWeight) if name in STILL_ABSENT else made
+
+
+# What gives an absent weight in another form.
+STILL_ABSENT = {"data", "detach", "T", "mT", "t", "transpose", "float", "to", "contiguous"}
+
+
 def changes_its_tensor(name: str) -> bool:
     """Whether a function of tensors writes into its first argument."""
     single = name.endswith("_") and not name.endswith("__")

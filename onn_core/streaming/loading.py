@@ -30,6 +30,7 @@ from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
+from onn_core.streaming.lazy import StreamedParameter
 from onn_core.streaming.model import streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.visits import Streaming, Visits
@@ -279,7 +280,8 @@ def _fill(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in sources:
             source_of.setdefault(id(parameter), sources[name])
-    made: dict[int, tuple[nn.Parameter, StreamedWeight | None]] = {}
+    # id of a parameter on meta -> what takes its place, its weight, its placeholder
+    made: dict[int, tuple[nn.Parameter, StreamedWeight | None, torch.Tensor]] = {}
     bindings: list[list[Binding]] = [[] for _ in layers]
     end_sources: dict[nn.Module, Source] = {}
     for module_name, module in list(model.named_modules()):
@@ -297,15 +299,19 @@ def _fill(
                     stored = source.entry.dtype if source.direct else dtype
                     in_memory = prepare_linear(module, stored, dtype, device)
                     weight = StreamedWeight(source, tuple(parameter.shape), in_memory)
-                if weight is not None or module in end_sources and name == "weight":
-                    nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
-                    values = nan.expand(parameter.shape)
+                nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
+                absent = nan.expand(parameter.shape)
+                if weight is not None:
+                    own = StreamedParameter(absent, requires_grad=False)
+                elif module in end_sources and name == "weight":
+                    own = nn.Parameter(absent, requires_grad=False)
                 else:
                     values = source.read(model_folder).to(device, dtype).view(parameter.shape)
-                made[id(parameter)] = nn.Parameter(values, requires_grad=False), weight
-            module._parameters[name], weight = own, _ = made[id(parameter)]
+                    own = nn.Parameter(values, requires_grad=False)
+                made[id(parameter)] = own, weight, absent
+            module._parameters[name], weight, _ = own, _, absent = made[id(parameter)]
             if weight is not None:
-                bindings[number].append(Binding(module, own, weight, own.data))
+                bindings[number].append(Binding(module, own, weight, absent))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))

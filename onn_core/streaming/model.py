@@ -156,6 +156,12 @@ class StreamedModel:
     def enable_input_require_grads(self) -> None:
         """Nothing: the recompute needs no gradient of its inputs to reach the adapters."""
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel leaves alone: all that is frozen; adapters are reduced."""
+        frozen_names = [name for name, p in self.named_parameters() if not p.requires_grad]
+        return [prefix + name for name in frozen_names for prefix in ("", "base_model.model.")]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Under `.to()`, `.half()` and the like: nothing to do, or ConfigError."""
         if "streaming" not in vars(self):  # it is being made
@@ -225,6 +231,16 @@ class StreamedModel:
                     f"{name} asks for values from inside the layers, whose gradients are not "
                     f"streamed: set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
                 )
+        cache = kwargs.get("past_key_values")
+        if torch.is_grad_enabled() and any(
+            layer.keys.requires_grad
+            for layer in getattr(cache, "layers", ())
+            if layer.is_initialized
+        ):
+            raise ConfigError(
+                "prefix tuning trains a key-value cache, which streamed layers give no gradient: "
+                "use LoRA or prompt tuning."
+            )
         run = super().forward if module is None else module.forward
         if lowest is not None:
             self._check_trained()
@@ -272,6 +288,7 @@ def streamed_class(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of `plain`, of the same name and module, whose instances `connect`."""
     signature = inspect.signature(plain.forward)
 
+    @torch.compiler.disable  # torch.compile may take what is around; weights are fetched in Python
     @functools.wraps(plain.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(signature.parameters, (self, *args), strict=False)) | kwargs
