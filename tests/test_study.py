@@ -6,17 +6,9 @@ import math
 
 import pytest
 
-from onn_core import (
-    OnnError,
-    TrainConfig,
-    curves,
-    pages,
-    stability,
-    stability_report,
-    study,
-    summary,
-)
+from onn_core import OnnError, TrainConfig
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment, write_json
+from onn_workbench import curves, pages, stability, stability_report, study, summary
 
 
 def settings(folder, output_dir, **changes):

@@ -12,11 +12,8 @@ import json
 import math
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,44 +213,13 @@ EXPORTERS: dict[str, Callable[[Sequence[TrackedRun], str | os.PathLike], list[st
 
 
 def show_aim(folder: str | os.PathLike, port: int = AIM_PORT) -> None:
-    """Serve the AIM dashboard on 127.0.0.1 until Ctrl-C or SIGTERM."""
+    """Become AIM's dashboard of `folder` on 127.0.0.1; it says where it is, and ends by Ctrl-C."""
     aim = _import_aim()
     if not aim.Repo.exists(str(folder)):
         raise ConfigError(f"{folder} has no AIM repository yet: make track fills one.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} is taken: choose another, make aim AIM_PORT={port + 1}."
-            ) from error
     _reindex(folder)
-    for sign in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores Ctrl-C
-        signal.signal(sign, signal.default_int_handler)
     arguments = ["up", "--host", "127.0.0.1", "--port", str(port), "--repo", str(folder)]
-    server = subprocess.Popen(  # in a session of its own, so that Ctrl-C comes here alone
-        [*_aim_command(), *arguments, "--workers", "1", "--yes"],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    print(f"AIM shows the runs at {address}; Ctrl-C ends it", flush=True)
-                    server.wait()
-            time.sleep(0.2)
-        raise OnnError("AIM ended by itself; what it said stands above.")
-    except KeyboardInterrupt:
-        print("AIM has ended")
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(timeout=5)
+    os.execv(sys.executable, [*_aim_command(), *arguments, "--workers", "1", "--yes"])
 
 
 def _import_aim() -> Any:
