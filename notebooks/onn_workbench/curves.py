@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from onn_core.record import RunRecord, write_atomic
 from onn_workbench import pages
 from onn_workbench.figure import Figure, Line, Panel
@@ -30,7 +32,7 @@ AXES = {
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
-def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
+def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a configuration: held-out loss before and after, and what the rule says."""
     rows = []
     for label, records in runs.items():
@@ -70,7 +72,7 @@ def comparison_table(runs: Runs) -> Any:
     return frame(rows, "configuration")
 
 
-def layout_table(layouts: Runs) -> Any:
+def layout_table(layouts: Runs) -> pd.DataFrame:
     """One row a choice of layers, all trained for the same time."""
     rows = []
     for label, records in layouts.items():
@@ -106,8 +108,6 @@ def layout_reading(layouts: Runs) -> str:
 
 def norm_table(runs: Runs) -> Any:
     """Median gradient norm of each trained layer, over all steps and seeds."""
-    import pandas as pd
-
     columns = {}
     for label, records in runs.items():
         steps = [step for record in records for step in record.steps]
@@ -120,8 +120,6 @@ def norm_table(runs: Runs) -> Any:
 
 def answer_table(study: Study) -> Any:
     """The model's answers before and after, side by side."""
-    import pandas as pd
-
     return pd.DataFrame(study.answers).set_index("prompt")
 
 

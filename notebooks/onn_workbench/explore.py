@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as w
+
 from onn_core.adapters.lora import select_layers
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
@@ -39,8 +41,6 @@ class Explorer:
     """
 
     def __init__(self, models: dict[str, str], records: Sequence[str] = (), **settings: Any):
-        import ipywidgets as w
-
         self.settings = {"progress": False, "eval_every": 1, "eval_samples": 8} | settings
         self.records = [*records, str(settings["output_dir"])]
         self.run: BackgroundRun | None = None
@@ -141,8 +141,6 @@ class Explorer:
 
     def _draw_picture(self, outline: Outline, config: TrainConfig) -> None:
         """The layers from embedding to head, each a button that adds or removes its adapter."""
-        import ipywidgets as w
-
         if len(self.picture.children) != outline.n_layers + 2:
             layout = {"width": "38px", "height": "44px", "margin": "1px", "padding": "0"}
             toggles = []

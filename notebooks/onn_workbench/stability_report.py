@@ -5,6 +5,8 @@ import math
 import os
 from typing import Any
 
+import pandas as pd
+
 from onn_core.record import RunRecord, describe_environment, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.report import frame
@@ -13,7 +15,7 @@ from onn_workbench.stability import MENDS, Event, Outcome
 SCHEMA_VERSION = 1
 
 
-def outcome_table(outcomes: dict[str, Outcome]) -> Any:
+def outcome_table(outcomes: dict[str, Outcome]) -> pd.DataFrame:
     """One row a variant: the first NaN or Inf, loss, and how large values became."""
     rows = []
     for label, outcome in outcomes.items():
@@ -36,7 +38,7 @@ def outcome_table(outcomes: dict[str, Outcome]) -> Any:
     return frame(rows, "configuration")
 
 
-def event_table(events: list[Event]) -> Any:
+def event_table(events: list[Event]) -> pd.DataFrame:
     """One row for the first NaN or Inf of each phase, in order of time."""
     phases = {"backward": "gradients of activations", "gradient": "gradients of adapters"}
     phases |= {"forward": "activations", "loss": "loss", "update": "adapters after the update"}
@@ -54,7 +56,6 @@ def event_table(events: list[Event]) -> Any:
 
 def mend_table(outcomes: dict[str, Outcome]) -> Any:
     """What each mend does, added to the broken configuration and taken from the sound one."""
-    import pandas as pd
 
     def fate(outcome: Outcome) -> str:
         if not outcome.adapter_finite:
@@ -72,8 +73,6 @@ def mend_table(outcomes: dict[str, Outcome]) -> Any:
 
 def error_table(errors: list[dict[str, float]]) -> Any:
     """Errors of `gradient_errors`: one row a number of counted tokens, one column a loss scale."""
-    import pandas as pd
-
     rows: dict[str, dict[str, str]] = {}
     for row in errors:
         scale = "no scaling" if row["loss_scale"] == 1 else f"loss scale {row['loss_scale']:,.0f}"
@@ -82,7 +81,7 @@ def error_table(errors: list[dict[str, float]]) -> Any:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("counted tokens")
 
 
-def step_table(record: RunRecord) -> Any:
+def step_table(record: RunRecord) -> pd.DataFrame:
     """One row an optimizer step under loss scaling."""
     rows = [
         {

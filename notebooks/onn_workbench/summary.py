@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from onn_core.weights import geometry
 from onn_workbench import curves, pages, speed, stability_report, study
 from onn_workbench.stability import MENDS, Outcome
@@ -64,10 +66,8 @@ def claims(records: Records) -> list[Claim]:
     ]
 
 
-def headline_table(records: Records) -> Any:
+def headline_table(records: Records) -> pd.DataFrame:
     """One row a claim."""
-    import pandas as pd
-
     rows = [dataclasses.asdict(claim) for claim in claims(records)]
     names = {"original": "original report", "here": "measured here"}
     return pd.DataFrame(rows).rename(columns=names).set_index("claim")
@@ -75,8 +75,6 @@ def headline_table(records: Records) -> Any:
 
 def settings_table(records: Records) -> Any:
     """Configuration, hardware and versions, a column for each record."""
-    import pandas as pd
-
     columns: dict[str, dict[str, Any]] = {}
     if records.learning:
         runs = records.learning.runs
