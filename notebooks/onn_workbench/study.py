@@ -17,7 +17,7 @@ from onn_core.adapters.lora import add_adapter
 from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
-from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
+from onn_core.record import EvalRecord, RunRecord, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 from onn_workbench.step import optimizer_step
@@ -194,16 +194,6 @@ def compare(one: Sequence[RunRecord], other: Sequence[RunRecord]) -> tuple[float
     if abs(mean) <= noise:
         return mean, noise, "no difference beyond the noise"
     return mean, noise, "lower" if mean < 0 else "higher"
-
-
-def between_evaluations(record: RunRecord) -> list[tuple[float, list[StepRecord]]]:
-    """(mean training loss over counted tokens, steps) of each stretch between two evaluations."""
-    stretches = []
-    for first, last in zip(record.evals, record.evals[1:], strict=False):
-        steps = record.steps[first.step : last.step]
-        counted = sum(step.counted_tokens for step in steps)
-        stretches.append((sum(s.loss * s.counted_tokens for s in steps) / counted, steps))
-    return stretches
 
 
 class _TimeSpent(Exception):
