@@ -202,7 +202,7 @@ def test_claims_of_speed_can_be_confirmed_differ_or_be_refuted():
 
 
 def test_claims_of_stability_can_be_confirmed_differ_or_be_refuted():
-    sure, claim = ["sound"], "four mends make it sound"
+    sure, claim = ["sound"], "four fixes make it sound"
     spare = "sound - inputs cast to float32"
     for learned, verdict in (
         (sure, "confirmed"),

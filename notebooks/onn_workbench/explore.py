@@ -189,7 +189,7 @@ class Explorer:
             self.run.go_on() if self.run.state in ("pausing", "paused") else self.run.pause()
 
     def stop(self) -> None:
-        """End the run at the next layer; its adapter and record are kept."""
+        """End the run at the next layer; its adapter and record are saved."""
         if self.run is not None:
             self.run.stop()
 

@@ -11,7 +11,7 @@ from onn_core.run.estimate import Geometry, predict
 from onn_core.streaming.loading import decoder_layers, from_pretrained
 from onn_workbench.ceilings import measure_flops, measure_read
 
-PROBE_TOKENS = 128  # in the matrix products that are timed for the prediction
+PROBE_TOKENS = 128  # in the matmuls that are timed for the prediction
 PROBE_SIZE = 4096  # largest side of their matrices
 
 

@@ -28,7 +28,7 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "02_learning_curves.html": "does it learn, as well in large batches",
     "learning_validation.html": "the learning study's verdicts and curves on one page",
     "learning_curves.png": "the learning curves as a picture",
-    "03_stability.html": "where NaN comes from and which mend matters",
+    "03_stability.html": "where NaN comes from and which fix matters",
     "04_speed.html": "time per sample, memory, percent of the limit",
     "06_your_own_loop.html": "Trainer, TRL, perplexity with and without the adapter, merge",
     "learning_results.json": "every run of the learning study, step by step",

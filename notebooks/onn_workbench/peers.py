@@ -23,7 +23,7 @@ from onn_workbench.step import optimizer_step
 SYSTEMS = {
     "onn": "this project",
     "cached": "this project, on CUDA, in a host with memory to spare for its files",
-    "baseline": "the report's baseline: a layer is read when it is entered, nothing is kept",
+    "baseline": "the report's baseline: a layer is fetched when entered, dropped when left",
     "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
@@ -32,7 +32,7 @@ SYSTEMS = {
 UNCAPPED = ("in_memory", "unbounded")
 
 
-class NothingKept(WeightStream):
+class NothingResident(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
     @functools.cached_property
@@ -158,12 +158,12 @@ def open_system(
         budget = None if system == "baseline" else room_bytes
         model = from_pretrained(model_dir, device=device, memory_budget=budget, **settings)
         if system == "baseline":
-            model.session.stream.__class__ = NothingKept
+            model.session.stream.__class__ = NothingResident
         if model.session.stream.files.cached:  # what a stream counts may come from the page cache
             return model, _disk_bytes
         return model, lambda: model.session.stream.counts.bytes_read
     where: Any = {"device_map": device}
-    if system == "offload":  # what does not fit stays in the checkpoint's own files
+    if system == "offload":  # what does not fit stays in the model folder's own files
         memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}
         where = {"device_map": "auto", "max_memory": memory}
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", **where)

@@ -70,7 +70,7 @@ def loss_lines(records: dict[str, RunRecord], against: str) -> list[Line]:
 
 
 class LiveLine:
-    """An `on_step` that keeps one line of output up to date."""
+    """An `on_step` that shows the last step in one line of output."""
 
     def __init__(self, n_steps: int | None = None, label: str = ""):
         self.of = f" of {n_steps}" if n_steps else ""

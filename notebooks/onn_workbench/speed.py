@@ -47,7 +47,7 @@ def speed_table(record: dict[str, Any]) -> pd.DataFrame:
             "GB read per step": f"{row['bytes_read'] / 1e9:.3g}",
             "limited by": row["limited_by"],
             "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
-            "layers kept": row["kept_layers"],
+            "graphs resident": row["kept_layers"],
             "percent if none": "" if (of := row["percent_recomputed"]) is None else f"{of:.0f}",
         }
         for row in record["rows"]

@@ -1,6 +1,6 @@
 """Where a NaN comes from: training steps with every tensor watched.
 
-The original report names four mends against NaN. Each is one field of a `Variant` here, so that
+The original report names four fixes against NaN. Each is one field of a `Variant` here, so that
 each can be added alone to a broken configuration and taken alone from a sound one.
 """
 
@@ -21,7 +21,7 @@ from onn_core.ops.cross_entropy import IGNORED, shift_labels
 from onn_core.streaming.loading import from_pretrained
 from onn_workbench.step import optimizer_step
 
-FIRST_SCALE = 2.0**10  # below the 2^16 of torch.amp.GradScaler, to save the steps down from there
+FIRST_SCALE = 2.0**10  # below the 2^16 of GradScaler, so that fewer first steps are skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Variant:
     """How a step is computed.
 
     dtype: of weights and activations. adapter_float32: A and B, their gradients and the optimizer's
-    moments are float32, else `dtype`. inputs_float32: an adapter's input is cast and its products
+    moments are float32, else `dtype`. inputs_float32: an adapter's input is cast and its matmuls
     are taken in float32, else in `dtype`. loss: "sum" of the logits in `dtype`, or in float32 "mse"
     against the one-hot target or "cross-entropy". scaling: dynamic loss scaling.
     """
@@ -43,7 +43,7 @@ class Variant:
 
 SOUND = Variant()
 BROKEN = Variant(adapter_float32=False, inputs_float32=False, loss="sum", scaling=False)
-MENDS = {  # name of a mend -> its field
+FIXES = {  # name of a fix -> its field
     "LoRA kept in float32": "adapter_float32",
     "inputs cast to float32": "inputs_float32",
     "a proper loss": "loss",
@@ -52,11 +52,11 @@ MENDS = {  # name of a mend -> its field
 
 
 def variants() -> dict[str, Variant]:
-    """The broken and the sound configuration, each mend added to one or taken from the other."""
+    """The broken and the sound configuration, each fix added to one or taken from the other."""
     found = {"broken": BROKEN}
-    for name, field in MENDS.items():
+    for name, field in FIXES.items():
         found[f"broken + {name}"] = dataclasses.replace(BROKEN, **{field: getattr(SOUND, field)})
-    for name, field in MENDS.items():
+    for name, field in FIXES.items():
         found[f"sound - {name}"] = dataclasses.replace(SOUND, **{field: getattr(BROKEN, field)})
     return found | {"sound": SOUND}
 
@@ -177,7 +177,7 @@ class _Scaler:
     """A torch.amp.GradScaler that also takes the gradients of float16 adapters, and is watched.
 
     is_on: else the scale is 1 and no step is skipped, however broken its gradients are. grad_norm:
-    the last one, summed in float64, for that of float16 gradients may leave float16.
+    the last one, summed in float64, because float16 gradients may have one beyond float16.
     """
 
     def __init__(self, is_on: bool, trained: dict[str, torch.nn.Parameter], watch: Watch):

@@ -10,7 +10,7 @@ import pandas as pd
 from onn_core.record import RunRecord, describe_environment, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.report import frame
-from onn_workbench.stability import MENDS, Event, Outcome
+from onn_workbench.stability import FIXES, Event, Outcome
 
 SCHEMA_VERSION = 1
 
@@ -54,8 +54,8 @@ def event_table(events: list[Event]) -> pd.DataFrame:
     return frame(rows, "among")
 
 
-def mend_table(outcomes: dict[str, Outcome]) -> Any:
-    """What each mend does, added to the broken configuration and taken from the sound one."""
+def fix_table(outcomes: dict[str, Outcome]) -> Any:
+    """What each fix does, added to the broken configuration and taken from the sound one."""
 
     def fate(outcome: Outcome) -> str:
         if not outcome.adapter_finite:
@@ -65,10 +65,10 @@ def mend_table(outcomes: dict[str, Outcome]) -> Any:
         return "learns" if outcome.learned else "does not learn"
 
     rows = [("none", fate(outcomes["broken"]), fate(outcomes["sound"]))]
-    for name in MENDS:
+    for name in FIXES:
         added, taken = outcomes[f"broken + {name}"], outcomes[f"sound - {name}"]
         rows.append((name, fate(added), fate(taken)))
-    return pd.DataFrame(rows, columns=["mend", "added to broken", "taken from sound"])
+    return pd.DataFrame(rows, columns=["fix", "added to broken", "taken from sound"])
 
 
 def error_table(errors: list[dict[str, float]]) -> Any:

@@ -1,4 +1,4 @@
-"""Does it learn? Runs over several seeds, a verdict from a stated rule, a file that keeps them."""
+"""Does it learn? Runs over several seeds, a verdict from a stated rule, a file that holds them."""
 
 import dataclasses
 import math

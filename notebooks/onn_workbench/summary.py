@@ -10,7 +10,7 @@ import pandas as pd
 
 from onn_core.weights import geometry
 from onn_workbench import curves, pages, speed, stability_report, study
-from onn_workbench.stability import MENDS, Outcome
+from onn_workbench.stability import FIXES, Outcome
 from onn_workbench.study import Study
 
 NOT_MEASURED = "not measured in this profile"
@@ -234,21 +234,21 @@ def _size_claims() -> list[Claim]:
 
 def _stability_claims(outcomes: dict[str, Outcome] | None) -> list[Claim]:
     broken = Claim("float16 weights with LoRA become NaN", "yes")
-    mended = Claim("four mends make it sound", "yes, all four")
+    fixed = Claim("four fixes make it sound", "yes, all four")
     if not outcomes:
-        return [broken, mended]
+        return [broken, fixed]
     found = outcomes["broken"]
     broken.here = str(found.first[0]) if found.first else "every tensor stays finite"
     broken.verdict = REFUTED if found.adapter_finite else CONFIRMED
     broken.why = "the first of the tensors watched; the adapters end as NaN"
-    needed = [name for name in MENDS if not outcomes[f"sound - {name}"].learned]
-    spare = [name for name in MENDS if name not in needed]
+    needed = [name for name in FIXES if not outcomes[f"sound - {name}"].learned]
+    spare = [name for name in FIXES if name not in needed]
     sound = outcomes["sound"].learned
-    mended.here = "sound with all four" if sound else "not sound with all four"
-    mended.verdict = REFUTED if not sound else DIFFERENT if spare else CONFIRMED
-    mended.why = f"missed when taken away: {', '.join(needed) or 'none'}"
-    mended.why += f"; not missed: {', '.join(spare)}" if spare else ""
-    return [broken, mended]
+    fixed.here = "sound with all four" if sound else "not sound with all four"
+    fixed.verdict = REFUTED if not sound else DIFFERENT if spare else CONFIRMED
+    fixed.why = f"missed when taken away: {', '.join(needed) or 'none'}"
+    fixed.why += f"; not missed: {', '.join(spare)}" if spare else ""
+    return [broken, fixed]
 
 
 def _environment(found: dict[str, Any]) -> dict[str, Any]:
