@@ -36,6 +36,7 @@ from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 RUNS = (
     "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32,unbounded:32"
 )
+RUN = re.compile(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?")
 READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
@@ -149,14 +150,12 @@ def parse_runs(text: str, sequence: int) -> list[Run]:
     """
     runs = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?", part.strip())
+        match = RUN.fullmatch(part.strip())
         if not match or match[1] not in SYSTEMS:
-            raise ConfigError(
-                f"run {part!r} is not SYSTEM:BATCH, perhaps xTOKENS and @LAYERS, with a system of "
-                f"{', '.join(SYSTEMS)}."
-            )
-        layers = int(match[4]) if match[4] else None
-        runs.append(Run(match[1], int(match[2]), int(match[3] or sequence), layers))
+            form = "SYSTEM:BATCH, perhaps xTOKENS and @LAYERS, with a system of"
+            raise ConfigError(f"run {part!r} is not {form} {', '.join(SYSTEMS)}.")
+        batch_size, n_tokens, layers = (text and int(text) for text in match.groups()[1:])
+        runs.append(Run(match[1], batch_size, n_tokens or sequence, layers))
     return runs
 
 

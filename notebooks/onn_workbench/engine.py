@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from onn_core.memory.plan import Sizes
 from onn_core.weights.items import Item
 
 Event = tuple[str, int, float, float]  # phase or "read", unit, start and stop by time.perf_counter
@@ -18,6 +19,11 @@ def is_streamed(model: Any) -> bool:
 def units(model: Any) -> list[list[Item]]:
     """The weights of each decoder layer, then those of the head."""
     return model.session.stream.units
+
+
+def sizes(model: Any) -> Sizes:
+    """Of the model, as predictions take them."""
+    return model.session.sizes
 
 
 def counts(model: Any) -> dict[str, float]:

@@ -232,7 +232,7 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
 
 
 def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What `sizing` says of a measured row from the ceilings; empty where it is another model."""
+    """What is predicted of a measured row from the ceilings; empty for another model."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = row["layers"]
     both = [Ceilings(**record["ceilings"][when]) for when in ("before", "after")]

@@ -126,19 +126,15 @@ def load(path: str | os.PathLike) -> dict[str, Outcome]:
     """The outcomes that `save` wrote; OnnError if the file holds none."""
 
     def build(content: dict[str, Any]) -> dict[str, Outcome]:
-        return {label: _outcome(fields) for label, fields in content["runs"].items()}
+        for fields in content["runs"].values():
+            fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
+            fields["first"] = [Event(**event) for event in fields["first"]]
+            for step in fields["steps"]:  # JSON holds a NaN and an Inf as text
+                step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
+            fields["largest_by_layer"] = {
+                phase: {int(layer): value for layer, value in book.items()}
+                for phase, book in fields["largest_by_layer"].items()
+            }
+        return {label: Outcome(**fields) for label, fields in content["runs"].items()}
 
     return read_json(path, build, "a stability study", "run it again", SCHEMA_VERSION)
-
-
-def _outcome(fields: dict[str, Any]) -> Outcome:
-    """An outcome from JSON, whose non-finite numbers are text and whose layers are text."""
-    fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
-    fields["first"] = [Event(**event) for event in fields["first"]]
-    for step in fields["steps"]:
-        step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
-    fields["largest_by_layer"] = {
-        phase: {int(layer): value for layer, value in book.items()}
-        for phase, book in fields["largest_by_layer"].items()
-    }
-    return Outcome(**fields)

@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,15 @@ def write_metrics(folder: str | os.PathLike) -> list[Path]:
     files = {}
     for path in find_records(folder):
         kind = "benchmark" if path.stem.startswith("04") else "learning"
-        target = path.with_name(f"{kind}_{path.stem}.jsonl")
-        files[target] = list(metric_rows(RunRecord.load(path)))
+        files[path.with_name(f"{kind}_{path.stem}.jsonl")] = metric_rows(RunRecord.load(path))
     for path in sorted(Path(folder).rglob("training_benchmark.json")):
         rows = benchmark_rows(json.loads(path.read_text(encoding="utf-8")))
         files[path.with_name("benchmark_training.jsonl")] = rows
     for target, rows in files.items():
         lines = []
         for row in rows:
-            finite = math.isfinite(row["value"])
-            row |= {} if finite else {"value": str(row["value"])}
-            lines.append(json.dumps(row, allow_nan=False) + "\n")
+            value = row["value"] if math.isfinite(row["value"]) else str(row["value"])
+            lines.append(json.dumps(row | {"value": value}, allow_nan=False) + "\n")
         write_atomic(target, "".join(lines).encode())
     return list(files)
 
@@ -161,12 +159,8 @@ def to_aim(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> list[str]:
     known = {run.get("digest") for run in repo.iter_runs()}
     new = [run for run in runs if run.digest not in known]
     for run in new:
-        entry = aim.Run(
-            repo=repo,
-            experiment=run.group or "runs",
-            system_tracking_interval=None,
-            capture_terminal_logs=False,
-        )
+        settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
+        entry = aim.Run(repo=repo, experiment=run.group or "runs", **settings)
         entry.name = run.name
         for name, value in run.parameters.items():
             entry[name] = value
@@ -183,9 +177,8 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(
-            "TensorBoard is not installed: pip install -e '.[tensorboard]'."
-        ) from error
+        said = "TensorBoard is not installed: pip install -e '.[tensorboard]'."
+        raise ConfigError(said) from error
     new = []
     for run in runs:
         name = re.sub(r"\W+", "_", run.name)
@@ -196,20 +189,13 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
             for row in run.rows:
                 tag = "/".join([row["name"], *map(str, row["context"].values())])
                 writer.add_scalar(tag, row["value"], row["step"])
-            text = json.dumps(run.parameters, indent=1)
-            writer.add_text("parameters", f"```\n{text}\n```")
+            writer.add_text("parameters", f"```\n{json.dumps(run.parameters, indent=1)}\n```")
         (target / "done").touch()
         new.append(run.name)
     return new
 
 
-EXPORTERS: dict[str, Callable[[Sequence[TrackedRun], str | os.PathLike], list[str]]] = {
-    "aim": to_aim,
-    "tensorboard": to_tensorboard,
-}
-
-
-# --- the dashboard --------------------------------------------------------------------------
+EXPORTERS = {"aim": to_aim, "tensorboard": to_tensorboard}
 
 
 def show_aim(folder: str | os.PathLike, port: int = AIM_PORT) -> None:
@@ -246,9 +232,8 @@ def _reindex(folder: str | os.PathLike) -> None:
 
 def main() -> None:
     """Export the records under a folder, or show those that AIM has."""
-    parser = argparse.ArgumentParser(
-        prog="python -m onn_workbench.tracking", description=main.__doc__
-    )
+    program = "python -m onn_workbench.tracking"
+    parser = argparse.ArgumentParser(prog=program, description=main.__doc__)
     parser.add_argument("what", choices=[*EXPORTERS, "show"])
     parser.add_argument("--records", default="results", help="folder of the run records")
     parser.add_argument("--folder", default=".", help="where .aim or tensorboard is")
