@@ -79,7 +79,7 @@ lint: venv ## check style
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-format: venv ## mend style
+format: venv ## fix style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 

@@ -71,9 +71,9 @@ def test_a_run_begins_from_the_same_adapters(study):
         study.run(dataclasses.replace(SOUND, dtype="bfloat16"), 1)
 
 
-def test_tables_say_which_mend_decides(study):
+def test_tables_say_which_fix_decides(study):
     outcomes = {label: study.run(v, 1) for label, v in stability.variants().items()}
-    rows = stability_report.mend_table(outcomes).to_numpy().tolist()
+    rows = stability_report.fix_table(outcomes).to_numpy().tolist()
     assert rows == [
         ["none", "NaN", "learns"],
         ["LoRA kept in float32", "NaN", "NaN"],

@@ -6,17 +6,9 @@ import math
 
 import pytest
 
-from onn_core import (
-    OnnError,
-    TrainConfig,
-    curves,
-    pages,
-    stability,
-    stability_report,
-    study,
-    summary,
-)
+from onn_core import OnnError, TrainConfig
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment, write_json
+from onn_workbench import curves, pages, stability, stability_report, study, summary
 
 
 def settings(folder, output_dir, **changes):
@@ -210,7 +202,7 @@ def test_claims_of_speed_can_be_confirmed_differ_or_be_refuted():
 
 
 def test_claims_of_stability_can_be_confirmed_differ_or_be_refuted():
-    sure, claim = ["sound"], "four mends make it sound"
+    sure, claim = ["sound"], "four fixes make it sound"
     spare = "sound - inputs cast to float32"
     for learned, verdict in (
         (sure, "confirmed"),

@@ -1,8 +1,10 @@
 """Records as metric rows: in JSONL, AIM and TensorBoard."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +122,7 @@ def test_a_benchmark_and_a_nan_are_told_apart(results, tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(OnnError, match="no run record under .*: make report"):
         tracking.load_runs(tmp_path)
-    code = "import sys; sys.modules['aim'] = None; from onn_core import tracking; "
+    code = "import sys; sys.modules['aim'] = None; from onn_workbench import tracking; "
     code += "tracking.show_aim('.')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AIM is not installed" in done.stderr
@@ -168,21 +170,22 @@ def test_aim_reads_the_run_back_and_chromium_sees_it(results):
 
     port = free_port()
     command = [sys.executable, "-m", "onn_workbench.tracking", "show", "--port", str(port)]
-    with subprocess.Popen(command, cwd=results, stdout=subprocess.PIPE, text=True) as server:
+    address = f"http://127.0.0.1:{port}"
+
+    def answers():
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5) as reply:
+            return reply.status == 200
+
+    with subprocess.Popen(command, cwd=results, start_new_session=True) as server:
         try:
-            address = f"http://127.0.0.1:{port}"
-            lines = iter(server.stdout.readline, "")
-            assert any(f"AIM shows the runs at {address}" in line for line in lines)
+            wait_for(answers, "AIM")
             taken = run_tracking(results, "show", "--port", str(port))
-            assert taken.returncode == 1 and "is taken" in taken.stderr
+            assert "address already in use" in taken.stdout + taken.stderr
             look_at_aim(address, record)
-            server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=30) == 0
-            assert server.stdout.read() == "AIM has ended\n"
-            with pytest.raises(OSError):
-                urllib.request.urlopen(address, timeout=5)
         finally:
-            server.terminate()  # ends what it started, too
+            os.killpg(server.pid, signal.SIGINT)  # Ctrl-C reaches all that AIM has started
+        server.wait(timeout=30)
+    wait_for(lambda: not answers(), "the end of AIM")
 
 
 def look_at_aim(address, record):

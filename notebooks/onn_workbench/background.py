@@ -1,5 +1,6 @@
 """A training run in a thread of its own: it can be paused, stopped and watched."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from onn_core.errors import OnnError
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import require_writable
 from onn_core.trainer import ChunkedLoraTrainer
+from onn_workbench import engine
 
 ENDED = ("finished", "stopped", "failed")
 
@@ -31,7 +33,7 @@ class BackgroundRun:
         self.state = "ready"
         self.record: RunRecord | None = None
         self.error = ""
-        self.events: list[tuple[str, int, float, float]] = []
+        self.events: list[engine.Event] = []
         self._trainer = _TracedTrainer(config, self._on_step)
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._go = threading.Event()
@@ -130,18 +132,19 @@ class BackgroundRun:
 
 
 class _TracedTrainer(ChunkedLoraTrainer):
-    """Keeps what was computed and read, and when."""
+    """Knows what was computed and read in the last step, and when."""
 
     def setup(self) -> None:
         super().setup()
-        self.take_events()
+        self.tracing = contextlib.ExitStack()
+        self.events = self.tracing.enter_context(engine.trace(self.base))
         self.stop.check()  # a stop that was asked for meanwhile
 
-    def take_events(self) -> list[tuple[str, int, float, float]]:
-        """The events of the step that has ended, without evaluations; then begin a new list."""
-        session = self.base.session
-        events = sorted(session.trace or [], key=lambda event: event[2])
-        session.trace = session.stream.trace = []
+    def take_events(self) -> list[engine.Event]:
+        """The events of the step that has ended, without evaluations; those before are dropped."""
+        n_events = len(self.events)  # reading ahead adds more meanwhile
+        events = sorted(self.events[:n_events], key=lambda event: event[2])
+        del self.events[:n_events]
         backward = [event for event in events if event[0] == "backward"]
         if not backward:
             return []

@@ -28,6 +28,7 @@ from onn_core.errors import ConfigError, OnnError
 from onn_core.record import describe_environment, write_json
 from onn_core.streaming.loading import from_pretrained, resolve_device
 from onn_core.weights.folder import ModelFolder
+from onn_workbench import engine
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
 from onn_workbench.peers import SYSTEMS, UNCAPPED, run_steps
 from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
@@ -35,6 +36,7 @@ from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 RUNS = (
     "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32,unbounded:32"
 )
+RUN = re.compile(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?")
 READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
@@ -42,29 +44,30 @@ LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 def measure_ceilings(
     model_dir: str | os.PathLike, token_counts: list[int], device: str = "auto"
 ) -> Ceilings:
-    """Reads of the model's own files, products of its first layer's own matrices."""
+    """Reads of the model's own files, matmuls with its first layer's own matrices."""
     where = resolve_device(device)
     model_folder = ModelFolder.open(model_dir)
     model = from_pretrained(model_dir, device=device)
-    items = model.session.stream.units[0]
+    items = engine.units(model)[0]
     shapes = [item.shape for item in items if len(item.shape) == 2]
     stored, dtype = items[0].dtype, model.dtype
     del model
     paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
     model_folder.close()
-    where_to = {"into_bytes": 0} if where.type == "cuda" else {}  # on the way to the device
+    on_cuda = where.type == "cuda"
+    into_bytes = {"into_bytes": 0} if on_cuda else {}  # on its way to the device
     return Ceilings(
-        max(measure_read(paths, n_readers=n, **where_to) for n in READERS),
+        max(measure_read(paths, n_readers=n, **into_bytes) for n in READERS),
         {n: measure_flops(shapes, n, dtype, where, stored=stored) for n in token_counts},
-        measure_copy(where) if where.type == "cuda" else None,
+        measure_copy(where) if on_cuda else None,
     )
 
 
 def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -> None:
-    """The percent of the limit of each row: of its own traffic, and of the products it must do.
+    """The percent of the limit of each row: of its own traffic, and of the matmuls it must do.
 
-    A layer whose graph is kept is not computed again. "percent_recomputed" is of the limit of a
-    step that keeps none: 6 P n.
+    A layer whose graph is resident is not recomputed. "percent_recomputed" is of the limit of a
+    step in which all are: 6 P n.
     """
     model_folder = ModelFolder.open(model_dir)
     sizes = model_folder.config
@@ -95,23 +98,22 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
 @contextlib.contextmanager
 def memory_cap(n_bytes: int | None) -> Iterator[Path | None]:
     """The file that takes a process into a control group of `n_bytes`; None where none can be."""
-    group = Path("/sys/fs/cgroup/memory") / f"onn-bench-{uuid.uuid4().hex[:8]}"
-    limit = group / "memory.limit_in_bytes"
-    if not group.parent.is_dir():
-        group = group.parents[1] / group.name
-        limit = group / "memory.max"
+    root, limit = Path("/sys/fs/cgroup"), "memory.max"
+    if (root / "memory").is_dir():  # version 1 of control groups
+        root, limit = root / "memory", "memory.limit_in_bytes"
+    group = root / f"onn-bench-{uuid.uuid4().hex[:8]}"
     try:
         if n_bytes is None:
             raise OSError
         group.mkdir()
-        limit.write_text(str(n_bytes))
+        (group / limit).write_text(str(n_bytes))
     except OSError:
         yield None
         return
     try:
         yield group / "cgroup.procs"
     finally:
-        for _ in range(50):
+        for _ in range(50):  # a process that has ended may hold its group a little longer
             with contextlib.suppress(OSError):
                 group.rmdir()
                 break
@@ -148,14 +150,12 @@ def parse_runs(text: str, sequence: int) -> list[Run]:
     """
     runs = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?", part.strip())
+        match = RUN.fullmatch(part.strip())
         if not match or match[1] not in SYSTEMS:
-            raise ConfigError(
-                f"run {part!r} is not SYSTEM:BATCH, perhaps xTOKENS and @LAYERS, with a system of "
-                f"{', '.join(SYSTEMS)}."
-            )
-        layers = int(match[4]) if match[4] else None
-        runs.append(Run(match[1], int(match[2]), int(match[3] or sequence), layers))
+            form = "SYSTEM:BATCH, perhaps xTOKENS and @LAYERS, with a system of"
+            raise ConfigError(f"run {part!r} is not {form} {', '.join(SYSTEMS)}.")
+        batch_size, n_tokens, layers = (text and int(text) for text in match.groups()[1:])
+        runs.append(Run(match[1], batch_size, n_tokens or sequence, layers))
     return runs
 
 
@@ -187,28 +187,15 @@ def benchmark(
         print(run, flush=True)
         evict(model_dir)
         own_cap = None if run.system in UNCAPPED else cap
-        of_host = own_cap
+        of_host, settings = own_cap, {}
         if where.type == "cuda":
             of_host = None if run.system in ("cached", *UNCAPPED) else host_cap
+            settings = {"device_cap": own_cap}
         with first_layers(model_dir, run.layers) as folder, memory_cap(of_host) as group:
             capped &= group is not None or of_host is None
-            settings = {"system": run.system, "batch_size": run.batch_size}
-            settings |= {"model_dir": str(folder), "sequence": run.sequence, "n_steps": n_steps}
-            settings |= {
-                "device": device,
-                "room_bytes": budget if run.system in OWN else room,
-            }
-            if where.type == "cuda":
-                settings["device_cap"] = own_cap
-            command = [
-                sys.executable,
-                "-m",
-                "onn_workbench.bench",
-                "--worker",
-                json.dumps(settings),
-            ]
-            command += ["--group", str(group)] if group else []
-            row, why = _measure(command)
+            settings |= dataclasses.asdict(run) | {"model_dir": str(folder), "n_steps": n_steps}
+            settings |= {"device": device, "room_bytes": budget if run.system in OWN else room}
+            row, why = _measure(settings, group)
         if row is None:
             failed[str(run)] = why
             print(f"    failed: {why}", flush=True)
@@ -233,8 +220,10 @@ def benchmark(
     }
 
 
-def _measure(command: list[str]) -> tuple[dict[str, Any] | None, str]:
+def _measure(settings: dict[str, Any], group: Path | None) -> tuple[dict[str, Any] | None, str]:
     """The row that a worker prints, or None and its last words; its steps are shown as they end."""
+    command = [sys.executable, "-m", "onn_workbench.bench", "--worker", json.dumps(settings)]
+    command += ["--group", str(group)] if group else []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as worker:
@@ -306,14 +295,16 @@ def main() -> None:
         print("disturbed: a ceiling that limits differs by more than a quarter before and after")
 
 
-def _work(run: dict[str, Any], group: str | None) -> None:
+def _work(settings: dict[str, Any], group: str | None) -> None:
+    """Measure in this process, once it is under its caps, and print the row."""
     if group:
         Path(group).write_text(str(os.getpid()))
-    device_cap = run.pop("device_cap", None)
+    settings.pop("layers", None)  # the folder shows no others
+    device_cap = settings.pop("device_cap", None)
     if device_cap is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, device_cap / total))
-    print(json.dumps(run_steps(**run)))
+    print(json.dumps(run_steps(**settings)))
 
 
 if __name__ == "__main__":

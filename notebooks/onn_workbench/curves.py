@@ -5,22 +5,14 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from onn_core.record import RunRecord, write_atomic
 from onn_workbench import pages
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.report import frame
-from onn_workbench.study import (
-    RULE,
-    Runs,
-    Study,
-    between_evaluations,
-    compare,
-    fall,
-    in_memory_difference,
-    verdict,
-)
+from onn_workbench.study import RULE, Runs, Study, compare, fall, in_memory_difference, verdict
 
 AXES = {
     "samples": "samples seen",
@@ -30,7 +22,7 @@ AXES = {
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
-def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
+def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> pd.DataFrame:
     """One row a configuration: held-out loss before and after, and what the rule says."""
     rows = []
     for label, records in runs.items():
@@ -54,7 +46,7 @@ def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> Any:
     return frame(rows, "configuration")
 
 
-def comparison_table(runs: Runs) -> Any:
+def comparison_table(runs: Runs) -> pd.DataFrame:
     """Final held-out loss of each configuration against the first, seed by seed."""
     first, *others = runs
     rows = []
@@ -70,7 +62,7 @@ def comparison_table(runs: Runs) -> Any:
     return frame(rows, "configuration")
 
 
-def layout_table(layouts: Runs) -> Any:
+def layout_table(layouts: Runs) -> pd.DataFrame:
     """One row a choice of layers, all trained for the same time."""
     rows = []
     for label, records in layouts.items():
@@ -104,10 +96,8 @@ def layout_reading(layouts: Runs) -> str:
     return f"Lowest held-out loss at equal time: {best}, before {second}; {settled}."
 
 
-def norm_table(runs: Runs) -> Any:
+def norm_table(runs: Runs) -> pd.DataFrame:
     """Median gradient norm of each trained layer, over all steps and seeds."""
-    import pandas as pd
-
     columns = {}
     for label, records in runs.items():
         steps = [step for record in records for step in record.steps]
@@ -118,10 +108,8 @@ def norm_table(runs: Runs) -> Any:
     return pd.DataFrame(columns).rename_axis("layer")
 
 
-def answer_table(study: Study) -> Any:
+def answer_table(study: Study) -> pd.DataFrame:
     """The model's answers before and after, side by side."""
-    import pandas as pd
-
     return pd.DataFrame(study.answers).set_index("prompt")
 
 
@@ -140,9 +128,11 @@ def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
     runs = []
     for record in records:
         points = []
-        for loss, steps in between_evaluations(record):
-            ends = (steps[0].step - 1, steps[-1].step)
-            points.append((statistics.fmean(_progress(record, n, against) for n in ends), loss))
+        for first, last in itertools.pairwise(done.step for done in record.evals):
+            steps = record.steps[first:last]
+            loss = sum(step.loss * step.counted_tokens for step in steps)
+            middle = statistics.fmean(_progress(record, n, against) for n in (first, last))
+            points.append((middle, loss / sum(step.counted_tokens for step in steps)))
         runs.append(points)
     return _band(runs)
 
@@ -173,13 +163,11 @@ def exactness(study: Study) -> str:
     """In words, how far the streamed losses are from those of in-memory PEFT."""
     lines = []
     for label, difference in in_memory_difference(study).items():
-        n_steps = len(study.in_memory[label])
+        losses = study.in_memory[label]
         found = "equal to the last bit" if difference == 0 else f"{difference:.1g} apart at most"
-        first = abs(study.runs[label][0].steps[0].loss - study.in_memory[label][0])
-        lines.append(
-            f"{label}, {n_steps} steps: streamed and in-memory losses are {found}; {first:.1g} in "
-            "the first step."
-        )
+        first = f"{abs(study.runs[label][0].steps[0].loss - losses[0]):.1g} in the first step"
+        both = f"{label}, {len(losses)} steps: streamed and in-memory losses are"
+        lines.append(f"{both} {found}; {first}.")
     return "\n".join(lines)
 
 
@@ -194,35 +182,34 @@ def write_files(study: Study, folder: str | Path) -> None:
         name = re.sub(r"\W+", "_", label)
         records[0].save(folder / f"02_{name}.json")
     record = next(iter(study.runs.values()))[0]
-    parts = [
-        pages.paragraph(
-            f"{record.model['name']}, {record.model['parameters']:,} parameters, "
-            f"{record.model['trainable']:,} trained, on {record.data['name']}: "
-            f"{record.data['train']} training and {record.data['held_out']} held-out samples. "
-            f"{record.environment['processor']}, {record.environment['cores']} cores, device "
-            f"{record.environment['device']}, {record.environment['date']}."
-        ),
-        pages.heading("Verdicts"),
-        pages.paragraph(RULE),
-        pages.table(verdict_table(study.runs | study.controls, study.reference)),
-        pages.heading("Learning curves"),
-        pages.picture(picture, "held-out and training loss"),
-        pages.paragraph(
-            "Line: mean over the seeds; band: lowest to highest. Held-out loss is shown as its "
-            "change since the start, because each seed holds out other samples."
-        ),
-        pages.heading("Against the baseline"),
-        pages.table(comparison_table(study.runs)),
-        pages.heading("Against PEFT in memory"),
-        pages.code(exactness(study)),
-        pages.heading("Gradient norms: median of each trained layer"),
-        pages.table(norm_table(study.runs)),
-        pages.heading("Which layers, at equal training time"),
-        pages.table(layout_table(study.layouts)),
-        pages.heading("Answers"),
-        pages.table(answer_table(study)),
-    ]
-    pages.write_page(folder / "learning_validation.html", "Learning validation", parts)
+    model, corpus, machine = record.model, record.data, record.environment
+    sections = {
+        "Verdicts": [
+            pages.paragraph(RULE),
+            pages.table(verdict_table(study.runs | study.controls, study.reference)),
+        ],
+        "Learning curves": [
+            pages.picture(picture, "held-out and training loss"),
+            pages.paragraph(
+                "Line: mean over the seeds; band: lowest to highest. Held-out loss is shown as its "
+                "change since the start, because each seed holds out other samples."
+            ),
+        ],
+        "Against the baseline": [pages.table(comparison_table(study.runs))],
+        "Against PEFT in memory": [pages.code(exactness(study))],
+        "Gradient norms: median of each trained layer": [pages.table(norm_table(study.runs))],
+        "Which layers, at equal training time": [pages.table(layout_table(study.layouts))],
+        "Answers": [pages.table(answer_table(study))],
+    }
+    about = pages.paragraph(
+        f"{model['name']}, {model['parameters']:,} parameters, {model['trainable']:,} trained, on "
+        f"{corpus['name']}: {corpus['train']} training and {corpus['held_out']} held-out samples. "
+        f"{machine['processor']}, {machine['cores']} cores, device {machine['device']}, "
+        f"{machine['date']}."
+    )
+    pages.write_page(
+        folder / "learning_validation.html", "Learning validation", sections, before=[about]
+    )
 
 
 def _progress(record: RunRecord, n_steps: int, against: str) -> float:

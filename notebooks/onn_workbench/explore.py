@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as w
+
 from onn_core.adapters.lora import select_layers
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord
-from onn_workbench.background import BackgroundRun
+from onn_workbench.background import ENDED, BackgroundRun
 from onn_workbench.figure import Figure
 from onn_workbench.live import figure
 from onn_workbench.outline import Outline
@@ -27,8 +29,15 @@ FIELDS = (  # setting, widget, label, tooltip
     ("max_steps", "BoundedIntText", "Steps", "Optimizer steps"),
     ("eval_every", "BoundedIntText", "Evaluate every", "Steps between evaluations; 0 is never"),
     ("learning_rate", "FloatText", "Learning rate", "Of AdamW; falls linearly to 0"),
-    ("memory_budget", "Text", "Memory budget", "Such as 4GB; empty keeps one layer"),
+    ("memory_budget", "Text", "Memory budget", "Such as 4GB; empty holds one layer"),
 )
+BUTTONS = (  # method, text, icon
+    ("start", "Start", "play"),
+    ("pause", "Pause", "pause"),
+    ("stop", "Stop", "stop"),
+    ("save", "Save adapter", "save"),
+)
+WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}}
 
 
 class Explorer:
@@ -39,65 +48,56 @@ class Explorer:
     """
 
     def __init__(self, models: dict[str, str], records: Sequence[str] = (), **settings: Any):
-        import ipywidgets as w
-
         self.settings = {"progress": False, "eval_every": 1, "eval_samples": 8} | settings
         self.records = [*records, str(settings["output_dir"])]
         self.run: BackgroundRun | None = None
         self._outlines: dict[str, Outline] = {}
         self._quiet, self._draw_after, self._drawing = False, 0.0, threading.Lock()
-        wide = {"style": {"description_width": "110px"}, "layout": {"width": "340px"}}
-
-        def field(kind: str, text: str, tip: str, value: Any = None, **rest: Any) -> Any:
-            if kind == "BoundedIntText":
-                rest |= {"min": 0 if text == "Evaluate every" else 1, "max": 10**6}
-            made = getattr(w, kind)(description=text, tooltip=tip, **rest | wide)
-            made.value = made.value if value is None else value
-            made.continuous_update = False
-            made.observe(self._chosen, "value")
-            return made
-
-        self.models = dict(models)
-        self.model = field("Combobox", "Model", "A name, or a folder", options=tuple(models))
+        self.models, self.past_paths = dict(models), {}
+        self.model = self._field("Combobox", "Model", "A name, or a folder", options=tuple(models))
         self.fields = {}
         for name, kind, text, tip in FIELDS:
-            value = self.settings.get(name, TrainConfig.__dataclass_fields__[name].default)
-            self.fields[name] = field(kind, text, tip, value)
-        self.layers = field(
-            "Combobox", "Trained layers", "Or click them", options=("all", "ends:4", "last:8")
-        )
+            self.fields[name] = self._field(kind, text, tip)
+            default = TrainConfig.__dataclass_fields__[name].default
+            if (value := self.settings.get(name, default)) is not None:
+                self.fields[name].value = value
+        choices = ("all", "ends:4", "last:8")
+        self.layers = self._field("Combobox", "Trained layers", "Or click them", options=choices)
         self.picture = w.HBox(layout={"flex_flow": "row wrap", "align_items": "center"})
-        self.prediction, self.status = w.HTML(), w.HTML()
-        self.past_paths: dict[str, str] = {}
-        self.past = w.Combobox(description="Compare with", placeholder="a past run", **wide)
+        self.prediction, self.status, self.figure = w.HTML(), w.HTML(), w.HTML()
+        self.past = w.Combobox(description="Compare with", placeholder="a past run", **WIDE)
         self.past.continuous_update = False
         self.past.observe(lambda _: self._draw(), "value")
-        self.figure = w.HTML()
         self.buttons = {}
-        for name, text, icon in (
-            ("start", "Start", "play"),
-            ("pause", "Pause", "pause"),
-            ("stop", "Stop", "stop"),
-            ("save", "Save adapter", "save"),
-        ):
+        for name, text, icon in BUTTONS:
             self.buttons[name] = w.Button(description=text, icon=icon, layout={"width": "130px"})
             self.buttons[name].on_click(lambda _, name=name: self._guarded(getattr(self, name)))
         self.buttons["start"].button_style = "primary"
-        self.save_to = w.Text(description="Save to", tooltip="Folder of the saved adapter", **wide)
+        self.save_to = w.Text(description="Save to", tooltip="Folder of the saved adapter", **WIDE)
         self.save_to.value = str(Path(settings["output_dir"]) / "adapter")
-        choices = w.GridBox(
+        fields = w.GridBox(
             [self.model, *self.fields.values(), self.layers],
             layout={"grid_template_columns": "350px 350px"},
         )
         act = w.HBox([*self.buttons.values()], layout={"flex_flow": "row wrap"})
         rest = w.HBox([self.past, self.save_to], layout={"flex_flow": "row wrap"})
-        self.view = w.VBox(
-            [choices, self.picture, self.prediction, act, self.status, rest, self.figure]
-        )
-        self.model.value = next(iter(models))
+        parts = [fields, self.picture, self.prediction, act, self.status, rest, self.figure]
+        self.view = w.VBox(parts)
+        for widget in (self.model, *self.fields.values(), self.layers):
+            widget.observe(lambda _: self._guarded(self._predict), "value")
         self.layers.value = str(settings.get("sparse_layers", "all"))
+        self.model.value = next(iter(models))
         self._refresh_past()
         self._show_state()
+
+    @staticmethod
+    def _field(kind: str, text: str, tip: str, **rest: Any) -> w.Widget:
+        """An input that tells its value when it is left, not at each key."""
+        if kind == "BoundedIntText":
+            rest |= {"min": 0 if text == "Evaluate every" else 1, "max": 10**6}
+        made = getattr(w, kind)(description=text, tooltip=tip, **rest | WIDE)
+        made.continuous_update = False
+        return made
 
     # --- what is chosen ---------------------------------------------------------------------
 
@@ -120,10 +120,6 @@ class Explorer:
             self._outlines[folder] = Outline(folder)
         return self._outlines[folder]
 
-    def _chosen(self, change: Any) -> None:
-        if not self._quiet:
-            self._guarded(self._predict)
-
     def _predict(self) -> None:
         """Show what the choice means, on the picture of the model and in figures."""
         outline, config = self.outline, self.config
@@ -141,8 +137,6 @@ class Explorer:
 
     def _draw_picture(self, outline: Outline, config: TrainConfig) -> None:
         """The layers from embedding to head, each a button that adds or removes its adapter."""
-        import ipywidgets as w
-
         if len(self.picture.children) != outline.n_layers + 2:
             layout = {"width": "38px", "height": "44px", "margin": "1px", "padding": "0"}
             toggles = []
@@ -166,7 +160,7 @@ class Explorer:
         self.layers.value = ", ".join(t.description for t in toggles if t.value)
 
     def _guarded(self, act: Any) -> None:
-        """Show what a user can mend, instead of a traceback that no widget shows."""
+        """Show what a user can fix, instead of a traceback that no widget shows."""
         try:
             act()
         except (OnnError, OSError) as error:
@@ -195,7 +189,7 @@ class Explorer:
             self.run.go_on() if self.run.state in ("pausing", "paused") else self.run.pause()
 
     def stop(self) -> None:
-        """End the run at the next layer; its adapter and record are kept."""
+        """End the run at the next layer; its adapter and record are saved."""
         if self.run is not None:
             self.run.stop()
 
@@ -227,24 +221,23 @@ class Explorer:
             self._refresh_past()
 
     def _show_state(self) -> None:
-        state = "ready" if self.run is None else self.run.state
-        alive = state in ("running", "pausing", "paused", "stopping")
+        run, record = self.run, self.run and self.run.record
+        state = run.state if run else "ready"
+        alive, waits = state not in ("ready", *ENDED), state in ("pausing", "paused")
         self.buttons["start"].disabled = alive
-        self.buttons["pause"].disabled = not alive or state == "stopping"
-        self.buttons["stop"].disabled = not alive or state == "stopping"
-        self.buttons["save"].disabled = self.run is None or self.run.record is None
-        waits = state in ("pausing", "paused")
+        for name in ("pause", "stop"):
+            self.buttons[name].disabled = not alive or state == "stopping"
+        self.buttons["save"].disabled = record is None
         self.buttons["pause"].description = "Go on" if waits else "Pause"
         self.buttons["pause"].icon = "play" if waits else "pause"
-        record = self.run.record if self.run is not None else None
         if state == "failed":
-            self._say(self.run.error, alert=True)
+            self._say(run.error, alert=True)
         elif record is None or not record.steps:
             self._say("opening the model and the text" if alive else state)
         else:
             last = record.steps[-1]
             self._say(
-                f"{state}: step {last.step} of {self.run.config.max_steps}, loss {last.loss:.3f}, "
+                f"{state}: step {last.step} of {run.config.max_steps}, loss {last.loss:.3f}, "
                 f"{last.step_s:.2g} s a step, {record.peak_memory_bytes / 2**20:,.0f} MiB"
             )
 

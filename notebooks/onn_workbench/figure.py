@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.figure import Figure as Drawing
+
 # colours of Okabe and Ito, told apart by the colour-blind; dashes and markers of both libraries
 LOOKS = (
     ("#0072B2", "solid", "-", "circle", "o"),
@@ -99,8 +101,6 @@ class Figure:
 
     def png(self) -> bytes:
         """The figure as a PNG."""
-        from matplotlib.figure import Figure as Drawing
-
         drawing = Drawing(figsize=(self.width, sum(self.heights) + 0.4), layout="constrained")
         n_columns = math.lcm(*map(len, self.rows))
         grid = drawing.add_gridspec(len(self.rows), n_columns, height_ratios=self.heights)

@@ -1,38 +1,49 @@
 """The picture of a run while it goes on: loss, gradient norms, what was read and computed when."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from matplotlib import colormaps, colors
 
 from onn_core.record import RunRecord
+from onn_workbench import engine
 from onn_workbench.figure import Bars, Figure, Line, Panel
+from onn_workbench.report import loss_lines
 
-PHASES = ("read", "forward", "head", "backward")  # of the timeline, from the top
+PHASES = ("read", *engine.PHASES)  # of a timeline, from the top
 STEPS = "optimizer steps"
 
 
-def figure(
-    records: dict[str, RunRecord], events: Sequence[tuple[str, int, float, float]] = ()
-) -> Figure:
+def figure(records: dict[str, RunRecord], events: Sequence[engine.Event] = ()) -> Figure:
     """Losses of all records, gradient norms of the first, and the timeline `events`."""
-    losses = []
-    for number, (label, record) in enumerate(records.items()):
-        x, y = [step.step for step in record.steps], [step.loss for step in record.steps]
-        losses.append(Line(f"{label}, training", x, y, number, width=1))
-        if record.evals:
-            x, y = [e.step for e in record.evals], [e.loss for e in record.evals]
-            losses.append(Line(f"{label}, held-out", x, y, number, width=2.5))
-    y = "gradient norm of a layer"
+    first, title = next(iter(records.values())), "losses, gradient norms, timeline of the last step"
     top = [
-        Panel(losses, STEPS, "loss (nats per counted token)"),
-        Panel(_norms(next(iter(records.values()))), STEPS, y, log_y=True),
+        Panel(loss_lines(records, "step"), STEPS, "loss (nats per counted token)"),
+        Panel(_norms(first), STEPS, "gradient norm of a layer", log_y=True),
     ]
-    timeline = Panel(_timeline(events), "time in the last step (s)", rows=PHASES, height=2)
-    return Figure([top, [timeline]], "losses, gradient norms, timeline of the last step", width=10)
+    begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
+    bars = phase_bars(events, lambda phase, _: PHASES.index(phase), height=0.7, begin=begin)
+    timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)
+    return Figure([top, [timeline]], title, width=10)
+
+
+def phase_bars(
+    events: Sequence[engine.Event],
+    row_of: Callable[[str, int], float],
+    height: float,
+    begin: float = 0.0,
+) -> list[Bars]:
+    """Bars of what was read and computed, in seconds after `begin`; row_of: phase, unit -> row."""
+    bars = []
+    for number, phase in enumerate(PHASES):
+        chosen = [event for event in events if event[0] == phase]
+        rows = [row_of(phase, unit) for _, unit, _, _ in chosen]
+        spans = ([event[place] - begin for event in chosen] for place in (2, 3))
+        bars.append(Bars(phase, rows, *spans, number, height))
+    return bars
 
 
 def _norms(record: RunRecord) -> list[Line]:
     """A line for each trained layer, dark for the first and light for the last."""
-    from matplotlib import colormaps, colors
-
     layers, lines = list(record.steps[-1].grad_norm_by_layer), []
     for layer in layers:
         norms = [step.grad_norm_by_layer[layer] for step in record.steps]
@@ -42,14 +53,3 @@ def _norms(record: RunRecord) -> list[Line]:
         x = [step.step for step in record.steps]
         lines.append(Line(label, x, norms, width=1, colour=colour))
     return lines
-
-
-def _timeline(events: Sequence[tuple[str, int, float, float]]) -> list[Bars]:
-    """Bars of what went on in the last step: reads above, computing below."""
-    begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
-    bars = []
-    for row, phase in enumerate(PHASES):
-        spans = [(start - begin, stop - begin) for what, _, start, stop in events if what == phase]
-        starts, stops = zip(*spans, strict=True) if spans else ((), ())
-        bars.append(Bars("", [row] * len(spans), starts, stops, row, height=0.7))
-    return bars

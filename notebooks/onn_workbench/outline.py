@@ -9,9 +9,10 @@ from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
 from onn_core.run.estimate import Geometry, predict
 from onn_core.streaming.loading import decoder_layers, from_pretrained
+from onn_workbench import engine
 from onn_workbench.ceilings import measure_flops, measure_read
 
-PROBE_TOKENS = 128  # in the matrix products that are timed for the prediction
+PROBE_TOKENS = 128  # in the matmuls that are timed for the prediction
 PROBE_SIZE = 4096  # largest side of their matrices
 
 
@@ -20,8 +21,7 @@ class Outline:
 
     def __init__(self, model_dir: str | os.PathLike):
         model = from_pretrained(model_dir)
-        session = model.session
-        self.n_layers, units = session.n_layers, session.stream.units
+        self.n_layers, units = model.config.num_hidden_layers, engine.units(model)
         layers = decoder_layers(model)
         names = linear_names(layers)
         linears = [  # of each layer: (out, in) of what gets an adapter
@@ -32,20 +32,20 @@ class Outline:
         parameters = [sum(item.shape[0] * item.shape[1] for item in unit) for unit in units]
         head = sum(parameters[self.n_layers :])
         total = model.num_parameters()
-        self.geometry = Geometry(session.sizes, total, parameters[0], head)
+        self.geometry = Geometry(engine.sizes(model), total, parameters[0], head)
         self.title = f"{model.config.model_type}, {total:,} parameters"
         shapes = [tuple(min(side, PROBE_SIZE) for side in shape) for shape in linears[0]]
         paths = list({entry.path for entry in model.model_folder.tensors.values()})
         self.rates = {
             "read_bytes_per_s": measure_read(paths, n_readers=2, limit_s=0.7),
             "flops_per_s": measure_flops(
-                shapes, PROBE_TOKENS, model.dtype, session.device, stored=units[0][0].dtype
+                shapes, PROBE_TOKENS, model.dtype, model.device, stored=units[0][0].dtype
             ),
         }
         model.model_folder.close()
 
     def predict(self, config: TrainConfig) -> dict[str, Any]:
-        """What `sizing.predict` says of steps of full samples.
+        """What `estimate.predict` says of steps of full samples.
 
         ConfigError when the layers or the memory budget do not fit the model.
         """

@@ -28,7 +28,7 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "02_learning_curves.html": "does it learn, as well in large batches",
     "learning_validation.html": "the learning study's verdicts and curves on one page",
     "learning_curves.png": "the learning curves as a picture",
-    "03_stability.html": "where NaN comes from and which mend matters",
+    "03_stability.html": "where NaN comes from and which fix matters",
     "04_speed.html": "time per sample, memory, percent of the limit",
     "06_your_own_loop.html": "Trainer, TRL, perplexity with and without the adapter, merge",
     "learning_results.json": "every run of the learning study, step by step",
@@ -42,17 +42,20 @@ SAID = {
 }
 
 
-def write_page(path: str | os.PathLike, title: str, parts: Sequence[str]) -> None:
-    """Write a page of HTML `parts`, whole or not at all."""
+def write_page(
+    path: str | os.PathLike,
+    title: str,
+    sections: dict[str, Sequence[str]],
+    before: Sequence[str] = (),
+) -> None:
+    """Write a page, whole or not at all. sections: heading -> parts of HTML; before: them all."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
-    text = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    write_atomic(path, text.encode())
-
-
-def heading(text: str) -> str:
-    return f"<h2>{html.escape(text)}</h2>"
+    body = [f"<h1>{html.escape(title)}</h1>", *before]
+    for name, parts in sections.items():
+        body += [f"<h2>{html.escape(name)}</h2>", *parts]
+    text = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+    write_atomic(path, f"{text}{chr(10).join(body)}\n</body></html>\n".encode())
 
 
 def paragraph(text: str) -> str:
@@ -76,20 +79,19 @@ def picture(png: bytes, text: str) -> str:
 
 def write_index(folder: str | os.PathLike, title: str) -> None:
     """Write index.html: links to all results in `folder`, what each is, the summary first."""
-    folder = Path(folder)
-    names = {
-        path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-    } - {"index.html"}
-    sections: dict[str, list[str]] = {"Pages": [], "Records": [], "Metrics": [], "Notebooks": []}
-    section_of = {".json": "Records", ".jsonl": "Metrics", ".ipynb": "Notebooks"}
+    files = [path for path in Path(folder).iterdir() if path.is_file() and path.name[0] != "."]
+    names = {path.name for path in files} - {"index.html"}
+    kinds = {".json": "Records", ".jsonl": "Metrics", ".ipynb": "Notebooks"}
+    rows: dict[str, list[str]] = {kind: [] for kind in ("Pages", *kinds.values())}
     order = [name for name in CONTENTS if name in names]
     for name in order + sorted(names - {*order}):
         link, said = html.escape(name), html.escape(CONTENTS.get(name, ""))
         row = f'<tr><td><a href="{link}">{link}</a></td><td>{said}</td></tr>'
-        sections[section_of.get(Path(name).suffix, "Pages")].append(row)
-    parts = [paragraph("All of it can be read offline.")]
-    for section, rows in sections.items():
-        if rows:
-            parts += [heading(section), "<table><tbody>", *rows, "</tbody></table>"]
-            parts += [paragraph(SAID[section])] if section in SAID else []
-    write_page(folder / "index.html", title, parts)
+        rows[kinds.get(Path(name).suffix, "Pages")].append(row)
+    sections = {
+        kind: ["<table><tbody>", *of, "</tbody></table>", paragraph(SAID.get(kind, ""))]
+        for kind, of in rows.items()
+        if of
+    }
+    before = [paragraph("All of it can be read offline.")]
+    write_page(Path(folder) / "index.html", title, sections, before)

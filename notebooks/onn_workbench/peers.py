@@ -1,6 +1,5 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -18,21 +17,22 @@ from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_
 from onn_core.streaming.loading import decoder_layers, from_pretrained, resolve_device
 from onn_core.weights.items import Item, Staging
 from onn_core.weights.stream import WeightStream
+from onn_workbench import engine
+from onn_workbench.step import optimizer_step
 
 SYSTEMS = {
     "onn": "this project",
     "cached": "this project, on CUDA, in a host with memory to spare for its files",
-    "baseline": "the report's baseline: a layer is read when it is entered, nothing is kept",
+    "baseline": "the report's baseline: a layer is fetched when entered, dropped when left",
     "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
     "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
 }
 UNCAPPED = ("in_memory", "unbounded")
-PHASES = ("forward", "head", "backward")
 
 
-class NothingKept(WeightStream):
+class NothingResident(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
     @functools.cached_property
@@ -77,43 +77,44 @@ def run_steps(
     reset_peak_memory(where)
     base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
     model, trained = add_adapters(base, where)
-    session, n_layers = getattr(base, "session", None), base.config.num_hidden_layers
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    n_resident, update_started = 0, 0.0
+
+    def forward_is_done(*_: Any) -> None:
+        nonlocal n_resident
+        n_resident = engine.count_resident_graphs(base)
+
+    def update_begins(*_: Any) -> None:
+        nonlocal update_started
+        update_started = time.perf_counter()
+
+    model.register_forward_hook(forward_is_done)
+    optimizer.register_step_pre_hook(update_begins)
     steps, losses = [], []
     for number in range(n_steps + 1):
         ids = torch.randint(model.config.vocab_size, (batch_size, sequence)).to(where)
-        read_before = read_so_far()
-        if session:
-            before = dataclasses.replace(session.stream.counts)
-            session.seconds.clear()
-            session.trace = session.stream.trace = [] if number == n_steps else None
-        started = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
-        n_kept = len(+session.kept) if session else 0
-        loss.backward()
-        optimizer_started = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        stopped = time.perf_counter()
+        read_before, before = read_so_far(), engine.counts(base)
+        with engine.trace(base) as events:
+            started = time.perf_counter()
+            batch = {"input_ids": ids, "labels": ids}
+            loss, _ = optimizer_step(model, [batch], None, optimizer)
+            if where.type == "cuda":
+                torch.cuda.synchronize(where)
+            stopped = time.perf_counter()
+        losses.append(loss)
         step = {"step_s": stopped - started, "bytes_read": read_so_far() - read_before}
-        if session:
-            step |= {f"{phase}_s": session.seconds[phase] for phase in PHASES}
-            step["wait_s"] = session.stream.counts.wait_s - before.wait_s
-            step["bytes_streamed"] = session.stream.counts.bytes_read - before.bytes_read
-            step["optimizer_s"] = stopped - optimizer_started
-        steps.append(step)
+        step["optimizer_s"] = stopped - update_started
+        after = engine.counts(base)
+        steps.append(step | {name: after[name] - before[name] for name in after})
         print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
     middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
-    step_s, n_tokens = middle["step_s"], batch_size * sequence
+    step_s, n_layers = middle["step_s"], base.config.num_hidden_layers
     return {
         "system": system,
         "layers": n_layers,
         "trained_layers": trained,
-        "kept_layers": n_layers if system == "unbounded" else n_kept,
+        "kept_layers": n_layers if system == "unbounded" else n_resident,
         "trainable": sum(p.numel() for p in parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
@@ -123,20 +124,18 @@ def run_steps(
         "first_step_s": steps[0]["step_s"],
         "ms_per_sample": 1e3 * step_s / batch_size,
         "samples_per_s": batch_size / step_s,
-        "tokens_per_s": n_tokens / step_s,
+        "tokens_per_s": batch_size * sequence / step_s,
         "peak_memory_bytes": peak_memory_bytes(where, memory_before),
         "losses": losses,
-        "timeline": merge_reads(session.trace, started) if session else [],
+        "timeline": merge_reads(events, started),
     }
 
 
-def merge_reads(
-    trace: list[tuple[str, int, float, float]], started: float
-) -> list[tuple[str, int, float, float]]:
+def merge_reads(events: list[engine.Event], started: float) -> list[engine.Event]:
     """(what, unit, start, stop) in seconds of the step; the reads of a unit in a row are one."""
     merged: list[list] = []
     open_reads: dict[int, list] = {}
-    for what, unit, start, stop in sorted(trace, key=lambda event: event[2]):
+    for what, unit, start, stop in sorted(events, key=lambda event: event[2]):
         span = [what, unit, start - started, stop - started]
         last = open_reads.get(unit) if what == "read" else None
         if last is not None and span[2] - last[3] < 0.05:
@@ -159,12 +158,12 @@ def open_system(
         budget = None if system == "baseline" else room_bytes
         model = from_pretrained(model_dir, device=device, memory_budget=budget, **settings)
         if system == "baseline":
-            model.session.stream.__class__ = NothingKept
+            model.session.stream.__class__ = NothingResident
         if model.session.stream.files.cached:  # what a stream counts may come from the page cache
             return model, _disk_bytes
         return model, lambda: model.session.stream.counts.bytes_read
     where: Any = {"device_map": device}
-    if system == "offload":  # what does not fit stays in the checkpoint's own files
+    if system == "offload":  # what does not fit stays in the model folder's own files
         memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}
         where = {"device_map": "auto", "max_memory": memory}
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", **where)

@@ -5,11 +5,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+from IPython.display import display
+
 from onn_core.record import RunRecord
 from onn_workbench.figure import Figure, Line, Panel
 
 
-def summary_table(records: dict[str, RunRecord]) -> Any:
+def summary_table(records: dict[str, RunRecord]) -> pd.DataFrame:
     """One row a run: what it trained, and its held-out loss before and after."""
     rows = []
     for label, record in records.items():
@@ -32,10 +35,8 @@ def summary_table(records: dict[str, RunRecord]) -> Any:
     return frame(rows, "run")
 
 
-def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> Any:
+def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> pd.DataFrame:
     """A pandas frame of `rows`, whose counts stay whole when it is transposed."""
-    import pandas as pd
-
     columns = None if rows else [index] if isinstance(index, str) else index
     return pd.DataFrame(rows, columns=columns, dtype=object).set_index(index)
 
@@ -47,21 +48,29 @@ def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
 
 
 def learning_curve(records: dict[str, RunRecord]) -> Figure:
-    """Held-out (marked) and training (thin) loss against samples seen."""
+    """Held-out and training loss against samples seen."""
+    lines = loss_lines(records, "samples_seen")
+    panel = Panel(lines, "samples seen", "loss (nats per counted token)")
+    return Figure([[panel]], "learning curve")
+
+
+def loss_lines(records: dict[str, RunRecord], against: str) -> list[Line]:
+    """Training (thin) and held-out loss of each record; against: "step" or "samples_seen"."""
     lines = []
     for number, (label, record) in enumerate(records.items()):
-        seen = list(itertools.accumulate(step.samples for step in record.steps))
+        x = [step.step for step in record.steps]
+        if against == "samples_seen":
+            x = list(itertools.accumulate(step.samples for step in record.steps))
         losses = [step.loss for step in record.steps]
-        lines.append(Line(f"{label}, training", seen, losses, number, mode="lines", width=1))
-        seen, losses = [e.samples_seen for e in record.evals], [e.loss for e in record.evals]
-        lines.append(Line(f"{label}, held-out", seen, losses, number))
-    return Figure(
-        [[Panel(lines, "samples seen", "loss (nats per counted token)")]], "learning curve"
-    )
+        lines.append(Line(f"{label}, training", x, losses, number, width=1))
+        x, losses = [getattr(e, against) for e in record.evals], [e.loss for e in record.evals]
+        if record.evals:
+            lines.append(Line(f"{label}, held-out", x, losses, number))
+    return lines
 
 
 class LiveLine:
-    """An `on_step` that keeps one line of output up to date."""
+    """An `on_step` that shows the last step in one line of output."""
 
     def __init__(self, n_steps: int | None = None, label: str = ""):
         self.of = f" of {n_steps}" if n_steps else ""
@@ -69,8 +78,6 @@ class LiveLine:
         self.handle = None
 
     def __call__(self, record: RunRecord) -> None:
-        from IPython.display import display
-
         step = record.steps[-1]
         held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
         text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"

@@ -1,38 +1,37 @@
 """Tables and figures of a benchmark's record; how to measure one is in `bench.py`."""
 
 import copy
+import itertools
 import os
 from typing import Any
 
+import pandas as pd
 import torch
 
 from onn_core.record import read_json
 from onn_core.run.estimate import geometry_of, predict
 from onn_workbench.ceilings import Ceilings
 from onn_workbench.figure import Bars, Figure, Line, Panel
+from onn_workbench.live import phase_bars
 from onn_workbench.report import frame
 
 SCHEMA_VERSION = 1
 OWN = ("onn", "cached")  # of the systems, those that are this project
-PHASES = ("read", "forward", "head", "backward")  # what a timeline shows
 
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
     """Read a record that `bench` wrote; OnnError if it is not one."""
 
-    def complete(row: dict[str, Any]) -> dict[str, Any]:
-        return {"kept_layers": 0, "percent_recomputed": row["percent_of_limit"]} | row
+    def build(record: dict[str, Any]) -> dict[str, Any]:
+        for row in record["rows"]:  # older records know of no resident graphs
+            row.setdefault("kept_layers", 0)
+            row.setdefault("percent_recomputed", row["percent_of_limit"])
+        return record
 
-    return read_json(
-        path,
-        lambda record: record | {"rows": list(map(complete, record["rows"]))},
-        "a benchmark's record",
-        "measure again",
-        SCHEMA_VERSION,
-    )
+    return read_json(path, build, "a benchmark's record", "measure again", SCHEMA_VERSION)
 
 
-def speed_table(record: dict[str, Any]) -> Any:
+def speed_table(record: dict[str, Any]) -> pd.DataFrame:
     """One row a measurement: time, throughput, memory, percent of the limit."""
     rows = [
         {
@@ -48,7 +47,7 @@ def speed_table(record: dict[str, Any]) -> Any:
             "GB read per step": f"{row['bytes_read'] / 1e9:.3g}",
             "limited by": row["limited_by"],
             "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
-            "layers kept": row["kept_layers"],
+            "graphs resident": row["kept_layers"],
             "percent if none": "" if (of := row["percent_recomputed"]) is None else f"{of:.0f}",
         }
         for row in record["rows"]
@@ -56,7 +55,7 @@ def speed_table(record: dict[str, Any]) -> Any:
     return frame(rows, ["system", "batch", "tokens", "layers"])
 
 
-def ledger_table(record: dict[str, Any]) -> Any:
+def ledger_table(record: dict[str, Any]) -> pd.DataFrame:
     """Where the time of a step of this project goes, in seconds; the median of its timed steps."""
     columns = {"wait_s": "waiting for weights", "forward_s": "forward", "head_s": "head"}
     columns |= {"backward_s": "backward", "optimizer_s": "optimizer", "step_s": "whole step"}
@@ -70,10 +69,8 @@ def ledger_table(record: dict[str, Any]) -> Any:
     return frame(rows, list(index))
 
 
-def overlap_table(record: dict[str, Any]) -> Any:
+def overlap_table(record: dict[str, Any]) -> pd.DataFrame | str:
     """Of a profiled step on a GPU: seconds of the weights' copies, of kernels, and of both."""
-    import pandas as pd
-
     rows = [
         {
             "layers": step["layers"],
@@ -96,59 +93,51 @@ def overlap_table(record: dict[str, Any]) -> Any:
     return pd.DataFrame(rows).set_index(["layers", "batch", "tokens"])
 
 
-def ratio_table(record: dict[str, Any]) -> Any:
+def ratio_table(record: dict[str, Any]) -> pd.DataFrame:
     """How many times faster a sample is in this project than elsewhere, with the range of steps."""
-
-    def per_sample(row: dict[str, Any]) -> list[float]:
-        return [step_s / row["batch_size"] for step_s in row["step_s_all"]]
-
     rows = []
-    for other in (row for row in record["rows"] if row["system"] not in OWN):
-        for own in (row for row in record["rows"] if row["system"] in OWN):
-            same = own["layers"] == other["layers"] and own["sequence"] == other["sequence"]
-            if not same or own["batch_size"] < other["batch_size"]:
-                continue
-            times, others = per_sample(own), per_sample(other)
-            rows.append(
-                {
-                    "layers": own["layers"],
-                    "this project": f"{own['system']}, batch {own['batch_size']}",
-                    "against": f"{other['system']}, batch {other['batch_size']}",
-                    "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
-                    "least": round(min(others) / max(times), 2),
-                    "most": round(max(others) / min(times), 2),
-                }
-            )
+    for other, own in itertools.product(record["rows"], repeat=2):
+        same = own["layers"] == other["layers"] and own["sequence"] == other["sequence"]
+        is_pair = own["system"] in OWN and other["system"] not in OWN
+        if not same or not is_pair or own["batch_size"] < other["batch_size"]:
+            continue
+        ours, theirs = ([s / row["batch_size"] for s in row["step_s_all"]] for row in (own, other))
+        rows.append(
+            {
+                "layers": own["layers"],
+                "this project": f"{own['system']}, batch {own['batch_size']}",
+                "against": f"{other['system']}, batch {other['batch_size']}",
+                "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
+                "least": round(min(theirs) / max(ours), 2),
+                "most": round(max(theirs) / min(ours), 2),
+            }
+        )
     return frame(rows, ["layers", "this project", "against"])
 
 
-def ceilings_table(record: dict[str, Any]) -> Any:
+def ceilings_table(record: dict[str, Any]) -> pd.DataFrame:
     """What the machine sustains, before and after the runs."""
-    import pandas as pd
-
-    before, after = record["ceilings"]["before"], record["ceilings"]["after"]
-    rows = {"reads from disk (GB/s)": [c["read_bytes_per_s"] / 1e9 for c in (before, after)]}
-    if before["copy_bytes_per_s"]:
-        rows["copies to the device (GB/s)"] = [c["copy_bytes_per_s"] / 1e9 for c in (before, after)]
-    for n_tokens in before["flops_per_s"]:
-        rows[f"products at {n_tokens} tokens (GFLOP/s)"] = [
-            c["flops_per_s"][n_tokens] / 1e9 for c in (before, after)
-        ]
+    both = [record["ceilings"][when] for when in ("before", "after")]
+    rows = {"reads from disk (GB/s)": [c["read_bytes_per_s"] / 1e9 for c in both]}
+    if both[0]["copy_bytes_per_s"]:
+        rows["copies to the device (GB/s)"] = [c["copy_bytes_per_s"] / 1e9 for c in both]
+    for n_tokens in both[0]["flops_per_s"]:
+        flops_per_s = [c["flops_per_s"][n_tokens] for c in both]
+        rows[f"matmuls at {n_tokens} tokens (GFLOP/s)"] = [rate / 1e9 for rate in flops_per_s]
     table = pd.DataFrame(rows, index=["before", "after"]).T
     return table.map(lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}")
 
 
 def timeline(row: dict[str, Any], title: str) -> Figure:
     """One step: layers against time, the reads of a layer above its compute."""
-    depth, parts = row["layers"], []
-    for number, phase in enumerate(PHASES):
-        events = [event for event in row["timeline"] if event[0] == phase]
-        places = [min(unit, depth) + (-0.2 if phase == "read" else 0.2) for _, unit, *_ in events]
-        spans = ([event[2] for event in events], [event[3] for event in events])
-        parts.append(Bars(phase, places, *spans, number, height=0.38))
+    depth = row["layers"]
+
+    def row_of(phase: str, unit: int) -> float:
+        return min(unit, depth) + (-0.2 if phase == "read" else 0.2)
+
     names = [*(f"layer {unit}" for unit in range(depth)), "head"]
-    height = 1.2 + 0.22 * len(names)
-    panel = Panel(parts, "seconds in the step", title=title, rows=names, height=height)
+    bars, height = phase_bars(row["timeline"], row_of, height=0.38), 1.2 + 0.22 * len(names)
+    panel = Panel(bars, "seconds in the step", title=title, rows=names, height=height)
     return Figure([[panel]], f"timeline of one step: {title}")
 
 
@@ -223,9 +212,7 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
         for number, (fixed, rows) in enumerate(groups.items()):
             of = "" if alone else f": {fixed}"
             found = [_predicted(record, row, config) for row in rows] if config else []
-            known = [
-                (row[against], found) for row, found in zip(rows, found, strict=False) if found
-            ]
+            known = [(row[against], said) for row, said in zip(rows, found, strict=False) if said]
             for parts, measured, predicted, unit in (
                 (times, "step_s", "step_s", 1),
                 (memory, "peak_memory_bytes", "peak_bytes", 2**30),
@@ -233,23 +220,19 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
                 x, y = [row[against] for row in rows], [row[measured] / unit for row in rows]
                 parts.append(Line(f"measured{of}", x, y, number, mode="markers", width=3))
                 if known:
-                    x, y = [at for at, _ in known], [found[predicted] / unit for _, found in known]
+                    x, y = zip(*((at, said[predicted] / unit) for at, said in known), strict=True)
                     parts.append(Line(f"predicted{of}", x, y, number, mode="lines"))
         if groups:
             axes = {"x": title, "from_zero": True, "title": next(iter(groups)) if alone else ""}
-            panels.append(
-                [
-                    Panel(times, y="seconds per step", **axes),
-                    Panel(memory, y="peak memory (GiB)", **axes),
-                ]
-            )
+            left = Panel(times, y="seconds per step", **axes)
+            panels.append([left, Panel(memory, y="peak memory (GiB)", **axes)])
     if not panels:
         return "fewer than three depths, batches or sequences were measured: nothing to draw"
     return Figure(panels, "time and memory of a step against depth, batch and sequence")
 
 
 def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What `sizing` says of a measured row from the ceilings; empty where it is another model."""
+    """What is predicted of a measured row from the ceilings; empty for another model."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = row["layers"]
     both = [Ceilings(**record["ceilings"][when]) for when in ("before", "after")]

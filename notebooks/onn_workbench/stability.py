@@ -1,6 +1,6 @@
 """Where a NaN comes from: training steps with every tensor watched.
 
-The original report names four mends against NaN. Each is one field of a `Variant` here, so that
+The original report names four fixes against NaN. Each is one field of a `Variant` here, so that
 each can be added alone to a broken configuration and taken alone from a sound one.
 """
 
@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.ops.cross_entropy import IGNORED, shift_labels
 from onn_core.streaming.loading import from_pretrained
+from onn_workbench.step import optimizer_step
 
-FIRST_SCALE = 2.0**10  # below the 2^16 of torch.amp.GradScaler, to save the steps down from there
+FIRST_SCALE = 2.0**10  # below the 2^16 of GradScaler, so that fewer first steps are skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Variant:
     """How a step is computed.
 
     dtype: of weights and activations. adapter_float32: A and B, their gradients and the optimizer's
-    moments are float32, else `dtype`. inputs_float32: an adapter's input is cast and its products
+    moments are float32, else `dtype`. inputs_float32: an adapter's input is cast and its matmuls
     are taken in float32, else in `dtype`. loss: "sum" of the logits in `dtype`, or in float32 "mse"
     against the one-hot target or "cross-entropy". scaling: dynamic loss scaling.
     """
@@ -42,7 +43,7 @@ class Variant:
 
 SOUND = Variant()
 BROKEN = Variant(adapter_float32=False, inputs_float32=False, loss="sum", scaling=False)
-MENDS = {  # name of a mend -> its field
+FIXES = {  # name of a fix -> its field
     "LoRA kept in float32": "adapter_float32",
     "inputs cast to float32": "inputs_float32",
     "a proper loss": "loss",
@@ -51,11 +52,11 @@ MENDS = {  # name of a mend -> its field
 
 
 def variants() -> dict[str, Variant]:
-    """The broken and the sound configuration, each mend added to one or taken from the other."""
+    """The broken and the sound configuration, each fix added to one or taken from the other."""
     found = {"broken": BROKEN}
-    for name, field in MENDS.items():
+    for name, field in FIXES.items():
         found[f"broken + {name}"] = dataclasses.replace(BROKEN, **{field: getattr(SOUND, field)})
-    for name, field in MENDS.items():
+    for name, field in FIXES.items():
         found[f"sound - {name}"] = dataclasses.replace(SOUND, **{field: getattr(BROKEN, field)})
     return found | {"sound": SOUND}
 
@@ -152,6 +153,58 @@ class Watch:
             output.register_hook(lambda grad: self.see("backward", layer, name, grad))
 
 
+class _WatchedLoss(torch.nn.Module):
+    """The model with a loss of its own choice, which may be the faulty one, and a watch on both.
+
+    logits: those of the last batch, (B, T, V), without a graph.
+    """
+
+    def __init__(self, model: torch.nn.Module, kind: str, watch: Watch):
+        super().__init__()
+        self.model, self.kind, self.watch = model, kind, watch
+
+    def forward(self, labels: torch.Tensor, num_items_in_batch: None = None, **inputs: Any) -> Any:
+        output, watch = self.model(**inputs), self.watch
+        watch.see("forward", None, "logits", output.logits)
+        output.logits.register_hook(lambda grad: watch.see("backward", None, "logits", grad))
+        output.loss = loss_of(output.logits, labels, self.kind)
+        watch.see("loss", None, f"{self.kind} loss", output.loss)
+        self.logits = output.logits.detach()
+        return output
+
+
+class _Scaler:
+    """A torch.amp.GradScaler that also takes the gradients of float16 adapters, and is watched.
+
+    is_on: else the scale is 1 and no step is skipped, however broken its gradients are. grad_norm:
+    the last one, summed in float64, because float16 gradients may have one beyond float16.
+    """
+
+    def __init__(self, is_on: bool, trained: dict[str, torch.nn.Parameter], watch: Watch):
+        self.is_on, self.trained, self.watch = is_on, trained, watch
+        self.factor = FIRST_SCALE if is_on else 1.0
+        self.grad_norm, self.skipped = 0.0, False
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss.float() * self.factor
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        for name, gradient in gradients.items():
+            self.watch.see("gradient", *_split_name(name), gradient)
+            gradient.div_(self.factor)
+        self.grad_norm = _norm(gradients.values())
+        self.skipped = self.is_on and not math.isfinite(self.grad_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.skipped:
+            optimizer.step()
+
+    def update(self) -> None:
+        if self.skipped:
+            self.factor /= 2
+
+
 class Study:
     """One pretrained model and one batch; every `run` begins from the same adapters.
 
@@ -162,7 +215,6 @@ class Study:
         config = TrainConfig(model_dir, "chatterbot", "unused", dtype=dtype, **settings)
         base = from_pretrained(model_dir, device="cpu", dtype=dtype, memory_budget="64GB")
         self.batch, self.dtype = batch, base.dtype
-        self.targets = shift_labels(batch["labels"])  # (B, T)
         self.model = add_adapter(base, config)
         self.watch = Watch(base)
         self.trained = {
@@ -176,46 +228,40 @@ class Study:
     def run(self, variant: Variant, n_steps: int, learning_rate: float = 1e-3) -> Outcome:
         """At most `n_steps` optimizer steps on the batch; fewer once an adapter is not finite."""
         self._prepare(variant)
-        watch, scale = self.watch, FIRST_SCALE if variant.scaling else 1.0
+        watch, labels = self.watch, self.batch["labels"]
+        scaler = _Scaler(variant.scaling, self.trained, watch)
+        model = _WatchedLoss(self.model, variant.loss, watch)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0)
         outcome = Outcome(dataclasses.asdict(variant), [], watch.first, {})
         for step in range(1, n_steps + 1):
             watch.begin(step)
-            logits, loss = self._backward(variant.loss, scale)
-            norm = self._unscale(scale)
-            skipped = variant.scaling and not math.isfinite(norm)
+            scale = scaler.factor
+            loss, _ = optimizer_step(model, [self.batch], None, optimizer, scaler=scaler)
             outcome.steps.append(
                 {
                     "step": step,
-                    "loss": float(loss.detach()),
-                    "cross_entropy": float(self._loss(logits.detach(), "cross-entropy")),
-                    "grad_norm": norm,
+                    "loss": loss,
+                    "cross_entropy": float(loss_of(model.logits, labels, "cross-entropy")),
+                    "grad_norm": scaler.grad_norm,
                     "largest_activation": max(watch.largest["forward"].values(), default=0.0),
                     "largest_gradient": max(watch.largest["backward"].values(), default=0.0),
                     "loss_scale": scale if variant.scaling else None,
-                    "skipped": skipped,
+                    "skipped": scaler.skipped,
                 }
             )
             if step == 1:
                 outcome.largest_by_layer = {
-                    phase: {k: v for k, v in book.items() if k is not None}
-                    for phase, book in watch.largest.items()
-                    if phase in ("forward", "backward")
+                    phase: {k: v for k, v in watch.largest[phase].items() if k is not None}
+                    for phase in ("forward", "backward")
                 }
-            if skipped:
-                scale /= 2
-            else:
-                optimizer.step()
-            optimizer.zero_grad()
             for name, parameter in self.trained.items():
                 watch.see("update", *_split_name(name), parameter)
             outcome.adapter_finite = all(p.isfinite().all() for p in self.trained.values())
             if not outcome.adapter_finite:
-                break
-        if outcome.adapter_finite:
-            with torch.no_grad():
-                after = self._loss(self._logits(), "cross-entropy")
-            outcome.cross_entropy_after = float(after)
+                return outcome
+        with torch.no_grad():
+            after = self.model(**self.batch | {"labels": None}).logits
+        outcome.cross_entropy_after = float(loss_of(after, labels, "cross-entropy"))
         return outcome
 
     def gradients(self, n_counted: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -225,54 +271,35 @@ class Study:
         """
         self._prepare(dataclasses.replace(SOUND, dtype=str(self.dtype).removeprefix("torch.")))
         self.watch.begin(1)
-        n_here = int((self.targets != IGNORED).sum())
-        self._backward("cross-entropy", scale * n_here / n_counted)
+        n_here = int((shift_labels(self.batch["labels"]) != IGNORED).sum())
+        loss = _WatchedLoss(self.model, "cross-entropy", self.watch)(**self.batch).loss
+        (loss * (scale * n_here / n_counted)).backward()
         return {name: p.grad * (n_counted / scale) for name, p in self.trained.items()}
-
-    def _backward(self, kind: str, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward, loss, and the gradients of `scale` times it: the logits (B, T, V), the loss."""
-        watch, logits = self.watch, self._logits()
-        watch.see("forward", None, "logits", logits)
-        logits.register_hook(lambda grad: watch.see("backward", None, "logits", grad))
-        loss = self._loss(logits, kind)
-        watch.see("loss", None, f"{kind} loss", loss)
-        (loss.float() * scale).backward()
-        return logits, loss
-
-    def _logits(self) -> torch.Tensor:
-        inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
-        return self.model(**inputs).logits
 
     def _prepare(self, variant: Variant) -> None:
         """The adapters' first values, in the variant's dtypes."""
         if getattr(torch, variant.dtype) != self.dtype:
             raise OnnError(f"this study is in {self.dtype}: make one in {variant.dtype}.")
         compute = torch.float32 if variant.inputs_float32 else self.dtype
+        held = torch.float32 if variant.adapter_float32 else self.dtype
         for name, parameter in self.trained.items():
-            kept = torch.float32 if variant.adapter_float32 else self.dtype
-            parameter.grad, parameter.data = None, self.start[name].to(kept, copy=True)
+            parameter.grad, parameter.data = None, self.start[name].to(held, copy=True)
         for name, module in self.model.named_modules():
             if name.endswith((".lora_A.default", ".lora_B.default")):
                 module.forward = functools.partial(_linear_in, module, compute)
         self.watch.first = []
 
-    def _loss(self, logits: torch.Tensor, kind: str) -> torch.Tensor:
-        """logits (B, T, V) -> a scalar."""
-        if kind == "sum":
-            return logits.sum()
-        counted = self.targets != IGNORED
-        rows, targets = logits[counted].float(), self.targets[counted]  # (n, V), (n,)
-        if kind == "mse":
-            return F.mse_loss(rows, F.one_hot(targets, rows.shape[-1]).float())
-        return F.cross_entropy(rows, targets)
 
-    def _unscale(self, scale: float) -> float:
-        """Divide the adapters' gradients by `scale`; the norm of all."""
-        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
-        for name, gradient in gradients.items():
-            self.watch.see("gradient", *_split_name(name), gradient)
-            gradient.div_(scale)
-        return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """logits (B, T, V), labels (B, T) -> a scalar, as `Variant.loss` says."""
+    if kind == "sum":
+        return logits.sum()
+    targets = shift_labels(labels)
+    counted = targets != IGNORED
+    rows, targets = logits[counted].float(), targets[counted]  # (n, V), (n,)
+    if kind == "mse":
+        return F.mse_loss(rows, F.one_hot(targets, rows.shape[-1]).float())
+    return F.cross_entropy(rows, targets)
 
 
 def gradient_errors(
@@ -280,15 +307,17 @@ def gradient_errors(
 ) -> list[dict[str, float]]:
     """How far the gradients of `narrow` are from those of `exact`, relative to their norm."""
     want = exact.gradients(1)
-    size = math.sqrt(sum(float(g.double().square().sum()) for g in want.values()))
     rows = []
     for n in n_counted:
         for scale in scales:
             found = narrow.gradients(n, scale)
-            off = sum(float((found[k] - want[k]).double().square().sum()) for k in want)
-            error = math.sqrt(off) / size
+            error = _norm(found[name] - want[name] for name in want) / _norm(want.values())
             rows.append({"counted_tokens": n, "loss_scale": scale, "error": error})
     return rows
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def _linear_in(module: torch.nn.Linear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,17 @@ import math
 import os
 from typing import Any
 
+import pandas as pd
+
 from onn_core.record import RunRecord, describe_environment, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.report import frame
-from onn_workbench.stability import MENDS, Event, Outcome
+from onn_workbench.stability import FIXES, Event, Outcome
 
 SCHEMA_VERSION = 1
 
 
-def outcome_table(outcomes: dict[str, Outcome]) -> Any:
+def outcome_table(outcomes: dict[str, Outcome]) -> pd.DataFrame:
     """One row a variant: the first NaN or Inf, loss, and how large values became."""
     rows = []
     for label, outcome in outcomes.items():
@@ -36,7 +38,7 @@ def outcome_table(outcomes: dict[str, Outcome]) -> Any:
     return frame(rows, "configuration")
 
 
-def event_table(events: list[Event]) -> Any:
+def event_table(events: list[Event]) -> pd.DataFrame:
     """One row for the first NaN or Inf of each phase, in order of time."""
     phases = {"backward": "gradients of activations", "gradient": "gradients of adapters"}
     phases |= {"forward": "activations", "loss": "loss", "update": "adapters after the update"}
@@ -52,9 +54,8 @@ def event_table(events: list[Event]) -> Any:
     return frame(rows, "among")
 
 
-def mend_table(outcomes: dict[str, Outcome]) -> Any:
-    """What each mend does, added to the broken configuration and taken from the sound one."""
-    import pandas as pd
+def fix_table(outcomes: dict[str, Outcome]) -> Any:
+    """What each fix does, added to the broken configuration and taken from the sound one."""
 
     def fate(outcome: Outcome) -> str:
         if not outcome.adapter_finite:
@@ -64,16 +65,14 @@ def mend_table(outcomes: dict[str, Outcome]) -> Any:
         return "learns" if outcome.learned else "does not learn"
 
     rows = [("none", fate(outcomes["broken"]), fate(outcomes["sound"]))]
-    for name in MENDS:
+    for name in FIXES:
         added, taken = outcomes[f"broken + {name}"], outcomes[f"sound - {name}"]
         rows.append((name, fate(added), fate(taken)))
-    return pd.DataFrame(rows, columns=["mend", "added to broken", "taken from sound"])
+    return pd.DataFrame(rows, columns=["fix", "added to broken", "taken from sound"])
 
 
 def error_table(errors: list[dict[str, float]]) -> Any:
     """Errors of `gradient_errors`: one row a number of counted tokens, one column a loss scale."""
-    import pandas as pd
-
     rows: dict[str, dict[str, str]] = {}
     for row in errors:
         scale = "no scaling" if row["loss_scale"] == 1 else f"loss scale {row['loss_scale']:,.0f}"
@@ -82,7 +81,7 @@ def error_table(errors: list[dict[str, float]]) -> Any:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("counted tokens")
 
 
-def step_table(record: RunRecord) -> Any:
+def step_table(record: RunRecord) -> pd.DataFrame:
     """One row an optimizer step under loss scaling."""
     rows = [
         {
@@ -127,19 +126,15 @@ def load(path: str | os.PathLike) -> dict[str, Outcome]:
     """The outcomes that `save` wrote; OnnError if the file holds none."""
 
     def build(content: dict[str, Any]) -> dict[str, Outcome]:
-        return {label: _outcome(fields) for label, fields in content["runs"].items()}
+        for fields in content["runs"].values():
+            fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
+            fields["first"] = [Event(**event) for event in fields["first"]]
+            for step in fields["steps"]:  # JSON holds a NaN and an Inf as text
+                step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
+            fields["largest_by_layer"] = {
+                phase: {int(layer): value for layer, value in book.items()}
+                for phase, book in fields["largest_by_layer"].items()
+            }
+        return {label: Outcome(**fields) for label, fields in content["runs"].items()}
 
     return read_json(path, build, "a stability study", "run it again", SCHEMA_VERSION)
-
-
-def _outcome(fields: dict[str, Any]) -> Outcome:
-    """An outcome from JSON, whose non-finite numbers are text and whose layers are text."""
-    fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
-    fields["first"] = [Event(**event) for event in fields["first"]]
-    for step in fields["steps"]:
-        step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
-    fields["largest_by_layer"] = {
-        phase: {int(layer): value for layer, value in book.items()}
-        for phase, book in fields["largest_by_layer"].items()
-    }
-    return Outcome(**fields)

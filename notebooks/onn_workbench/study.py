@@ -1,4 +1,4 @@
-"""Does it learn? Runs over several seeds, a verdict from a stated rule, a file that keeps them."""
+"""Does it learn? Runs over several seeds, a verdict from a stated rule, a file that holds them."""
 
 import dataclasses
 import math
@@ -17,9 +17,10 @@ from onn_core.adapters.lora import add_adapter
 from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
-from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
+from onn_core.record import EvalRecord, RunRecord, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
+from onn_workbench.step import optimizer_step
 
 SCHEMA_VERSION = 1
 RULE = (
@@ -120,21 +121,18 @@ def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[floa
     model = add_adapter(model.to(device), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=config.weight_decay)
-    clip = math.inf if config.max_grad_norm is None else config.max_grad_norm
     batches = data.batches(examples, config.batch_size, config.seed)
     losses = []
     for step in range(1, n_steps + 1):
         batch = data.collate(next(batches), tokenizer.pad_token_id)
         n_counted = int((batch["labels"] != data.IGNORED).sum())
         batch = {name: values.to(device) for name, values in batch.items()}
-        loss = model(**batch, num_items_in_batch=n_counted).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        loss, _ = optimizer_step(
+            model, [batch], n_counted, optimizer, max_grad_norm=config.max_grad_norm
+        )
+        losses.append(loss)
     return losses
 
 
@@ -196,16 +194,6 @@ def compare(one: Sequence[RunRecord], other: Sequence[RunRecord]) -> tuple[float
     if abs(mean) <= noise:
         return mean, noise, "no difference beyond the noise"
     return mean, noise, "lower" if mean < 0 else "higher"
-
-
-def between_evaluations(record: RunRecord) -> list[tuple[float, list[StepRecord]]]:
-    """(mean training loss over counted tokens, steps) of each stretch between two evaluations."""
-    stretches = []
-    for first, last in zip(record.evals, record.evals[1:], strict=False):
-        steps = record.steps[first.step : last.step]
-        counted = sum(step.counted_tokens for step in steps)
-        stretches.append((sum(s.loss * s.counted_tokens for s in steps) / counted, steps))
-    return stretches
 
 
 class _TimeSpent(Exception):

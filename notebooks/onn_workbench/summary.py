@@ -6,9 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from onn_core.weights import geometry
 from onn_workbench import curves, pages, speed, stability_report, study
-from onn_workbench.stability import MENDS, Outcome
+from onn_workbench.stability import FIXES, Outcome
 from onn_workbench.study import Study
 
 NOT_MEASURED = "not measured in this profile"
@@ -64,39 +66,35 @@ def claims(records: Records) -> list[Claim]:
     ]
 
 
-def headline_table(records: Records) -> Any:
+def headline_table(records: Records) -> pd.DataFrame:
     """One row a claim."""
-    import pandas as pd
-
     rows = [dataclasses.asdict(claim) for claim in claims(records)]
     names = {"original": "original report", "here": "measured here"}
     return pd.DataFrame(rows).rename(columns=names).set_index("claim")
 
 
-def settings_table(records: Records) -> Any:
+def settings_table(records: Records) -> pd.DataFrame:
     """Configuration, hardware and versions, a column for each record."""
-    import pandas as pd
-
     columns: dict[str, dict[str, Any]] = {}
     if records.learning:
-        runs = records.learning.runs
-        run = list(runs.values())[-1][0]
+        runs = list(records.learning.runs.values())
+        run = runs[-1][0]
         names = ("chunk_size", "sparse_layers", "lora_rank", "lora_alpha", "max_length")
         columns["learning"] = {
             "model": f"{run.model['name']}, {run.model['parameters']:,} parameters",
             "trained parameters": f"{run.model['trainable']:,}",
             "computed in": run.model["dtype"],
             "data": f"{run.data['name']}: {run.data['train']} + {run.data['held_out']} held out",
-            "batch sizes": ", ".join(str(r[0].config["batch_size"]) for r in runs.values()),
-            "seeds": len(next(iter(runs.values()))),
+            "batch sizes": ", ".join(str(r[0].config["batch_size"]) for r in runs),
+            "seeds": len(runs[0]),
             **{name.replace("_", " "): run.config[name] for name in names},
             **_environment(run.environment),
         }
     if records.benchmark:
         rows, cap = records.benchmark["rows"], records.benchmark["cap_bytes"]
         columns["speed"] = {
-            "batch sizes": ", ".join(str(n) for n in sorted({row["batch_size"] for row in rows})),
-            "decoder layers": ", ".join(str(n) for n in sorted({row["layers"] for row in rows})),
+            "batch sizes": ", ".join(map(str, sorted({row["batch_size"] for row in rows}))),
+            "decoder layers": ", ".join(map(str, sorted({row["layers"] for row in rows}))),
             "memory cap (GiB)": "none" if cap is None else f"{cap / 2**30:.1f}",
             **_environment(records.benchmark["environment"]),
         }
@@ -105,30 +103,25 @@ def settings_table(records: Records) -> Any:
 
 def write_comparison(records: Records, path: str | Path) -> None:
     """The report on one page: every table, and the learning curves."""
-    parts = [pages.heading("Claims"), pages.table(headline_table(records))]
-    parts.append(pages.heading("Speed"))
+    sections = {"Claims": [pages.table(headline_table(records))]}
+    sections |= {"Speed": [], "Learning": [], "Stability": []}
     if records.benchmark:
-        parts.append(pages.table(speed.speed_table(records.benchmark)))
-    parts.append(pages.heading("Learning"))
-    if records.learning:
-        found = records.learning
+        sections["Speed"] = [pages.table(speed.speed_table(records.benchmark))]
+    if found := records.learning:
+        verdicts = curves.verdict_table(found.runs | found.controls, found.reference)
         picture = curves.study_figure(found.runs, found.controls).png()
-        parts.append(pages.paragraph(study.RULE))
-        parts.append(
-            pages.table(curves.verdict_table(found.runs | found.controls, found.reference))
-        )
-        parts.append(pages.picture(picture, "learning curves"))
-        parts.append(pages.table(curves.layout_table(found.layouts)))
-    parts.append(pages.heading("Stability"))
+        sections["Learning"] = [
+            *(pages.paragraph(study.RULE), pages.table(verdicts)),
+            pages.picture(picture, "learning curves"),
+            pages.table(curves.layout_table(found.layouts)),
+        ]
     if records.stability:
-        parts.append(pages.table(stability_report.outcome_table(records.stability)))
-    parts.append(pages.heading("Configuration, hardware, versions"))
-    parts.append(pages.table(settings_table(records)))
-    parts += [pages.heading("How to reproduce"), pages.code(REPRODUCE)]
-    for number, part in enumerate(parts):
-        if part.startswith("<h2>") and parts[number + 1].startswith("<h2>"):
-            parts[number] += pages.paragraph(NOT_MEASURED + ".")
-    pages.write_page(path, "Original report and this one", parts)
+        sections["Stability"] = [pages.table(stability_report.outcome_table(records.stability))]
+    sections["Configuration, hardware, versions"] = [pages.table(settings_table(records))]
+    sections["How to reproduce"] = [pages.code(REPRODUCE)]
+    missing = [pages.paragraph(NOT_MEASURED + ".")]
+    shown = {title: parts or missing for title, parts in sections.items()}
+    pages.write_page(path, "Original report and this one", shown)
 
 
 def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
@@ -138,14 +131,13 @@ def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
     if not benchmark:
         return [ratio, rate, memory]
     first = benchmark["rows"][0]
-    alike = [
-        row
+    found = {  # the report's case: one depth and one length of a sample
+        (row["system"], row["batch_size"]): row
         for row in benchmark["rows"]
         if (row["layers"], row["sequence"]) == (first["layers"], first["sequence"])
-    ]
-    single = [row for row in alike if row["batch_size"] == 1 and row["system"] == "baseline"]
-    single += [row for row in alike if row["batch_size"] == 1 and row["system"] == "onn"]
-    large = [row for row in alike if row["system"] == "onn" and 32 <= row["batch_size"] <= 128]
+    }
+    single = [found[system, 1] for system in ("baseline", "onn") if (system, 1) in found]
+    large = [row for (name, size), row in found.items() if name == "onn" and 32 <= size <= 128]
     if not single or not large:
         return [ratio, rate, memory]
     best, one = min(large, key=lambda row: row["ms_per_sample"]), single[0]
@@ -186,12 +178,11 @@ def _learning_claims(found: Study | None) -> list[Claim]:
     rows = [baseline, optimised, alike, evidence, ends]
     if not found:
         return rows
-    labels = {"baseline": baseline, "optimised": optimised}
-    for label, records in found.runs.items():
-        claim = labels.get(label.split(",")[0])
-        if claim is None:
-            continue
-        said = study.verdict(records, found.reference)
+    controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
+    of_controls = "the controls do not learn" if controls == {"NO"} else "A CONTROL LEARNED"
+    for label, claim in (("baseline", baseline), ("optimised", optimised)):
+        label = next(name for name in found.runs if name.startswith(label))
+        said = study.verdict(found.runs[label], found.reference)
         claim.here = (
             f"held-out loss {said['loss_before']:.3f} to {said['loss_after']:.3f}: "
             f"falls by {100 * said['fall']:.1f} % ({label})"
@@ -201,10 +192,8 @@ def _learning_claims(found: Study | None) -> list[Claim]:
         against, noise = said["against_shuffled"], said["against_shuffled_noise"]
         claim.why = (
             f"noise of {said['seeds']} seeds {100 * said['noise']:.1f} %; "
-            f"{against:+.3f} ± {noise:.3f} against shuffled targets"
+            f"{against:+.3f} ± {noise:.3f} against shuffled targets; {of_controls}"
         )
-        controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
-        claim.why += "; the controls do not learn" if controls == {"NO"} else "; A CONTROL LEARNED"
     first = next(label for label in found.runs if label.startswith("baseline"))
     last = next(label for label in found.runs if label.startswith("optimised"))
     mean, noise, words = study.compare(found.runs[first], found.runs[last])
@@ -218,18 +207,13 @@ def _learning_claims(found: Study | None) -> list[Claim]:
     evidence.verdict = CONFIRMED if least > 0 and not bad else REFUTED
     evidence.why = "every trained layer, every step, every seed"
     if found.layouts:
-        falls = {
-            label: statistics.fmean(map(study.fall, records))
-            for label, records in found.layouts.items()
-        }
-        ends.here = "at equal time loss falls by " + ", ".join(
-            f"{100 * value:.1f} % ({label})" for label, value in falls.items()
-        )
+        falls = {k: statistics.fmean(map(study.fall, runs)) for k, runs in found.layouts.items()}
+        each = (f"{100 * value:.1f} % ({label})" for label, value in falls.items())
+        ends.here = f"at equal time loss falls by {', '.join(each)}"
         best, second = sorted(falls, key=falls.__getitem__, reverse=True)[:2]
         settled = study.compare(found.layouts[second], found.layouts[best])[2] == "lower"
-        ends.verdict = (
-            DIFFERENT if not settled else CONFIRMED if best.startswith("ends") else REFUTED
-        )
+        of_best = CONFIRMED if best.startswith("ends") else REFUTED
+        ends.verdict = of_best if settled else DIFFERENT
         reading = curves.layout_reading(found.layouts)
         ends.why = reading.split("; ")[-1].removeprefix("but ").rstrip(".")
     return rows
@@ -238,42 +222,33 @@ def _learning_claims(found: Study | None) -> list[Claim]:
 def _size_claims() -> list[Claim]:
     trained = 8 * 8 * sum(PHI4_WIDTHS)  # rank 8, 8 layers
     total = geometry.count_parameters(geometry.geometry("phi-4"))
+    layers = "rank 8 on the four fused projections of 8 layers"
+    heads = "the report counts each attention projection as 5120 x 5120, without grouped KV heads"
+    share = f"{total:,} ({100 * trained / total:.3f} % trained)"
+    original = "16.23 B (0.034 % trained)"
     return [
-        Claim(
-            "trained parameters of phi-4",
-            "5.57 M",
-            f"{trained:,}",
-            CONFIRMED,
-            "rank 8 on the four fused projections of 8 layers",
-        ),
-        Claim(
-            "all parameters of phi-4",
-            "16.23 B (0.034 % trained)",
-            f"{total:,} ({100 * trained / total:.3f} % trained)",
-            REFUTED,
-            "the report counts each attention projection as 5120 x 5120, without grouped KV heads",
-        ),
+        Claim("trained parameters of phi-4", "5.57 M", f"{trained:,}", CONFIRMED, layers),
+        Claim("all parameters of phi-4", original, share, REFUTED, heads),
     ]
 
 
 def _stability_claims(outcomes: dict[str, Outcome] | None) -> list[Claim]:
     broken = Claim("float16 weights with LoRA become NaN", "yes")
-    mended = Claim("four mends make it sound", "yes, all four")
+    fixed = Claim("four fixes make it sound", "yes, all four")
     if not outcomes:
-        return [broken, mended]
+        return [broken, fixed]
     found = outcomes["broken"]
     broken.here = str(found.first[0]) if found.first else "every tensor stays finite"
     broken.verdict = REFUTED if found.adapter_finite else CONFIRMED
     broken.why = "the first of the tensors watched; the adapters end as NaN"
-    missed = {name: not outcomes[f"sound - {name}"].learned for name in MENDS}
+    needed = [name for name in FIXES if not outcomes[f"sound - {name}"].learned]
+    spare = [name for name in FIXES if name not in needed]
     sound = outcomes["sound"].learned
-    mended.here = "sound with all four" if sound else "not sound with all four"
-    mended.verdict = REFUTED if not sound else CONFIRMED if all(missed.values()) else DIFFERENT
-    needed = [name for name, is_missed in missed.items() if is_missed]
-    spare = [name for name, is_missed in missed.items() if not is_missed]
-    mended.why = f"missed when taken away: {', '.join(needed) or 'none'}"
-    mended.why += f"; not missed: {', '.join(spare)}" if spare else ""
-    return [broken, mended]
+    fixed.here = "sound with all four" if sound else "not sound with all four"
+    fixed.verdict = REFUTED if not sound else DIFFERENT if spare else CONFIRMED
+    fixed.why = f"missed when taken away: {', '.join(needed) or 'none'}"
+    fixed.why += f"; not missed: {', '.join(spare)}" if spare else ""
+    return [broken, fixed]
 
 
 def _environment(found: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,9 @@ import json
 import math
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +86,15 @@ def write_metrics(folder: str | os.PathLike) -> list[Path]:
     files = {}
     for path in find_records(folder):
         kind = "benchmark" if path.stem.startswith("04") else "learning"
-        target = path.with_name(f"{kind}_{path.stem}.jsonl")
-        files[target] = list(metric_rows(RunRecord.load(path)))
+        files[path.with_name(f"{kind}_{path.stem}.jsonl")] = metric_rows(RunRecord.load(path))
     for path in sorted(Path(folder).rglob("training_benchmark.json")):
         rows = benchmark_rows(json.loads(path.read_text(encoding="utf-8")))
         files[path.with_name("benchmark_training.jsonl")] = rows
     for target, rows in files.items():
         lines = []
         for row in rows:
-            finite = math.isfinite(row["value"])
-            row |= {} if finite else {"value": str(row["value"])}
-            lines.append(json.dumps(row, allow_nan=False) + "\n")
+            value = row["value"] if math.isfinite(row["value"]) else str(row["value"])
+            lines.append(json.dumps(row | {"value": value}, allow_nan=False) + "\n")
         write_atomic(target, "".join(lines).encode())
     return list(files)
 
@@ -164,12 +159,8 @@ def to_aim(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> list[str]:
     known = {run.get("digest") for run in repo.iter_runs()}
     new = [run for run in runs if run.digest not in known]
     for run in new:
-        entry = aim.Run(
-            repo=repo,
-            experiment=run.group or "runs",
-            system_tracking_interval=None,
-            capture_terminal_logs=False,
-        )
+        settings = {"system_tracking_interval": None, "capture_terminal_logs": False}
+        entry = aim.Run(repo=repo, experiment=run.group or "runs", **settings)
         entry.name = run.name
         for name, value in run.parameters.items():
             entry[name] = value
@@ -186,9 +177,8 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError(
-            "TensorBoard is not installed: pip install -e '.[tensorboard]'."
-        ) from error
+        said = "TensorBoard is not installed: pip install -e '.[tensorboard]'."
+        raise ConfigError(said) from error
     new = []
     for run in runs:
         name = re.sub(r"\W+", "_", run.name)
@@ -199,61 +189,23 @@ def to_tensorboard(runs: Sequence[TrackedRun], folder: str | os.PathLike) -> lis
             for row in run.rows:
                 tag = "/".join([row["name"], *map(str, row["context"].values())])
                 writer.add_scalar(tag, row["value"], row["step"])
-            text = json.dumps(run.parameters, indent=1)
-            writer.add_text("parameters", f"```\n{text}\n```")
+            writer.add_text("parameters", f"```\n{json.dumps(run.parameters, indent=1)}\n```")
         (target / "done").touch()
         new.append(run.name)
     return new
 
 
-EXPORTERS: dict[str, Callable[[Sequence[TrackedRun], str | os.PathLike], list[str]]] = {
-    "aim": to_aim,
-    "tensorboard": to_tensorboard,
-}
-
-
-# --- the dashboard --------------------------------------------------------------------------
+EXPORTERS = {"aim": to_aim, "tensorboard": to_tensorboard}
 
 
 def show_aim(folder: str | os.PathLike, port: int = AIM_PORT) -> None:
-    """Serve the AIM dashboard on 127.0.0.1 until Ctrl-C or SIGTERM."""
+    """Become AIM's dashboard of `folder` on 127.0.0.1; it says where it is, and ends by Ctrl-C."""
     aim = _import_aim()
     if not aim.Repo.exists(str(folder)):
         raise ConfigError(f"{folder} has no AIM repository yet: make track fills one.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} is taken: choose another, make aim AIM_PORT={port + 1}."
-            ) from error
     _reindex(folder)
-    for sign in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores Ctrl-C
-        signal.signal(sign, signal.default_int_handler)
     arguments = ["up", "--host", "127.0.0.1", "--port", str(port), "--repo", str(folder)]
-    server = subprocess.Popen(  # in a session of its own, so that Ctrl-C comes here alone
-        [*_aim_command(), *arguments, "--workers", "1", "--yes"],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    print(f"AIM shows the runs at {address}; Ctrl-C ends it", flush=True)
-                    server.wait()
-            time.sleep(0.2)
-        raise OnnError("AIM ended by itself; what it said stands above.")
-    except KeyboardInterrupt:
-        print("AIM has ended")
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(timeout=5)
+    os.execv(sys.executable, [*_aim_command(), *arguments, "--workers", "1", "--yes"])
 
 
 def _import_aim() -> Any:
@@ -280,9 +232,8 @@ def _reindex(folder: str | os.PathLike) -> None:
 
 def main() -> None:
     """Export the records under a folder, or show those that AIM has."""
-    parser = argparse.ArgumentParser(
-        prog="python -m onn_workbench.tracking", description=main.__doc__
-    )
+    program = "python -m onn_workbench.tracking"
+    parser = argparse.ArgumentParser(prog=program, description=main.__doc__)
     parser.add_argument("what", choices=[*EXPORTERS, "show"])
     parser.add_argument("--records", default="results", help="folder of the run records")
     parser.add_argument("--folder", default=".", help="where .aim or tensorboard is")

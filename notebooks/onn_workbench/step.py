@@ -1,0 +1,40 @@
+"""One optimizer step, the same for every study and for the benchmark."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def optimizer_step(
+    model: Callable[..., Any],
+    parts: Iterable[dict[str, torch.Tensor]],
+    n_counted: int | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: Any = None,
+    max_grad_norm: float | None = None,
+) -> tuple[float, float]:
+    """Gradients of all `parts` (each a batch), then one update: the loss, and the gradients' norm.
+
+    model: called with a batch and `num_items_in_batch`; what it returns has a `loss`. n_counted:
+    counted tokens of all parts, by which each part's summed loss is divided; None leaves a part's
+    own mean. scaler: with the methods of torch.amp.GradScaler; it decides whether to update.
+    max_grad_norm: None leaves the gradients as they are, whatever their norm.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    loss = 0.0
+    for part in parts:
+        part_loss = model(**part, num_items_in_batch=n_counted).loss
+        scaler.scale(part_loss).backward()
+        loss += float(part_loss.detach())
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    if max_grad_norm is not None:
+        clip_grads_with_norm_(trained, max_grad_norm, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss, float(norm)
