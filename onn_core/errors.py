@@ -25,6 +25,6 @@ def frozen(what: str) -> ConfigError:
     """Someone wants to train, change or copy weights that are streamed."""
     return ConfigError(
         f"the {what} of a streamed model cannot change: they stay on disk, and adapters "
-        "(target_modules) are trained, not modules_to_save or the weights themselves; merge one with "
-        "onn_core.merge, and begin one with init_lora_weights=True."
+        "(target_modules) are trained, not modules_to_save or the weights themselves. Merge an "
+        "adapter with onn_core.merge, and begin one with init_lora_weights=True."
     )

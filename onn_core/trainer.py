@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from onn_core.run.checkpoints import require_writable
 from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunKeeper, TrainingState, describe_run
+from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop
 from onn_core.streaming.loading import from_pretrained
 from onn_core.weights.stream import CLOSE_S
@@ -88,9 +90,10 @@ class ChunkedLoraTrainer:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(
+        fixed = isinstance(config.loss_scale, float | int)
+        self.scaler = (FixedScaler if fixed else torch.amp.GradScaler)(
             self.device.type,
-            init_scale=config.loss_scale if isinstance(config.loss_scale, float | int) else 2.0**16,
+            init_scale=config.loss_scale if fixed else 2.0**16,
             enabled=config.loss_scale is not None,
         )
         state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
@@ -171,34 +174,37 @@ class ChunkedLoraTrainer:
             group["lr"] = learning_rate(config, step)
 
         n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
-        loss = 0.0
-        for part in parts:
-            part_loss = self._loss(part, n_counted)
-            self.scaler.scale(part_loss).backward()
-            loss += float(part_loss.detach())
-
-        optimizer_started = time.perf_counter()
-        self.scaler.unscale_(self.optimizer)
-        by_layer = grad_norm_by_layer(self.base.streamed_layers)
-        clip = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.trained, clip))
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
-            self.optimizer.zero_grad()
-            run = functools.partial(self._loss, parts[0], 1)
-            where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
-            raise NonFiniteError(
-                f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step "
-                f"{step - 1} is kept: lower learning_rate, or use bfloat16, float32 adapters or "
-                "loss_scale."
-            )
-        self.keeper.whole = False  # until the step is finished
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update(None if config.loss_scale == "dynamic" else scale)
-        self.optimizer.zero_grad()
+        skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
+        by_layer: dict[str, float] = {}
+        optimizer_started, finite = started, True
+
+        def allow(loss: float, norm: float) -> bool:
+            nonlocal by_layer, optimizer_started, finite
+            optimizer_started = time.perf_counter()
+            by_layer = grad_norm_by_layer(self.base.streamed_layers)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
+                self.optimizer.zero_grad()
+                run = functools.partial(self._forward, **parts[0], num_items_in_batch=1)
+                where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
+                raise NonFiniteError(
+                    f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step "
+                    f"{step - 1} is saved: lower learning_rate, or use bfloat16, float32 adapters "
+                    "or loss_scale."
+                )
+            self.keeper.whole = False  # until the step is finished
+            return finite
+
+        loss, grad_norm = optimizer_step(
+            self._forward,
+            parts,
+            n_counted,
+            self.optimizer,
+            scaler=self.scaler,
+            max_grad_norm=config.max_grad_norm,
+            allow=allow,
+        )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -225,10 +231,10 @@ class ChunkedLoraTrainer:
             loss_scale=scale,
         )
 
-    def _loss(self, batch: dict[str, torch.Tensor], n_counted: int) -> torch.Tensor:
-        """Summed loss of `batch` over the counted tokens of the whole step."""
+    def _forward(self, num_items_in_batch: int, **batch: torch.Tensor) -> Any:
+        """The model's outputs; their loss is summed and divided by `num_items_in_batch`."""
         batch = {name: values.to(self.device) for name, values in batch.items()}
-        return self.model(**batch, num_items_in_batch=n_counted).loss
+        return self.model(**batch, num_items_in_batch=num_items_in_batch)
 
     def evaluate(self, examples: Sequence[data.Example] | None = None) -> float:
         """Mean loss over the counted tokens of held-out (or given) examples; no graph."""
@@ -238,7 +244,7 @@ class ChunkedLoraTrainer:
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-                total += float(self._loss(batch, 1))
+                total += float(self._forward(1, **batch).loss)
                 n_counted += int((batch["labels"] != data.IGNORED).sum())
         self.model.train()
         self.base.check_files()

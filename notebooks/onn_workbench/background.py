@@ -11,6 +11,7 @@ from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import require_writable
+from onn_core.streaming.visits import Event
 from onn_core.trainer import ChunkedLoraTrainer
 from onn_workbench import engine
 
@@ -33,7 +34,7 @@ class BackgroundRun:
         self.state = "ready"
         self.record: RunRecord | None = None
         self.error = ""
-        self.events: list[engine.Event] = []
+        self.events: list[Event] = []
         self._trainer = _TracedTrainer(config, self._on_step)
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._go = threading.Event()
@@ -140,7 +141,7 @@ class _TracedTrainer(ChunkedLoraTrainer):
         self.events = self.tracing.enter_context(engine.trace(self.base))
         self.stop.check()  # a stop that was asked for meanwhile
 
-    def take_events(self) -> list[engine.Event]:
+    def take_events(self) -> list[Event]:
         """The events of the step that has ended, without evaluations; those before are dropped."""
         n_events = len(self.events)  # reading ahead adds more meanwhile
         events = sorted(self.events[:n_events], key=lambda event: event[2])

@@ -28,7 +28,6 @@ from onn_core.errors import ConfigError, OnnError
 from onn_core.record import describe_environment, write_json
 from onn_core.streaming.loading import from_pretrained, resolve_device
 from onn_core.weights.folder import ModelFolder
-from onn_workbench import engine
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
 from onn_workbench.peers import SYSTEMS, UNCAPPED, run_steps
 from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
@@ -48,7 +47,7 @@ def measure_ceilings(
     where = resolve_device(device)
     model_folder = ModelFolder.open(model_dir)
     model = from_pretrained(model_dir, device=device)
-    items = engine.units(model)[0]
+    items = model.layer_weights()
     shapes = [item.shape for item in items if len(item.shape) == 2]
     stored, dtype = items[0].dtype, model.dtype
     del model

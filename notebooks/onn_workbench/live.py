@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from matplotlib import colormaps, colors
 
 from onn_core.record import RunRecord
+from onn_core.streaming.visits import Event
 from onn_workbench import engine
 from onn_workbench.figure import Bars, Figure, Line, Panel
 from onn_workbench.report import loss_lines
@@ -13,7 +14,7 @@ PHASES = ("read", *engine.PHASES)  # of a timeline, from the top
 STEPS = "optimizer steps"
 
 
-def figure(records: dict[str, RunRecord], events: Sequence[engine.Event] = ()) -> Figure:
+def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figure:
     """Losses of all records, gradient norms of the first, and the timeline `events`."""
     first, title = next(iter(records.values())), "losses, gradient norms, timeline of the last step"
     top = [
@@ -27,7 +28,7 @@ def figure(records: dict[str, RunRecord], events: Sequence[engine.Event] = ()) -
 
 
 def phase_bars(
-    events: Sequence[engine.Event],
+    events: Sequence[Event],
     row_of: Callable[[str, int], float],
     height: float,
     begin: float = 0.0,

@@ -9,7 +9,6 @@ from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
 from onn_core.run.estimate import Geometry, predict
 from onn_core.streaming.loading import decoder_layers, from_pretrained
-from onn_workbench import engine
 from onn_workbench.ceilings import measure_flops, measure_read
 
 PROBE_TOKENS = 128  # in the matmuls that are timed for the prediction
@@ -21,7 +20,8 @@ class Outline:
 
     def __init__(self, model_dir: str | os.PathLike):
         model = from_pretrained(model_dir)
-        self.n_layers, units = model.config.num_hidden_layers, engine.units(model)
+        self.n_layers = model.config.num_hidden_layers
+        units = [*model.sizes.layers, *model.sizes.head]
         layers = decoder_layers(model)
         names = linear_names(layers)
         linears = [  # of each layer: (out, in) of what gets an adapter
@@ -32,7 +32,7 @@ class Outline:
         parameters = [sum(item.shape[0] * item.shape[1] for item in unit) for unit in units]
         head = sum(parameters[self.n_layers :])
         total = model.num_parameters()
-        self.geometry = Geometry(engine.sizes(model), total, parameters[0], head)
+        self.geometry = Geometry(model.sizes, total, parameters[0], head)
         self.title = f"{model.config.model_type}, {total:,} parameters"
         shapes = [tuple(min(side, PROBE_SIZE) for side in shape) for shape in linears[0]]
         paths = list({entry.path for entry in model.model_folder.tensors.values()})

@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
-from onn_core.streaming.loading import decoder_layers, from_pretrained, resolve_device
-from onn_core.weights.items import Item, Staging
+from onn_core.run.step import optimizer_step
+from onn_core.streaming.loading import decoder_layers, open_streamed, resolve_device
+from onn_core.streaming.visits import Event
+from onn_core.weights.host import Staging
+from onn_core.weights.schedule import Use
+from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
 from onn_workbench import engine
-from onn_workbench.step import optimizer_step
 
 SYSTEMS = {
     "onn": "this project",
@@ -36,24 +39,24 @@ class NothingResident(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
 
     @functools.cached_property
-    def _staging(self) -> Staging:
-        return Staging(self._copies)
+    def staging(self) -> Staging:
+        return Staging(self.copy_stream)
 
-    def enter(self, future: Sequence[int], claim: bool = True) -> list[Item]:
-        items, started = self.units[max(future[0], ~future[0])], time.perf_counter()
-        for item in items:
-            item.slot = self._new_slot(item.slot_bytes)
-            for start, stop in item.pieces():
-                self.counts.bytes_read += self._load(item, start, stop, self._staging)
-            if self._copies is not None:
-                self._copies.synchronize()
-            item.tensor, item.in_use = item.view(item.slot.memory), True
+    def enter(self, future: Sequence[Use], request: bool = True) -> list[StreamedWeight]:
+        weights, started = self.units[future[0].unit], time.perf_counter()
+        for weight in weights:
+            weight.slot = self.new_slot(weight.slot_bytes)
+            for start, stop in weight.reads():
+                self.counts.bytes_read += self.fetch(weight, start, stop, self.staging)
+            if self.copy_stream is not None:
+                self.copy_stream.synchronize()
+            weight.tensor, weight.in_use = weight.view(weight.slot.memory), True
         self.counts.wait_s += time.perf_counter() - started
-        return items
+        return weights
 
-    def release(self, item: Item) -> None:
-        item.slot = item.tensor = None
-        item.in_use = False
+    def release(self, weight: StreamedWeight) -> None:
+        weight.slot = weight.tensor = None
+        weight.in_use = False
 
 
 def run_steps(
@@ -83,7 +86,7 @@ def run_steps(
 
     def forward_is_done(*_: Any) -> None:
         nonlocal n_resident
-        n_resident = engine.count_resident_graphs(base)
+        n_resident = engine.count_reserved_graphs(base)
 
     def update_begins(*_: Any) -> None:
         nonlocal update_started
@@ -131,7 +134,7 @@ def run_steps(
     }
 
 
-def merge_reads(events: list[engine.Event], started: float) -> list[engine.Event]:
+def merge_reads(events: list[Event], started: float) -> list[Event]:
     """(what, unit, start, stop) in seconds of the step; the reads of a unit in a row are one."""
     merged: list[list] = []
     open_reads: dict[int, list] = {}
@@ -156,12 +159,13 @@ def open_system(
     """
     if system in ("onn", "cached", "baseline"):
         budget = None if system == "baseline" else room_bytes
-        model = from_pretrained(model_dir, device=device, memory_budget=budget, **settings)
-        if system == "baseline":
-            model.session.stream.__class__ = NothingResident
-        if model.session.stream.files.cached:  # what a stream counts may come from the page cache
+        stream = NothingResident if system == "baseline" else WeightStream
+        model = open_streamed(
+            model_dir, device=device, memory_budget=budget, stream_class=stream, **settings
+        )
+        if model.reads_page_cache:  # what a stream counts may come from there
             return model, _disk_bytes
-        return model, lambda: model.session.stream.counts.bytes_read
+        return model, lambda: model.counts().bytes_read
     where: Any = {"device_map": device}
     if system == "offload":  # what does not fit stays in the model folder's own files
         memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}

@@ -18,8 +18,8 @@ from onn_core.adapters.lora import add_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.ops.cross_entropy import IGNORED, shift_labels
+from onn_core.run.step import optimizer_step
 from onn_core.streaming.loading import from_pretrained
-from onn_workbench.step import optimizer_step
 
 FIRST_SCALE = 2.0**10  # below the 2^16 of GradScaler, so that fewer first steps are skipped
 

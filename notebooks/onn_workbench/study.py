@@ -19,8 +19,8 @@ from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
 from onn_core.record import EvalRecord, RunRecord, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
+from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
-from onn_workbench.step import optimizer_step
 
 SCHEMA_VERSION = 1
 RULE = (

@@ -80,11 +80,11 @@ def from_pretrained(
 def open_streamed(
     model_dir: str | os.PathLike,
     *,
-    chunk_size: int,
-    micro_batch_size: int | None,
-    memory_budget: int | str | None,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
+    chunk_size: int = 1,
+    micro_batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     stream_class: type[WeightStream] = WeightStream,
 ) -> PreTrainedModel:
     """`from_pretrained` with another stream: a benchmark has one that reserves nothing."""

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from onn_core.errors import ConfigError, OnnError, frozen
-from onn_core.memory.plan import Plan
+from onn_core.memory.plan import Plan, Sizes
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
@@ -25,6 +25,7 @@ from onn_core.streaming.lazy import LazyWeight, is_absent
 from onn_core.streaming.passes import RowHook
 from onn_core.streaming.visits import Counts, Event, Streaming
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import CLOSE_S
 
 
@@ -53,6 +54,19 @@ class StreamedModel:
     def n_units(self) -> int:
         """Decoder layers and blocks of the head."""
         return len(self.streaming.stream.units)
+
+    def count_reserved_graphs(self) -> int:
+        """Layers whose graph is reserved at the moment."""
+        return len(+self.streaming.planner.graphs.by_layer)
+
+    def layer_weights(self, number: int = 0) -> list[StreamedWeight]:
+        """The streamed weights of a decoder layer, in the order in which they are fetched."""
+        return list(self.streaming.stream.units[number])
+
+    @property
+    def sizes(self) -> Sizes:
+        """What predictions need to know of the model."""
+        return self.streaming.planner.sizes
 
     def count_unit_loads(self, weight_loads: int) -> int:
         """As how many whole units a number of fetched weights counts."""
@@ -119,6 +133,11 @@ class StreamedModel:
         """From now on every read is hashed and compared with its first; returns the hashes."""
         self.streaming.stream.digests = {}
         return self.streaming.stream.digests
+
+    @property
+    def reads_page_cache(self) -> bool:
+        """Whether reads go through the system's page cache, not straight to the disk."""
+        return self.streaming.stream.files.cached
 
     def check_files(self) -> None:
         """ModelFolderError if a shard is not what it was when the model was loaded."""

@@ -1,4 +1,4 @@
-"""One optimizer step, the same for every study and for the benchmark."""
+"""One optimizer step: of the trainer, of every study and of the benchmark."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,13 +15,15 @@ def optimizer_step(
     *,
     scaler: Any = None,
     max_grad_norm: float | None = None,
+    allow: Callable[[float, float], bool] = lambda loss, norm: True,
 ) -> tuple[float, float]:
     """Gradients of all `parts` (each a batch), then one update: the loss, and the gradients' norm.
 
     model: called with a batch and `num_items_in_batch`; what it returns has a `loss`. n_counted:
     counted tokens of all parts, by which each part's summed loss is divided; None leaves a part's
     own mean. scaler: with the methods of torch.amp.GradScaler; it decides whether to update.
-    max_grad_norm: None leaves the gradients as they are, whatever their norm.
+    max_grad_norm: None leaves the gradients as they are, whatever their norm. allow: asked with
+    the loss and the norm before the update; False leaves the update out, and it may raise.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     loss = 0.0
@@ -32,9 +34,17 @@ def optimizer_step(
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-    if max_grad_norm is not None:
-        clip_grads_with_norm_(trained, max_grad_norm, norm)
-    scaler.step(optimizer)
+    if allow(loss, float(norm)):
+        if max_grad_norm is not None:
+            clip_grads_with_norm_(trained, max_grad_norm, norm)
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     return loss, float(norm)
+
+
+class FixedScaler(torch.amp.GradScaler):
+    """A loss scale that stays as it is, whether steps overflow or not."""
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        super().update(self.get_scale() if self.is_enabled() else None)
