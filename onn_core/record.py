@@ -98,10 +98,14 @@ def read_json(
     path: str | os.PathLike,
     build: Callable[[dict[str, Any]], T],
     what: str,
-    mend: str,
+    advice: str,
     schema_version: int = SCHEMA_VERSION,
 ) -> T:
-    """What `build` makes of the JSON in `path`; OnnError, with `mend`, if it is not `what`."""
+    """What `build` makes of the JSON in `path`.
+
+    OnnError, which says what the file should be and gives `advice`, if it cannot be read or has
+    another schema version.
+    """
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
         if fields["schema_version"] != schema_version:
@@ -110,7 +114,7 @@ def read_json(
             )
         return build(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OnnError(f"{path} is not {what} ({error}): {mend}.") from error
+        raise OnnError(f"{path} is not {what} ({error}): {advice}.") from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -119,9 +123,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def cache_dir() -> Path:
-    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
-    return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
+    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; OnnError if there is no home."""
+    try:
+        if cache := os.environ.get("ONN_CACHE"):
+            return Path(cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onn"
+    except RuntimeError as error:  # a container's unknown user without $HOME
+        raise OnnError(
+            "this user has no home directory for the cache: set ONN_CACHE to a folder."
+        ) from error
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
