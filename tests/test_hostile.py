@@ -27,7 +27,7 @@ from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
 
 import onn_core
 from onn_core.adapters.folder import load_adapter
-from onn_core.data.examples import corpus, load_rows, tokenize
+from onn_core.data import corpus, load_rows, tokenize
 from onn_core.errors import OnnError
 from onn_core.run.checkpoints import FILES, SUMS, Checkpoints
 from onn_core.weights.folder import INDEX_NAME, ModelFolder
@@ -229,9 +229,9 @@ def index_and_headers(folder):
 
 
 def read_all(folder):
-    with contextlib.closing(ModelFolder.open(folder)) as model_folder:
-        for name in model_folder.tensors:
-            model_folder.read(name)
+    model_folder = ModelFolder.open(folder)
+    for name in model_folder.tensors:
+        model_folder.read(name)
 
 
 def configuration(folder):

@@ -6,12 +6,10 @@ module at a time, its matrix and the float32 products that PEFT makes of it.
 """
 
 import functools
-import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onn_core.adapters.folder import load_adapter, read_adapter
-from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.config import expand_home
+from onn_core.errors import ConfigError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
-from onn_core.weights.folder import DTYPES, INDEX_NAME, PICKLE_SUFFIXES, ModelFolder, TensorEntry
+from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources
+from onn_core.weights.shards import TensorEntry, write_tensors
 
-COPY_BYTES = 8 << 20  # one read
+COPY_BYTES = 8 << 20  # read and written at a time
 NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def merge(
@@ -42,37 +41,32 @@ def merge(
     whole or not at all. OnnError if it exists already or the adapter does not fit or cannot be
     merged.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(expand_home(out_dir))
     if out_dir.exists() or out_dir.is_symlink():
         raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
     model_folder = ModelFolder.open(model_dir)
-    try:
-        merged = _Merged(model_folder, adapter_dir)
-        n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
-        with new_folder(out_dir) as temporary:
-            if n_bytes > shutil.disk_usage(temporary).free:
-                raise ConfigError(
-                    f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
-                    f"{out_dir} has free: free some space or choose another folder."
-                )
-            shards: dict[Path, list[TensorEntry]] = {}
-            for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
-                shards.setdefault(entry.path, []).append(entry)
-            for path, entries in shards.items():
-                _write_shard(temporary / path.name, entries, merged)
-            for path in sorted(Path(model_dir).iterdir()):
-                wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
-                if wanted and path.is_file() and not path.name.startswith("."):
-                    shutil.copyfile(path, temporary / path.name)
-            if len(shards) > 1 or next(iter(shards)).name != "model.safetensors":
-                weight_map = {
-                    entry.name: entry.path.name for entry in model_folder.tensors.values()
-                }
-                index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-                write_json(temporary / INDEX_NAME, index)
-            model_folder.check_unchanged()
-    finally:
-        model_folder.close()
+    merged = _Merged(model_folder, adapter_dir)
+    n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
+    with new_folder(out_dir) as temporary:
+        if n_bytes > shutil.disk_usage(temporary).free:
+            raise ConfigError(
+                f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
+                f"{out_dir} has free: free some space or choose another folder."
+            )
+        shards: dict[Path, list[TensorEntry]] = {}
+        for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
+            shards.setdefault(entry.path, []).append(entry)
+        for path, entries in shards.items():
+            _write_shard(temporary / path.name, entries, merged, model_folder)
+        for path in sorted(model_folder.model_dir.iterdir()):
+            wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
+            if wanted and path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, temporary / path.name)
+        if [path.name for path in shards] != [WEIGHTS_NAME]:
+            weight_map = {entry.name: entry.path.name for entry in model_folder.tensors.values()}
+            index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+            write_json(temporary / INDEX_NAME, index)
+        model_folder.check_unchanged()
     return out_dir
 
 
@@ -186,33 +180,19 @@ def _is_absent(parameter: torch.Tensor) -> bool:
     return bool(parameter.isnan().all())
 
 
-def _write_shard(path: Path, entries: list[TensorEntry], merged: _Merged) -> None:
-    """One safetensors file of `entries`, in their order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def _write_shard(
+    path: Path, entries: list[TensorEntry], merged: _Merged, model_folder: ModelFolder
+) -> None:
+    """One safetensors file of `entries`, in their order: merged tensors, and copies of the rest."""
+
+    def pieces(name: str) -> Iterator[Any]:
+        if name not in merged.makers:
+            return model_folder.read_blocks(name, COPY_BYTES)
+        values = merged.makers[name][1]().contiguous()
+        return iter([values.view(-1).view(torch.uint8).numpy()])
+
+    layout = {}
     for entry in entries:
         dtype, _ = merged.makers.get(entry.name, (entry.dtype, None))
-        stop = end + math.prod(entry.shape) * dtype.itemsize
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, stop],
-        }
-        end = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file, open(entries[0].path, "rb", buffering=0) as base:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            if entry.name in merged.makers:
-                values = merged.makers[entry.name][1]().contiguous()
-                file.write(values.view(-1).view(torch.uint8).numpy())
-                continue
-            base.seek(entry.offset)
-            left_bytes = entry.n_bytes
-            while left_bytes:
-                piece = base.read(min(left_bytes, COPY_BYTES))
-                if not piece:
-                    raise ModelFolderError(f"{entry.path} became shorter: load the model again.")
-                file.write(piece)
-                left_bytes -= len(piece)
+        layout[entry.name] = dtype, entry.shape
+    write_tensors(path, layout, pieces)
