@@ -232,10 +232,12 @@ BAD_FOLDERS = {
     "huge rank": (lambda f: edited(f, r=10**12), "does not fit|is not an adapter"),
     "no rank": (lambda f: edited(f, r="x"), "is not an adapter"),
     "rank -1": (lambda f: edited(f, r=-1), "is not an adapter"),
-    "slow pattern": (lambda f: edited(f, target_modules="(a+)+$"), "too long to match"),
+    "slow pattern": (lambda f: edited(f, target_modules=r"([\w.]+)+!"), "too long to match"),
     "slow rank pattern": (lambda f: edited(f, rank_pattern={"(.*)*x": 2}), "too long to match"),
-    "pattern a list": (lambda f: edited(f, target_modules=[["q_proj"]]), "too long to match"),
-    "pattern a number": (lambda f: edited(f, rank_pattern=3.5), "too long to match"),
+    "slow module to save": (lambda f: edited(f, modules_to_save=["(.*)*x"]), "too long to match"),
+    "pattern that is none": (lambda f: edited(f, target_modules="(q_proj*"), "is invalid"),
+    "pattern a list": (lambda f: edited(f, target_modules=[["q_proj"]]), "no text or too long"),
+    "pattern a number": (lambda f: edited(f, rank_pattern=3.5), "no text or too long"),
     "no such module": (lambda f: edited(f, target_modules=["nowhere"]), "is not an adapter"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "pickles"),
     "tensor missing": (with_tensors(fewer), "does not fit"),
@@ -255,6 +257,60 @@ def test_bad_adapter_folder_is_refused(build, message, tmp_path):
     with pytest.raises(OnnError, match=message):
         onn_core.merge(base, adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+UNSLOTH = (  # as its get_peft_regex writes it
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": UNSLOTH},
+        {"target_modules": r".*\.(?:q|v)_proj", "rank_pattern": {r"layers\.[13]\..*": 2}},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r"(?:.*\.)+1\..*q_proj"},
+    ],
+    ids=["unsloth", "ranks", "exclude"],
+)
+def test_adapters_with_regular_expressions_are_those_of_peft(settings, tmp_path):
+    base = toy_dir("llama")
+    adapter = saved_adapter(base, tmp_path / "adapter", **settings)
+    models = [
+        load_adapter(streamed(base), adapter, trainable=True),
+        peft.PeftModel.from_pretrained(in_memory(base), adapter, is_trainable=True),
+    ]
+    assert_same(*(step(model.train(), toy_batch()) for model in models))
+    assert_merges_like_peft(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"target_modules": ["q_proj"]}],
+    ids=["targeted", "untouched"],
+)
+def test_embeddings_saved_with_an_adapter_are_compared_with_the_models_own(settings, tmp_path):
+    base = toy_dir("llama")
+    adapter = saved_adapter(base, tmp_path / "adapter", **settings)
+    plain = load_file(adapter / "adapter_model.safetensors")
+    with_lora(in_memory(base), **settings).save_pretrained(adapter, save_embedding_layers=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    copies = sorted(saved.keys() - plain.keys())
+    assert len(copies) == 2
+    save_file(saved | plain, adapter / "adapter_model.safetensors")
+    models = [
+        load_adapter(streamed(base), adapter, trainable=True),
+        peft.PeftModel.from_pretrained(in_memory(base), adapter, is_trainable=True),
+    ]
+    assert_same(*(step(model.train(), toy_batch()) for model in models))
+    assert_merges_like_peft(base, adapter, tmp_path / "out")
+    saved[copies[0]][-1, -1] += 1
+    save_file(saved, adapter / "adapter_model.safetensors")
+    with pytest.raises(OnnError, match="its values are not those of the model folder"):
+        load_adapter(streamed(base), adapter)
 
 
 def test_adapter_of_another_model_is_refused(tmp_path):
