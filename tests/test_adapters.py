@@ -15,6 +15,7 @@ from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with
 
 import onn_core
 from onn_core.adapters.folder import load_adapter
+from onn_core.adapters.lora import add_adapter, describe_experts, trained_layers
 from onn_core.errors import OnnError
 from onn_core.weights.random_model import write_random_model
 
@@ -191,6 +192,45 @@ def test_an_adapter_that_begins_as_nan_is_refused():
     next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
     with pytest.raises(OnnError, match="is NaN"):
         step(model, toy_batch())
+
+
+# ---- experts of mixtures
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+def expert_settings(**changes):
+    fixed = {"model_dir": "m", "data": "d", "output_dir": "o", "target_modules": ["q_proj"]}
+    return onn_core.TrainConfig(**fixed | {"sparse_layers": [1, 3]} | changes)
+
+
+def test_experts_that_are_left_out_are_told():
+    for family, expected in (("mixtral", {"untrained_experts": EXPERTS}), ("llama", {})):
+        model = streamed(toy_dir(family))
+        add_adapter(model, expert_settings(sparse_layers="all", target_modules=None))
+        assert describe_experts(model) == expected
+    model = streamed(toy_dir("mixtral"))
+    add_adapter(model, expert_settings(sparse_layers="all", target_parameters="gate_up_proj"))
+    assert describe_experts(model) == {"untrained_experts": EXPERTS[:1]}
+
+
+def test_experts_are_trained_in_the_layers_that_were_chosen_as_peft_does():
+    settings = expert_settings(target_parameters=["experts.gate_up_proj", EXPERTS[0]])
+    models = [add_adapter(load(toy_dir("mixtral")), settings) for load in (streamed, in_memory)]
+    for model in models:
+        assert trained_layers(model.get_base_model()) == [1, 3]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # which begins as zero, so that lora_A would have no gradient
+                torch.nn.init.ones_(parameter.data)
+    found, expected = (step(model, toy_batch()) for model in models)
+    assert len(expected[1]) == 2 * 2 * 3
+    assert_same(found, expected)
+
+
+def test_target_parameters_that_match_nothing_are_refused():
+    for family, message in (("mixtral", "choose among mlp.experts.down_proj"), ("llama", "None")):
+        with pytest.raises(OnnError, match=f"'experts.up' match no matrix .*{message}"):
+            add_adapter(streamed(toy_dir(family)), expert_settings(target_parameters="experts.up"))
 
 
 # ---- adapter folders that cannot be used

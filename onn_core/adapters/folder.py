@@ -46,7 +46,7 @@ PATTERNS = {
 }
 PLAIN_LISTS = ("target_modules", "exclude_modules")
 MAX_PATTERN_LENGTH = 10_000
-MATCH_CPU_S = 5
+MATCH_CPU_S = 2  # Unsloth's patterns take milliseconds on a thousand names
 MATCH_WALL_S = 120  # where the processor is shared with much else
 # Python's matching cannot be interrupted, so all of it is tried in a process that can be ended.
 MATCH_ALL = f"""
