@@ -2,7 +2,7 @@
 
 PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
 `merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
-module at a time, its matrix and the float32 products that PEFT makes of it.
+module at a time: its matrix, and the float32 results of PEFT's matmuls.
 """
 
 import functools
@@ -38,8 +38,9 @@ def merge(
     """Write `model_dir` with the adapter merged into it as the new folder `out_dir`.
 
     It has the same shards, tensors and dtypes, and loads in plain transformers. `out_dir` appears
-    whole or not at all. OnnError if it exists already or the adapter does not fit or cannot be
-    merged.
+    only once it is complete. A leading ~ in any of the three is the home. ConfigError if `out_dir`
+    exists already, the disk is too full, or the adapter does not fit or cannot be merged;
+    ModelFolderError if `model_dir` cannot be read.
     """
     out_dir = Path(expand_home(out_dir))
     if out_dir.exists() or out_dir.is_symlink():
@@ -153,26 +154,30 @@ def _stored_dtype(model_folder: ModelFolder) -> torch.dtype:
     return model_folder.config.dtype or next(floating, torch.float32)
 
 
-def _make_placeholders(model: PreTrainedModel, whole: Sequence[str]) -> None:
-    """Parameters of one NaN each, seen as the whole shape; vectors and modules `whole` in full."""
+def _make_placeholders(model: PreTrainedModel, in_full_names: Sequence[str]) -> None:
+    """Give `model` parameters of one NaN each, expanded to their shapes.
+
+    Vectors, and the modules of `in_full_names`, which the adapter replaces, get all their memory.
+    """
     plan = model._get_dtype_plan(model.dtype)
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        in_full = any(f".{module_name}.".find(f".{name}.") >= 0 for name in whole)
+        in_full = any(f".{module_name}.".find(f".{name}.") >= 0 for name in in_full_names)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                kept = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
+                in_float32 = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
                 full = in_full or parameter.ndim < 2
                 shape = parameter.shape if full else (1,) * parameter.ndim
-                dtype = torch.float32 if kept else parameter.dtype
+                dtype = torch.float32 if in_float32 else parameter.dtype
                 values = torch.full(shape, torch.nan, dtype=dtype).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
 
 
 def _is_absent(parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is still a placeholder: nothing but NaN."""
     if parameter.untyped_storage().nbytes() == parameter.element_size():
         parameter = (
             parameter.flatten()[:1] if parameter.ndim < 2 else parameter[(0,) * parameter.ndim]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, write_json
 from onn_core.weights.default_model import prepare_default_model
@@ -18,7 +19,7 @@ from onn_core.weights.folder import INDEX_NAME
 from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
 from onn_core.weights.shards import write_tensors
 
-# A prime, so that the repeated block never lines up with a row of a matrix.
+# A prime, so that the start of a row never falls on the start of the repeated block twice.
 RANDOM_BLOCK_VALUES = 2**22 - 3
 
 
@@ -34,7 +35,9 @@ def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Pa
     if name == "smollm2" and out is None and layers is None:
         return default
     config = geometry(name, layers)
-    folder = out or cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
+    folder = (
+        Path(expand_home(out)) if out else cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
+    )
     if out is not None or not (folder / "tokenizer.json").is_file():
         write_random_model(folder, config)
         AutoTokenizer.from_pretrained(default).save_pretrained(folder)
@@ -63,7 +66,7 @@ def write_random_model(
     """
     from tqdm.auto import tqdm
 
-    folder = Path(folder)
+    folder = Path(expand_home(folder))
     model = empty_model(config, dtype)
     config = copy.deepcopy(config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
