@@ -1,5 +1,6 @@
 """A PEFT adapter folder: checked against a model before anything is allocated, then loaded."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -174,7 +175,8 @@ def load_adapter(
     """
     folder = expand_home(folder)
     config, copies = check_adapter(model_folder or model.model_folder, folder)
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+    room = tempfile.TemporaryDirectory() if copies else contextlib.nullcontext()
+    with room as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         try:
             return peft.PeftModel.from_pretrained(
