@@ -43,10 +43,10 @@ def train(arguments: argparse.Namespace) -> None:
     """Train a LoRA with the settings of a YAML file."""
     from onn_core.trainer import ChunkedLoraTrainer
 
-    settings = read_settings(arguments.config, arguments.changes)
-    record = ChunkedLoraTrainer(TrainConfig(**settings)).train(resume=arguments.resume)
+    config = TrainConfig(**read_settings(arguments.config, arguments.changes))
+    record = ChunkedLoraTrainer(config).train(resume=arguments.resume)
     print(f"{record.status} after {len(record.steps)} steps, loss {record.steps[-1].loss:.4f}")
-    print(Path(settings["output_dir"]) / "adapter")
+    print(Path(config.output_dir) / "adapter")
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -95,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     added = command(train)
     added.add_argument("config", type=Path, help="a YAML file of the settings of TrainConfig")
-    added.add_argument("changes", nargs="*", metavar="key=value", help="settings that go first")
-    added.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    added.add_argument(
+        "changes", nargs="*", metavar="key=value", help="settings that override the file's"
+    )
+    added.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     added = command(merge)
     for name, meaning in (("model", "the base"), ("adapter", "a PEFT"), ("out", "the new")):
         added.add_argument(f"{name}_dir", type=Path, help=f"{meaning} folder")

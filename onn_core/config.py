@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,49 @@ from onn_core.errors import ConfigError
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-UNITS_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+PREFIXES = "KMGT"  # of bytes: powers of 1000, or of 1024 with an "i" behind them
+SIZE_PATTERN = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([KMGT])(I?)B?|B)")
 
 
 def parse_bytes(size: int | float | str | None) -> int | None:
-    """Bytes of `size`: a number of bytes, or text such as "4GB" (10^9) or "4GiB" (2^30)."""
+    """Bytes of `size`: a number of bytes, or text such as "4GB", "4G" (10^9) or "1.5 GiB" (2^30).
+
+    None stays None. ConfigError for what is neither, or less than one byte.
+    """
     if size is None:
         return None
-    try:
-        if isinstance(size, str):
-            text = size.strip().upper().replace(" ", "")
-            number = text.rstrip("KMGIB")
-            size_bytes = float(number) * UNITS_BYTES[text[len(number) :] or "B"]
-        else:
-            size_bytes = float(size)
-        size_bytes = int(size_bytes)
-    except (KeyError, ValueError, TypeError, OverflowError):
-        size_bytes = 0
-    if size_bytes <= 0:
+    size_bytes = 0
+    if isinstance(size, str) and (match := SIZE_PATTERN.fullmatch(size.strip().upper())):
+        number, prefix, binary = match.groups()
+        power = PREFIXES.index(prefix) + 1 if prefix else 0
+        size_bytes = int(float(number) * (1024 if binary else 1000) ** power)
+    elif isinstance(size, int | float) and not isinstance(size, bool) and 0 < size < 2**63:
+        size_bytes = int(size)
+    if size_bytes < 1:
         raise ConfigError(
-            f'memory size {size!r} is not understood: write bytes or text like "4GB".'
+            f"memory size {size!r} is not understood: write text with its unit, such as "
+            '"4GB", "500M" or "1.5 GiB", or a number of bytes.'
         )
     return size_bytes
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of `dtype`, a torch.dtype or text: "bfloat16" of "bf16" and "torch.bfloat16"."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name)
+
+
+def expand_home(path: str | os.PathLike) -> str | os.PathLike:
+    """`path` with a leading "~" or "~user" as that home; ConfigError if it is not known."""
+    if not str(path).startswith("~"):
+        return path
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path} begins with a home directory that is not known here: write the whole path."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +66,17 @@ class TrainConfig:
     adapter: a PEFT folder to continue from; sparse_layers, target_modules and lora_rank, lora_alpha
         and lora_dropout are then its own.
     sparse_layers: the decoder layers that get adapters: "all", "ends:4", "last:8" or numbers.
-    target_modules: names of linear modules in a layer; None is all of them.
+    target_modules: names of linear modules in a layer; None or "all-linear" is all of them. The
+        experts of a mixture are usually no modules but three-dimensional parameters, which this
+        leaves out.
+    target_parameters: names of parameters in a layer that get adapters as well, such as
+        "mlp.experts.gate_up_proj"; lora_dropout must then be 0.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or "4GB"; plans what is not given. None keeps `chunk_size` layers resident.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
-    keep_checkpoints: how many of the last stay.
+    keep_checkpoints: how many of the newest checkpoints are retained.
     verify_weights: hash every streamed piece and compare it with what it was at first; else a
         changed shard is told by its size and modification time alone.
     packing: put short rows together into samples of max_length; attention stays within each row.
@@ -69,7 +95,8 @@ class TrainConfig:
     lora_rank: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: Sequence[str] | None = None
+    target_modules: str | Sequence[str] | None = None
+    target_parameters: str | Sequence[str] | None = None
     lora_dtype: str = "float32"
     # streaming
     chunk_size: int = 1
@@ -110,18 +137,23 @@ class TrainConfig:
                 continue
             if not isinstance(value, str | os.PathLike) or not str(value):
                 raise ConfigError(f"{name} must be a path, not {value!r}.")
-            object.__setattr__(self, name, str(value))
+            self._set(name, str(expand_home(value)))
+        if self.target_modules == "all-linear":
+            self._set("target_modules", None)
+        for name in ("target_modules", "target_parameters"):
+            self._set(name, _names(name, getattr(self, name)))
+        self._set("dtype", dtype_name(self.dtype))
         for name in (
             *("lora_rank", "chunk_size", "batch_size", "max_steps", "gradient_accumulation_steps"),
             *("max_length", "eval_samples", "keep_checkpoints"),
         ):
-            _require_integer(name, getattr(self, name), 1)
+            require_integer(name, getattr(self, name), 1)
         for name in ("warmup_steps", "eval_every", "seed", "shuffle_targets", "checkpoint_every"):
-            _require_integer(name, getattr(self, name), 0)
+            require_integer(name, getattr(self, name), 0)
         if self.eval_batch_size is not None:
-            _require_integer("eval_batch_size", self.eval_batch_size, 1)
+            require_integer("eval_batch_size", self.eval_batch_size, 1)
         if self.micro_batch_size is not None:
-            _require_integer("micro_batch_size", self.micro_batch_size, 1)
+            require_integer("micro_batch_size", self.micro_batch_size, 1)
             if self.micro_batch_size > self.batch_size:
                 raise ConfigError(
                     f"micro_batch_size {self.micro_batch_size} is larger than batch_size "
@@ -140,9 +172,13 @@ class TrainConfig:
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
-        if isinstance(self.target_modules, str):
-            raise ConfigError('target_modules must be a list of names such as ["q_proj"], or None.')
+        if self.target_parameters and self.lora_dropout:
+            raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
         parse_bytes(self.memory_budget)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set a field of this frozen object while it is made."""
+        object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -173,9 +209,22 @@ def _is_dataset(value: Any) -> bool:
     return hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
-def _require_integer(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name} must be a whole number of at least {at_least}, not {value!r}.")
+def _names(field: str, value: Any) -> list[str] | None:
+    """The list of names that a setting gives as one text or several; ConfigError for another."""
+    if value is None:
+        return None
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(f'{field} must be names such as ["q_proj"], or None, not {value!r}.')
+    return list(names)
+
+
+def require_integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> None:
+    """ConfigError, naming the setting `name`, unless `value` is a whole number within bounds."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        bounds = f"at least {at_least}" if at_most is None else f"{at_least} to {at_most}"
+        raise ConfigError(f"{name} must be a whole number of {bounds}, not {value!r}.")
 
 
 def _require_number(

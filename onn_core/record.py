@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import tempfile
+import types
+import typing
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -80,13 +82,10 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RunRecord":
-        """The record whose `to_dict` gave `fields`."""
-        for name in ("config", "model", "data", "environment"):
-            if not isinstance(fields.get(name, {}), dict):
-                raise TypeError(f"{name} is no object")
-        steps = [StepRecord(**_numbers(step)) for step in fields["steps"]]
-        evals = [EvalRecord(**_numbers(done)) for done in fields["evals"]]
-        return cls(**fields | {"steps": steps, "evals": evals})
+        """The record whose `to_dict` gave `fields`; TypeError or ValueError if it gave others."""
+        steps = [_checked(StepRecord(**_numbers(step))) for step in fields["steps"]]
+        evals = [_checked(EvalRecord(**_numbers(done))) for done in fields["evals"]]
+        return _checked(cls(**fields | {"steps": steps, "evals": evals}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunRecord":
@@ -98,10 +97,14 @@ def read_json(
     path: str | os.PathLike,
     build: Callable[[dict[str, Any]], T],
     what: str,
-    mend: str,
+    advice: str,
     schema_version: int = SCHEMA_VERSION,
 ) -> T:
-    """What `build` makes of the JSON in `path`; OnnError, with `mend`, if it is not `what`."""
+    """What `build` makes of the JSON in `path`.
+
+    OnnError, which says what the file should be and gives `advice`, if it cannot be read or has
+    another schema version.
+    """
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
         if fields["schema_version"] != schema_version:
@@ -110,7 +113,7 @@ def read_json(
             )
         return build(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OnnError(f"{path} is not {what} ({error}): {mend}.") from error
+        raise OnnError(f"{path} is not {what} ({error}): {advice}.") from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -119,9 +122,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def cache_dir() -> Path:
-    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onn"
-    return Path(os.environ.get("ONN_CACHE") or cache).expanduser()
+    """$ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; OnnError if there is no home."""
+    try:
+        if cache := os.environ.get("ONN_CACHE"):
+            return Path(cache).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onn"
+    except RuntimeError as error:  # a container's unknown user without $HOME
+        raise OnnError(
+            "this user has no home directory for the cache: set ONN_CACHE to a folder."
+        ) from error
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
@@ -200,6 +209,25 @@ def _processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _checked(record: T) -> T:
+    """The dataclass `record`, whose values have their fields' types; TypeError if not."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        kind = typing.get_origin(field.type) or field.type
+        if field.type == dict[str, float]:
+            values, kind = list(value.values()), float
+        else:
+            values = [value]
+        if kind is types.UnionType:  # float | None
+            values, kind = [own for own in values if own is not None], float
+        for own in values:
+            fits = isinstance(own, int | float if kind is float else kind)
+            negative = kind is int and fits and own < 0  # all whole numbers here are counts
+            if not fits or negative or isinstance(own, bool) != (kind is bool):
+                raise TypeError(f"{field.name} is {str(own)[:100]!r}")
+    return record
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,13 @@ from typing import Any
 import torch
 
 from onn_core import data
-from onn_core.adapters.lora import add_adapter, count_trainable, trained_layers
-from onn_core.config import TrainConfig
+from onn_core.adapters.lora import (
+    add_adapter,
+    count_trainable,
+    describe_experts,
+    trained_layers,
+)
+from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -20,7 +25,7 @@ from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environm
 from onn_core.run.checkpoints import require_writable
 from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
-from onn_core.run.resume import RunKeeper, TrainingState, describe_run
+from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop
 from onn_core.streaming.loading import from_pretrained
@@ -98,7 +103,7 @@ class ChunkedLoraTrainer:
         )
         state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
         run = describe_run(config, self.base.model_folder, [*self.train_set, *self.held_out])
-        self.keeper = RunKeeper(config, self.model, state, run, digests)
+        self.saver = RunSaver(config, self.model, state, run, digests)
         self.record = RunRecord(
             config=config.without_paths(),
             model={
@@ -108,7 +113,8 @@ class ChunkedLoraTrainer:
                 "trained_layers": trained_layers(self.base),
                 "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
-                "dtype": str(self.base.dtype).removeprefix("torch."),
+                "dtype": dtype_name(self.base.dtype),
+                **describe_experts(self.base),
             },
             data=corpus.facts,
             environment=describe_environment(self.device),
@@ -123,18 +129,18 @@ class ChunkedLoraTrainer:
         at once. NonFiniteError names the layer.
         """
         self.setup()
-        record = self.record = self.keeper.begin(self.record, resume)
+        record = self.record = self.saver.begin(self.record, resume)
         reset_peak_memory(self.device)
         with self.stop:
             try:
                 self._run(record)
                 record.status = "finished"
-                self.keeper.save(record)
+                self.saver.save(record)
             except BaseException as error:
                 if isinstance(error, Exception):  # perhaps for memory: saving needs some
                     self.base.close()
                 if not self.stop.at_once:
-                    self.keeper.save_stopped(record, error)
+                    self.saver.save_stopped(record, error)
                 raise
             finally:
                 self.base.close(0 if self.stop.at_once else CLOSE_S)
@@ -151,7 +157,7 @@ class ChunkedLoraTrainer:
             for step in range(n_done, config.max_steps + 1):
                 if step > n_done:
                     record.steps.append(self._step(step, next(batches)))
-                    self.keeper.step_finished()
+                    self.saver.step_finished()
                 self._evaluate_if_due(record, started)
                 record.wall_s = time.perf_counter() - started
                 if step == n_done:
@@ -161,7 +167,7 @@ class ChunkedLoraTrainer:
                 peak = peak_memory_bytes(self.device, self._memory_before)
                 record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
                 self.on_step(record)
-                self.keeper.save_if_due(record)
+                self.saver.save_if_due(record)
                 self.stop.check()
 
     # --- one optimizer step -----------------------------------------------------------------
@@ -193,7 +199,7 @@ class ChunkedLoraTrainer:
                     f"{step - 1} is saved: lower learning_rate, or use bfloat16, float32 adapters "
                     "or loss_scale."
                 )
-            self.keeper.whole = False  # until the step is finished
+            self.saver.whole = False  # until the step is finished
             return finite
 
         loss, grad_norm = optimizer_step(

@@ -12,7 +12,7 @@ from small import trainer
 
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
-from onn_core.run.resume import RunKeeper
+from onn_core.run.resume import RunSaver
 from onn_core.streaming.recompute import Call, Visit
 from onn_core.trainer import ChunkedLoraTrainer
 from onn_core.weights.reader import DirectFiles
@@ -23,7 +23,7 @@ PHASES = {
     "optimizer": (torch.optim.AdamW, "step"),
     "evaluation": (ChunkedLoraTrainer, "evaluate"),
     "checkpoint": (Checkpoints, "save"),
-    "end": (RunKeeper, "save"),
+    "end": (RunSaver, "save"),
 }
 
 

@@ -15,6 +15,7 @@ from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with
 
 import onn_core
 from onn_core.adapters.folder import load_adapter
+from onn_core.adapters.lora import add_adapter, describe_experts, trained_layers
 from onn_core.errors import OnnError
 from onn_core.weights.random_model import write_random_model
 
@@ -193,6 +194,45 @@ def test_an_adapter_that_begins_as_nan_is_refused():
         step(model, toy_batch())
 
 
+# ---- experts of mixtures
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+def expert_settings(**changes):
+    fixed = {"model_dir": "m", "data": "d", "output_dir": "o", "target_modules": ["q_proj"]}
+    return onn_core.TrainConfig(**fixed | {"sparse_layers": [1, 3]} | changes)
+
+
+def test_experts_that_are_left_out_are_told():
+    for family, expected in (("mixtral", {"untrained_experts": EXPERTS}), ("llama", {})):
+        model = streamed(toy_dir(family))
+        add_adapter(model, expert_settings(sparse_layers="all", target_modules=None))
+        assert describe_experts(model) == expected
+    model = streamed(toy_dir("mixtral"))
+    add_adapter(model, expert_settings(sparse_layers="all", target_parameters="gate_up_proj"))
+    assert describe_experts(model) == {"untrained_experts": EXPERTS[:1]}
+
+
+def test_experts_are_trained_in_the_layers_that_were_chosen_as_peft_does():
+    settings = expert_settings(target_parameters=["experts.gate_up_proj", EXPERTS[0]])
+    models = [add_adapter(load(toy_dir("mixtral")), settings) for load in (streamed, in_memory)]
+    for model in models:
+        assert trained_layers(model.get_base_model()) == [1, 3]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # which begins as zero, so that lora_A would have no gradient
+                torch.nn.init.ones_(parameter.data)
+    found, expected = (step(model, toy_batch()) for model in models)
+    assert len(expected[1]) == 2 * 2 * 3
+    assert_same(found, expected)
+
+
+def test_target_parameters_that_match_nothing_are_refused():
+    for family, message in (("mixtral", "choose among mlp.experts.down_proj"), ("llama", "None")):
+        with pytest.raises(OnnError, match=f"'experts.up' match no matrix .*{message}"):
+            add_adapter(streamed(toy_dir(family)), expert_settings(target_parameters="experts.up"))
+
+
 # ---- adapter folders that cannot be used
 
 
@@ -232,10 +272,12 @@ BAD_FOLDERS = {
     "huge rank": (lambda f: edited(f, r=10**12), "does not fit|is not an adapter"),
     "no rank": (lambda f: edited(f, r="x"), "is not an adapter"),
     "rank -1": (lambda f: edited(f, r=-1), "is not an adapter"),
-    "slow pattern": (lambda f: edited(f, target_modules="(a+)+$"), "too long to match"),
+    "slow pattern": (lambda f: edited(f, target_modules=r"([\w.]+)+!"), "too long to match"),
     "slow rank pattern": (lambda f: edited(f, rank_pattern={"(.*)*x": 2}), "too long to match"),
-    "pattern a list": (lambda f: edited(f, target_modules=[["q_proj"]]), "too long to match"),
-    "pattern a number": (lambda f: edited(f, rank_pattern=3.5), "too long to match"),
+    "slow module to save": (lambda f: edited(f, modules_to_save=["(.*)*x"]), "too long to match"),
+    "pattern that is none": (lambda f: edited(f, target_modules="(q_proj*"), "is invalid"),
+    "pattern a list": (lambda f: edited(f, target_modules=[["q_proj"]]), "no text or too long"),
+    "pattern a number": (lambda f: edited(f, rank_pattern=3.5), "no text or too long"),
     "no such module": (lambda f: edited(f, target_modules=["nowhere"]), "is not an adapter"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "pickles"),
     "tensor missing": (with_tensors(fewer), "does not fit"),
@@ -255,6 +297,60 @@ def test_bad_adapter_folder_is_refused(build, message, tmp_path):
     with pytest.raises(OnnError, match=message):
         onn_core.merge(base, adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+UNSLOTH = (  # as its get_peft_regex writes it
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": UNSLOTH},
+        {"target_modules": r".*\.(?:q|v)_proj", "rank_pattern": {r"layers\.[13]\..*": 2}},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r"(?:.*\.)+1\..*q_proj"},
+    ],
+    ids=["unsloth", "ranks", "exclude"],
+)
+def test_adapters_with_regular_expressions_are_those_of_peft(settings, tmp_path):
+    base = toy_dir("llama")
+    adapter = saved_adapter(base, tmp_path / "adapter", **settings)
+    models = [
+        load_adapter(streamed(base), adapter, trainable=True),
+        peft.PeftModel.from_pretrained(in_memory(base), adapter, is_trainable=True),
+    ]
+    assert_same(*(step(model.train(), toy_batch()) for model in models))
+    assert_merges_like_peft(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"target_modules": ["q_proj"]}],
+    ids=["targeted", "untouched"],
+)
+def test_embeddings_saved_with_an_adapter_are_compared_with_the_models_own(settings, tmp_path):
+    base = toy_dir("llama")
+    adapter = saved_adapter(base, tmp_path / "adapter", **settings)
+    plain = load_file(adapter / "adapter_model.safetensors")
+    with_lora(in_memory(base), **settings).save_pretrained(adapter, save_embedding_layers=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    copies = sorted(saved.keys() - plain.keys())
+    assert len(copies) == 2
+    save_file(saved | plain, adapter / "adapter_model.safetensors")
+    models = [
+        load_adapter(streamed(base), adapter, trainable=True),
+        peft.PeftModel.from_pretrained(in_memory(base), adapter, is_trainable=True),
+    ]
+    assert_same(*(step(model.train(), toy_batch()) for model in models))
+    assert_merges_like_peft(base, adapter, tmp_path / "out")
+    saved[copies[0]][-1, -1] += 1
+    save_file(saved, adapter / "adapter_model.safetensors")
+    with pytest.raises(OnnError, match="its values are not those of the model folder"):
+        load_adapter(streamed(base), adapter)
 
 
 def test_adapter_of_another_model_is_refused(tmp_path):

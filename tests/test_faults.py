@@ -168,7 +168,7 @@ def test_disk_full(n_free, after, small, whole, disk):
     with pytest.raises(OnnError, match="cannot be written .*No space left.*make room.*resume=True"):
         made.train()
     require_nothing_half_written(disk / "out")
-    assert [path.name for path in made.keeper.checkpoints.paths()]
+    assert [path.name for path in made.saver.checkpoints.paths()]
     filler.unlink()
     trainer(small, disk / "out").train(resume=True)
     require_equal(disk / "out", whole)
@@ -210,7 +210,7 @@ def test_the_clock_is_set_back(small, whole, tmp_path, monkeypatch):
     def set_back(record):
         if len(record.steps) == 3:
             monkeypatch.setattr("time.time", lambda: 0.0)
-            for path in made.keeper.checkpoints.paths():
+            for path in made.saver.checkpoints.paths():
                 os.utime(path, (2e9, 2e9))
         if len(record.steps) == 5:
             raise RuntimeError("planted")
@@ -218,7 +218,7 @@ def test_the_clock_is_set_back(small, whole, tmp_path, monkeypatch):
     made.on_step = set_back
     with pytest.raises(RuntimeError, match="planted"):
         made.train()
-    os.utime(made.keeper.checkpoints.paths()[-1], (0, 0))
+    os.utime(made.saver.checkpoints.paths()[-1], (0, 0))
     resumed = trainer(small, tmp_path)
     started = []
     resumed.on_step = lambda record: started.append(len(record.steps))

@@ -199,3 +199,10 @@ def test_command_wants_a_folder(smollm2_dir):
     default = subprocess.run(run, **settings, env=os.environ, check=True)
     assert default.stdout.strip() == str(smollm2_dir)
     assert "--out" in subprocess.run([*run, "phi-4"], **settings).stderr
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ONN_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(ModelFolderError, match="cannot be written .*set ONN_CACHE"):
+        default_model.prepare_default_model()

@@ -1,5 +1,6 @@
 """A resumed run is equal, bit for bit, to one that was never stopped."""
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from small import numbers, require_equal, trainer, write_small
 
 import onn_core
 from onn_core.errors import NonFiniteError, OnnError
-from onn_core.run.checkpoints import Checkpoints
+from onn_core.run.checkpoints import Checkpoints, require_state
 
 
 class Ended(BaseException):
@@ -56,7 +57,7 @@ def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
 
         stream.enter = count
         if error is Ended:
-            made.keeper.save_stopped = lambda *_: None
+            made.saver.save_stopped = lambda *_: None
 
     made.setup = setup_and_count
     with pytest.raises(error) as raised:
@@ -115,7 +116,7 @@ def test_ctrl_c_saves_the_last_finished_step_and_says_how_to_go_on(
     n_done = len(made.record.steps)
     done = f"stopped after step {n_done} of 7"
     assert str(error) == f"{done}: train(resume=True) continues from there"
-    assert made.keeper.checkpoints.paths()[-1].name == f"step-{n_done:08d}"
+    assert made.saver.checkpoints.paths()[-1].name == f"step-{n_done:08d}"
     assert onn_core.RunRecord.load(tmp_path / "record.json").status == "stopped: KeyboardInterrupt"
     resumed = trainer(small, tmp_path).train(resume=True)
     assert len(resumed.steps) == 7
@@ -279,7 +280,7 @@ def test_a_run_that_became_nan_keeps_the_last_good_state(small, tmp_path):
     made = trainer(small, tmp_path, **bad)
     with pytest.raises(NonFiniteError):
         made.train()
-    state = load_file(made.keeper.checkpoints.paths()[-1] / "state.safetensors")
+    state = load_file(made.saver.checkpoints.paths()[-1] / "state.safetensors")
     assert all(torch.isfinite(values.float()).all() for values in state.values())
 
 
@@ -348,3 +349,57 @@ def test_every_guarantee_in_the_readme_names_a_test_that_is_there():
     for file, name in named:
         text = (tests / file).read_text() if file else text
         assert f"def {name}(" in text
+
+
+BAD_STATES = {
+    "an interval that is no whole number": ({"growth_interval": 3.5}, "growth_interval 3.5"),
+    "a negative interval": ({"growth_interval": -2000}, "growth_interval -2000"),
+    "a tracker below zero": ({"_growth_tracker": -1}, "_growth_tracker -1"),
+    "a scale of zero": ({"scale": 0}, "scale 0"),
+    "a scale that is text": ({"scale": "65536"}, "scale 65536"),
+    "a scale that is true": ({"scale": True}, "scale True"),
+    "a factor that shrinks": ({"growth_factor": 0.5}, "growth_factor 0.5"),
+    "a field of another scaler": ({"other": 1}, "other fields"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_of_other_types_or_signs_is_refused(changes, message, whole):
+    saved = Checkpoints(whole, 2).load()
+    state = json.loads((saved.path / "state.json").read_text())
+    require_state(state)
+    with pytest.raises(ValueError, match=message):
+        require_state(state | {"scaler": state["scaler"] | changes})
+    with pytest.raises(ValueError, match="lacks settings"):
+        require_state(state | {"settings": []})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: next(iter(t.items()))[1].unsqueeze(0), "has shape"),
+        (lambda t: next(iter(t.items()))[1].to(torch.int32), "torch.int32"),
+        (lambda t: None, "lacks some tensors"),
+    ],
+    ids=["shape", "dtype", "missing"],
+)
+def test_an_optimizer_state_that_does_not_fit_is_refused(change, message, small, whole, tmp_path):
+    made = trainer(small, tmp_path)
+    made.setup()
+    saved = Checkpoints(whole, 2).load()
+    name = next(name for name in saved.tensors if name.startswith("exp_avg/"))
+    values = change({name: saved.tensors.pop(name)})
+    saved.tensors |= {} if values is None else {name: values}
+    with pytest.raises(OnnError, match=f"does not fit this model .*{message}"):
+        made.saver.state.restore(saved.tensors, saved.state["scaler"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": [1.0]}, {"tokens": -1}, {"tokens": 1.5}, {"skipped": 1}, {"step": True}]
+)
+def test_a_record_of_other_types_is_refused(changes, whole, tmp_path):
+    record = json.loads((whole / "record.json").read_text())
+    record["steps"][1] |= changes
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(OnnError, match=f"is not a run record .*{next(iter(changes))} is"):
+        onn_core.RunRecord.load(tmp_path / "record.json")

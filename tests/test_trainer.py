@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_refused_before_any_step(
         *(("chunk_size", 0), ("batch_size", 0), ("lora_rank", 0), ("lora_rank", True)),
         *(("micro_batch_size", 9), ("lora_dropout", 1.0), ("learning_rate", float("nan"))),
         *(("memory_budget", "lots"), ("lr_schedule", "steps"), ("dtype", "int8")),
-        *(("loss_scale", "often"), ("target_modules", "q_proj"), ("model_dir", "")),
+        *(("loss_scale", "often"), ("target_modules", [3]), ("model_dir", "")),
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):

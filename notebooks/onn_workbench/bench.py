@@ -52,7 +52,6 @@ def measure_ceilings(
     stored, dtype = items[0].dtype, model.dtype
     del model
     paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
-    model_folder.close()
     on_cuda = where.type == "cuda"
     into_bytes = {"into_bytes": 0} if on_cuda else {}  # on its way to the device
     return Ceilings(
@@ -68,9 +67,7 @@ def add_limits(rows: list[dict[str, Any]], ceilings: Ceilings, model_dir: str) -
     A layer whose graph is resident is not recomputed. "percent_recomputed" is of the limit of a
     step in which all are: 6 P n.
     """
-    model_folder = ModelFolder.open(model_dir)
-    sizes = model_folder.config
-    model_folder.close()
+    sizes = ModelFolder.open(model_dir).config
     hidden, head_dim = sizes.hidden_size, sizes.hidden_size // sizes.num_attention_heads
     layer = hidden * (2 * hidden + 2 * sizes.num_key_value_heads * head_dim)
     layer += 3 * hidden * sizes.intermediate_size

@@ -42,7 +42,6 @@ class Outline:
                 shapes, PROBE_TOKENS, model.dtype, model.device, stored=units[0][0].dtype
             ),
         }
-        model.model_folder.close()
 
     def predict(self, config: TrainConfig) -> dict[str, Any]:
         """What `estimate.predict` says of steps of full samples.

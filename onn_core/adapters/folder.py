@@ -1,33 +1,80 @@
 """A PEFT adapter folder: checked against a model before anything is allocated, then loaded."""
 
+import contextlib
 import json
 import os
-import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from onn_core.config import expand_home
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.streaming.loading import skeleton
-from onn_core.weights.folder import ModelFolder, read_tensor_index
+from onn_core.weights.folder import ModelFolder
+from onn_core.weights.formats import find_sources
+from onn_core.weights.shards import read_tensor_index
 
 MAX_CONFIG_BYTES = 1 << 20
-SOUND_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # they leave the base as it is
-REFUSED = (  # they change the base model, or import a module that the file names
+# The starts of an adapter that leave the base model as it is.
+UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva")
+# Settings that change the base model, or import a module that the file names.
+REFUSED = (
     *("megatron_config", "layer_replication", "loftq_config", "corda_config", "lora_ga_config"),
     *("arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora", "velora_config"),
     *("monteclora_config", "kasa_config"),
 )
-PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+# The settings that PEFT matches against the names of modules -> the regular expression it makes of
+# each. Lists of target_modules and exclude_modules are compared as plain text.
+PATTERNS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+PLAIN_LISTS = ("target_modules", "exclude_modules")
+MAX_PATTERN_LENGTH = 10_000
+MATCH_CPU_S = 2  # Unsloth's patterns take milliseconds on a thousand names
+MATCH_WALL_S = 120  # where the processor is shared with much else
+# Python's matching cannot be interrupted, so all of it is tried in a process that can be ended.
+MATCH_ALL = f"""
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({MATCH_CPU_S}, {MATCH_CPU_S}))
+except ImportError:
+    pass
+patterns, names = json.load(sys.stdin)
+try:
+    for pattern in patterns:
+        compiled = re.compile(pattern)
+        for name in names:
+            compiled.fullmatch(name), compiled.match(name)
+except (re.error, RecursionError, OverflowError, MemoryError) as error:
+    sys.exit(f"{{type(error).__name__}}: {{error}}"[:200])
+"""
+COMPARED_ROWS = 4096  # of an embedding, at a time
 
 
 def read_adapter(folder: str | os.PathLike) -> peft.LoraConfig:
-    """The configuration of a LoRA adapter; ConfigError if the folder has none that is supported."""
+    """The configuration of a LoRA adapter; ConfigError if the folder has none that is supported.
+
+    Its patterns are only safe to match once `check_adapter` has tried them.
+    """
+    folder = expand_home(folder)
     path = Path(folder) / CONFIG_NAME
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -47,15 +94,19 @@ def read_adapter(folder: str | os.PathLike) -> peft.LoraConfig:
                 f"{path} sets {name}, which is not supported: use plain LoRA or DoRA."
             )
     start = fields.get("init_lora_weights", True)
-    if start not in SOUND_STARTS:
+    if start not in UNCHANGED_BASE:
         raise ConfigError(
             f"{path} says init_lora_weights {start!r}, which changes the base model: save the "
             "adapter again with path_initial_model_for_weight_conversion."
         )
     for name in PATTERNS:
-        value = fields.get(name) or []
-        for pattern in value if isinstance(value, list | dict) else [value]:
-            _require_plain_pattern(pattern, path, name)
+        values = fields.get(name) or []
+        for value in values if isinstance(values, list | dict) else [values]:
+            if not isinstance(value, str) or not value or len(value) > MAX_PATTERN_LENGTH:
+                raise ConfigError(
+                    f"{path} has a pattern in {name} that is no text or too long: list the "
+                    "modules by name."
+                )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -64,10 +115,14 @@ def read_adapter(folder: str | os.PathLike) -> peft.LoraConfig:
         raise _unfit(folder, error) from error
 
 
-def check_adapter(model_folder: ModelFolder, folder: str | os.PathLike) -> peft.LoraConfig:
+def check_adapter(
+    model_folder: ModelFolder, folder: str | os.PathLike
+) -> tuple[peft.LoraConfig, list[str]]:
     """The adapter's configuration, once its tensors are those that it needs on this model.
 
     Names and shapes are compared with the adapter made on the meta device: nothing is allocated.
+    Also returns the names of tensors that are copies of the model's own, as PEFT writes them with
+    save_embedding_layers: they need not be loaded. ConfigError if anything else does not fit.
     """
     config = read_adapter(folder)
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
@@ -75,6 +130,7 @@ def check_adapter(model_folder: ModelFolder, folder: str | os.PathLike) -> peft.
         raise ConfigError(f"{folder} has no {path.name}; pickles are not loaded.")
     stored = {entry.name: entry.shape for entry in read_tensor_index(path)}
     model = skeleton(model_folder, torch.float32, torch.device("cpu"))
+    _require_quick_patterns(config, folder, [name for name, _ in model.named_modules()])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,18 +139,15 @@ def check_adapter(model_folder: ModelFolder, folder: str | os.PathLike) -> peft.
     except Exception as error:
         raise _unfit(folder, error) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
-    for name in sorted(shapes.keys() | stored.keys()):
-        if name not in shapes and name.endswith(".base_layer.weight"):
-            raise ConfigError(
-                f"{folder} holds a matrix of the base model as well ({name[:200]}): save the "
-                "adapter with save_embedding_layers=False."
-            )
+    copies = [name for name in stored if name not in shapes and _names_a_base_matrix(name)]
+    _require_copies(model_folder, path, copies)
+    for name in sorted(shapes.keys() | stored.keys() - set(copies)):
         if shapes.get(name) != stored.get(name):
             raise ConfigError(
                 f"{folder} does not fit this model: {name[:200]} has shape {stored.get(name)} in "
                 f"the file and should have {shapes.get(name)}: use the model it was trained on."
             )
-    return read_adapter(folder)  # afresh: the one above is bound to the meta model
+    return read_adapter(folder), copies  # afresh: the one above is bound to the meta model
 
 
 def load_adapter(
@@ -105,35 +158,120 @@ def load_adapter(
     trainable: bool = False,
     float32: bool = True,
 ) -> peft.PeftModel:
-    """`model` with the LoRA adapter of a PEFT folder; ConfigError if it does not fit.
+    """`model` with the LoRA or DoRA adapter of a PEFT folder, as `peft.PeftModel`.
 
-    model_folder: that of `model`, unless it is a streamed one. float32: adapters in float32,
-    whatever the model's dtype; else in the model's.
+        model = onn_core.from_pretrained("~/models/phi-4")
+        model = onn_core.load_adapter(model, "runs/first/adapter")
+        model.generate(...)
+
+    folder: what `save_pretrained` of PEFT, or a run of `ChunkedLoraTrainer`, wrote; a leading ~ is
+    the home. trainable: to train it further; else it is frozen, for evaluation. float32: whether
+    the adapter is held in float32 whatever the model's dtype, as PEFT does, or in the model's.
+    model_folder: only for a model that `onn_core.from_pretrained` did not make: the opened folder
+    of its weights.
+
+    The folder is checked before anything is allocated: ConfigError says what does not fit, and
+    ModelFolderError that its weights are damaged.
     """
-    config = check_adapter(model_folder or model.model_folder, folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    folder = expand_home(folder)
+    config, copies = check_adapter(model_folder or model.model_folder, folder)
+    room = tempfile.TemporaryDirectory() if copies else contextlib.nullcontext()
+    with room as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        try:
             return peft.PeftModel.from_pretrained(
                 model,
-                folder,
+                _without_copies(Path(folder), copies, Path(temporary)) if copies else folder,
                 config=config,
                 is_trainable=trainable,
                 autocast_adapter_dtype=float32,
             )
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise _unfit(folder, error) from error
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise _unfit(folder, error) from error
 
 
-def _require_plain_pattern(pattern: Any, path: Path, name: str) -> None:
-    """A regular expression that is short to match, whatever the names."""
-    text = pattern if isinstance(pattern, str) else ""
-    repeated_groups = re.search(r"\)\s*[*+{]", text)
-    if not text or repeated_groups or len(re.findall(r"[*+{]", text)) > 3 or len(text) > 10_000:
-        raise ConfigError(
-            f"{path} has a pattern in {name} that is no text or may take too long to match: list "
-            "the modules by name."
+def _require_quick_patterns(
+    config: peft.LoraConfig, folder: str | os.PathLike, names: list[str]
+) -> None:
+    """ConfigError if a pattern of `config` is invalid or takes too long to match with `names`."""
+    patterns = []
+    for field, form in PATTERNS.items():
+        values = getattr(config, field) or []
+        if isinstance(values, str):
+            values = [values]
+        elif field in PLAIN_LISTS:
+            continue
+        patterns += [form.replace("{}", value) for value in values]
+    if not any(character in pattern for pattern in patterns for character in "*+{"):
+        return
+    problem = "takes too long to match"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", MATCH_ALL],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            text=True,
+            timeout=MATCH_WALL_S,
         )
+        if done.returncode == 0:
+            return
+        problem = f"is invalid ({done.stderr.strip()[-200:]})" if done.returncode == 1 else problem
+    except subprocess.TimeoutExpired:
+        pass
+    raise ConfigError(
+        f"{folder} has a pattern in {', '.join(PATTERNS)} that {problem}: list the modules by name."
+    )
+
+
+def _names_a_base_matrix(name: str) -> bool:
+    """Whether `name`, of a tensor in an adapter, may be that of an embedding or a head."""
+    inside = any(part in name for part in (".lora_", ".modules_to_save.", ".original_module."))
+    return name.endswith(".weight") and not inside
+
+
+def _base_name(name: str) -> str:
+    """The name in the base model of a tensor that PEFT saved with an adapter."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _require_copies(model_folder: ModelFolder, path: Path, names: list[str]) -> None:
+    """ConfigError unless the tensors `names` of an adapter have the values of the model folder."""
+    if not names:
+        return
+    sources = find_sources(skeleton(model_folder, torch.float32, torch.device("cpu")), model_folder)
+    with safe_open(path, "pt") as file:
+        for name in names:
+            source, values = sources.get(_base_name(name)), file.get_slice(name)
+            if (
+                source is None
+                or source.convert is not None
+                or tuple(values.get_shape()) != source.entry.shape
+                or not _are_equal(values, model_folder, source.entry.name, source.entry.shape[0])
+            ):
+                raise ConfigError(
+                    f"{path.parent} holds a matrix of the base model as well ({name[:200]}), and "
+                    "its values are not those of the model folder: use the model it was trained "
+                    "on, or save the adapter with save_embedding_layers=False."
+                )
+
+
+def _are_equal(values: Any, model_folder: ModelFolder, name: str, n_rows: int) -> bool:
+    """Whether a safetensors slice has the values of the tensor `name`, compared by rows."""
+    for start in range(0, n_rows, COMPARED_ROWS):
+        stop = min(start + COMPARED_ROWS, n_rows)
+        own = model_folder.read_rows(name, torch.arange(start, stop))
+        if not torch.equal(values[start:stop].to(torch.float64), own.to(torch.float64)):
+            return False
+    return True
+
+
+def _without_copies(folder: Path, copies: Iterable[str], temporary: Path) -> Path:
+    """The adapter of `folder` in the folder `temporary`, without the tensors `copies`."""
+    shutil.copyfile(folder / CONFIG_NAME, temporary / CONFIG_NAME)
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in set(file.keys()) - set(copies)}
+    save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME)
+    return temporary
 
 
 def _unfit(folder: str | os.PathLike, error: Exception) -> ConfigError:

@@ -2,16 +2,14 @@
 
 PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
 `merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
-module at a time, its matrix and the float32 products that PEFT makes of it.
+module at a time: its matrix, and the float32 results of PEFT's matmuls.
 """
 
 import functools
-import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onn_core.adapters.folder import load_adapter, read_adapter
-from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.config import expand_home
+from onn_core.errors import ConfigError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
-from onn_core.weights.folder import DTYPES, INDEX_NAME, PICKLE_SUFFIXES, ModelFolder, TensorEntry
+from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources
+from onn_core.weights.shards import TensorEntry, write_tensors
 
-COPY_BYTES = 8 << 20  # one read
+COPY_BYTES = 8 << 20  # read and written at a time
 NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def merge(
@@ -39,40 +38,36 @@ def merge(
     """Write `model_dir` with the adapter merged into it as the new folder `out_dir`.
 
     It has the same shards, tensors and dtypes, and loads in plain transformers. `out_dir` appears
-    whole or not at all. OnnError if it exists already or the adapter does not fit or cannot be
-    merged.
+    only once it is complete. A leading ~ in any of the three is the home. ConfigError if `out_dir`
+    exists already, the disk is too full, or the adapter does not fit or cannot be merged;
+    ModelFolderError if `model_dir` cannot be read.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(expand_home(out_dir))
     if out_dir.exists() or out_dir.is_symlink():
         raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
     model_folder = ModelFolder.open(model_dir)
-    try:
-        merged = _Merged(model_folder, adapter_dir)
-        n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
-        with new_folder(out_dir) as temporary:
-            if n_bytes > shutil.disk_usage(temporary).free:
-                raise ConfigError(
-                    f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
-                    f"{out_dir} has free: free some space or choose another folder."
-                )
-            shards: dict[Path, list[TensorEntry]] = {}
-            for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
-                shards.setdefault(entry.path, []).append(entry)
-            for path, entries in shards.items():
-                _write_shard(temporary / path.name, entries, merged)
-            for path in sorted(Path(model_dir).iterdir()):
-                wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
-                if wanted and path.is_file() and not path.name.startswith("."):
-                    shutil.copyfile(path, temporary / path.name)
-            if len(shards) > 1 or next(iter(shards)).name != "model.safetensors":
-                weight_map = {
-                    entry.name: entry.path.name for entry in model_folder.tensors.values()
-                }
-                index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-                write_json(temporary / INDEX_NAME, index)
-            model_folder.check_unchanged()
-    finally:
-        model_folder.close()
+    merged = _Merged(model_folder, adapter_dir)
+    n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
+    with new_folder(out_dir) as temporary:
+        if n_bytes > shutil.disk_usage(temporary).free:
+            raise ConfigError(
+                f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
+                f"{out_dir} has free: free some space or choose another folder."
+            )
+        shards: dict[Path, list[TensorEntry]] = {}
+        for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
+            shards.setdefault(entry.path, []).append(entry)
+        for path, entries in shards.items():
+            _write_shard(temporary / path.name, entries, merged, model_folder)
+        for path in sorted(model_folder.model_dir.iterdir()):
+            wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
+            if wanted and path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, temporary / path.name)
+        if [path.name for path in shards] != [WEIGHTS_NAME]:
+            weight_map = {entry.name: entry.path.name for entry in model_folder.tensors.values()}
+            index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+            write_json(temporary / INDEX_NAME, index)
+        model_folder.check_unchanged()
     return out_dir
 
 
@@ -159,26 +154,30 @@ def _stored_dtype(model_folder: ModelFolder) -> torch.dtype:
     return model_folder.config.dtype or next(floating, torch.float32)
 
 
-def _make_placeholders(model: PreTrainedModel, whole: Sequence[str]) -> None:
-    """Parameters of one NaN each, seen as the whole shape; vectors and modules `whole` in full."""
+def _make_placeholders(model: PreTrainedModel, in_full_names: Sequence[str]) -> None:
+    """Give `model` parameters of one NaN each, expanded to their shapes.
+
+    Vectors, and the modules of `in_full_names`, which the adapter replaces, get all their memory.
+    """
     plan = model._get_dtype_plan(model.dtype)
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        in_full = any(f".{module_name}.".find(f".{name}.") >= 0 for name in whole)
+        in_full = any(f".{module_name}.".find(f".{name}.") >= 0 for name in in_full_names)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                kept = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
+                in_float32 = any(re.search(rule, f"{module_name}.{name}") for rule in plan)
                 full = in_full or parameter.ndim < 2
                 shape = parameter.shape if full else (1,) * parameter.ndim
-                dtype = torch.float32 if kept else parameter.dtype
+                dtype = torch.float32 if in_float32 else parameter.dtype
                 values = torch.full(shape, torch.nan, dtype=dtype).expand(parameter.shape)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False)
             module._parameters[name] = made[id(parameter)]
 
 
 def _is_absent(parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is still a placeholder: nothing but NaN."""
     if parameter.untyped_storage().nbytes() == parameter.element_size():
         parameter = (
             parameter.flatten()[:1] if parameter.ndim < 2 else parameter[(0,) * parameter.ndim]
@@ -186,33 +185,19 @@ def _is_absent(parameter: torch.Tensor) -> bool:
     return bool(parameter.isnan().all())
 
 
-def _write_shard(path: Path, entries: list[TensorEntry], merged: _Merged) -> None:
-    """One safetensors file of `entries`, in their order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+def _write_shard(
+    path: Path, entries: list[TensorEntry], merged: _Merged, model_folder: ModelFolder
+) -> None:
+    """One safetensors file of `entries`, in their order: merged tensors, and copies of the rest."""
+
+    def pieces(name: str) -> Iterator[Any]:
+        if name not in merged.makers:
+            return model_folder.read_blocks(name, COPY_BYTES)
+        values = merged.makers[name][1]().contiguous()
+        return iter([values.view(-1).view(torch.uint8).numpy()])
+
+    layout = {}
     for entry in entries:
         dtype, _ = merged.makers.get(entry.name, (entry.dtype, None))
-        stop = end + math.prod(entry.shape) * dtype.itemsize
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, stop],
-        }
-        end = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file, open(entries[0].path, "rb", buffering=0) as base:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            if entry.name in merged.makers:
-                values = merged.makers[entry.name][1]().contiguous()
-                file.write(values.view(-1).view(torch.uint8).numpy())
-                continue
-            base.seek(entry.offset)
-            left_bytes = entry.n_bytes
-            while left_bytes:
-                piece = base.read(min(left_bytes, COPY_BYTES))
-                if not piece:
-                    raise ModelFolderError(f"{entry.path} became shorter: load the model again.")
-                file.write(piece)
-                left_bytes -= len(piece)
+        layout[entry.name] = dtype, entry.shape
+    write_tensors(path, layout, pieces)

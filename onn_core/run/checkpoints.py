@@ -1,4 +1,4 @@
-"""Checkpoints of a run as files: folders that are there whole or not at all.
+"""Checkpoints of a run as files: each is a folder that is complete or does not exist.
 
 checkpoints/step-00000012/
   state.safetensors    adapter, optimizer, random states
@@ -9,10 +9,12 @@ checkpoints/step-00000012/
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,18 @@ SCHEMA_VERSION = 1
 FOLDER = "checkpoints"
 FILES = ("state.safetensors", "state.json", "record.json")
 SUMS = "SHA256SUMS"
+SCALER_FIELDS: dict[str, tuple[type, Callable[[Any], bool]]] = {  # of torch.amp.GradScaler
+    "scale": (float, lambda value: 0 < value < math.inf),
+    "growth_factor": (float, lambda value: 1 < value < math.inf),
+    "backoff_factor": (float, lambda value: 0 < value < 1),
+    "growth_interval": (int, lambda value: value >= 1),
+    "_growth_tracker": (int, lambda value: value >= 0),
+}
 
 
 @dataclasses.dataclass
-class Saved:
-    """One checkpoint, read and found whole."""
+class Checkpoint:
+    """One saved run, read and checked."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -39,11 +48,11 @@ class Saved:
 
 
 class Checkpoints:
-    """The last `keep` checkpoints in `output_dir`, each a folder that is there whole or not."""
+    """The newest `n_retained` checkpoints in `output_dir`."""
 
-    def __init__(self, output_dir: Path, keep: int):
+    def __init__(self, output_dir: Path, n_retained: int):
         self.folder = output_dir / FOLDER
-        self.keep = keep
+        self.n_retained = n_retained
 
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -53,26 +62,28 @@ class Checkpoints:
     def save(self, tensors: dict[str, torch.Tensor], state: dict, record: RunRecord) -> Path:
         """Write the checkpoint of the record's last step, then remove the oldest."""
         path = self.folder / f"step-{len(record.steps):08d}"
-        if path.is_dir():  # of this run, so of the same numbers
+        if path.is_dir():  # the same step of the same run has the same numbers
             return path
         with new_folder(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary / FILES[0])  # without a copy in memory
+            safetensors.torch.save_file(tensors, temporary / FILES[0])
             state = {"schema_version": SCHEMA_VERSION, **state}
             (temporary / FILES[1]).write_text(json.dumps(state, indent=1))
             record.save(temporary / FILES[2])
             sums = [f"{sha256_of(temporary / name)}  {name}\n" for name in FILES]
             (temporary / SUMS).write_text("".join(sums))
         _sync_folder(self.folder)
-        for old in self.paths()[: -self.keep]:
-            hidden = old.with_name(f"{old.name}.partial-")  # none is ever seen half-removed
+        for old in self.paths()[: -self.n_retained]:
+            # Renamed first, so that nobody ever sees a checkpoint of which a part is gone.
+            hidden = old.with_name(f"{old.name}.partial-")
             os.replace(old, hidden)
             shutil.rmtree(hidden)
         return path
 
-    def load(self) -> Saved | None:
-        """The newest checkpoint that is whole, or None without any; OnnError if all are damaged.
+    def load(self) -> Checkpoint | None:
+        """The newest checkpoint that is sound, or None if there is none at all.
 
-        A damaged one is passed over with a warning and renamed to `damaged-...`.
+        A damaged one is passed over with a warning and renamed to `damaged-...`. OnnError if all
+        of them are damaged.
         """
         paths = self.paths()
         for path in reversed(paths):
@@ -99,7 +110,7 @@ class Checkpoints:
             shutil.rmtree(before, ignore_errors=True)
             os.replace(self.folder, before)
 
-    def read(self, path: Path) -> Saved:
+    def read(self, path: Path) -> Checkpoint:
         """The checkpoint at `path`; OSError, ValueError, OnnError or SafetensorError if damaged."""
         sums = dict(
             reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines()
@@ -108,12 +119,33 @@ class Checkpoints:
             if sums.get(name) != sha256_of(path / name):
                 raise ValueError(f"the hash of {name} is not the one in {SUMS}")
         state = json.loads((path / FILES[1]).read_bytes())
-        if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"{FILES[1]} has not schema {SCHEMA_VERSION}")
-        if not all(isinstance(state.get(k), dict) for k in ("settings", "scaler", "digests")):
-            raise ValueError(f"{FILES[1]} lacks settings, scaler or digests")
+        require_state(state)
         tensors = safetensors.torch.load((path / FILES[0]).read_bytes())
-        return Saved(path, tensors, state, RunRecord.load(path / FILES[2]))
+        return Checkpoint(path, tensors, state, RunRecord.load(path / FILES[2]))
+
+
+def require_state(state: Any) -> None:
+    """ValueError unless `state` has the fields of state.json, each of its type and range.
+
+    A scaler of 2.5 steps or of a negative scale would otherwise fail in the first step, inside
+    torch.
+    """
+    if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{FILES[1]} has not schema {SCHEMA_VERSION}")
+    kinds = {"settings": dict, "weights": str, "text": str, "scaler": dict, "digests": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{FILES[1]} lacks {name}")
+    scaler = state["scaler"]
+    if scaler and scaler.keys() != SCALER_FIELDS.keys():  # one that is not enabled has no fields
+        raise ValueError(f"the scaler in {FILES[1]} has other fields than GradScaler")
+    for name, value in scaler.items():
+        kind, is_in_range = SCALER_FIELDS[name]
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not number or not is_in_range(value):
+            raise ValueError(f"the scaler in {FILES[1]} has {name} {str(value)[:100]}")
+    if not all(isinstance(digest, str) for digest in state["digests"].values()):
+        raise ValueError(f"{FILES[1]} has digests that are no text")
 
 
 def require_writable(folder: Path) -> None:
@@ -129,11 +161,11 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def remove_left(output_dir: Path) -> None:
+def remove_leftovers(output_dir: Path) -> None:
     """Remove what a run that was killed left behind under temporary names."""
     names = (".adapter.*", ".record.json.*", ".write-test-*", f"{FOLDER}/step-*.partial-*")
-    for left in [path for name in names for path in output_dir.glob(name)]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for path in [path for name in names for path in output_dir.glob(name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -157,9 +157,7 @@ def describe_plan(
     if model in GEOMETRIES:
         config = geometry(model, layers)
     else:
-        folder = ModelFolder.open(model)
-        config = folder.config
-        folder.close()
+        config = ModelFolder.open(model).config
         if layers is not None:
             config.num_hidden_layers = layers
     found = predict(

@@ -1,7 +1,7 @@
-"""All that training changes, saved and taken up again: a resumed run is equal bit for bit.
+"""Saves all that training changes and restores it: a resumed run is equal bit for bit.
 
-The batches of a step depend on the seed and its number alone, and so does its learning rate:
-the number of the step is all of the data's position and the schedule.
+The batches of a step and its learning rate depend on the seed and the step's number alone, so that
+number stands for the position in the data and in the schedule.
 """
 
 import array
@@ -22,20 +22,16 @@ from onn_core.config import TrainConfig
 from onn_core.data.examples import Example
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord
-from onn_core.run.checkpoints import Checkpoints, remove_left
+from onn_core.run.checkpoints import Checkpoints, remove_leftovers
 from onn_core.weights.folder import ModelFolder
 
-# These change where a run is and how fast it goes, not its numbers.
+# A resumed run may have other values of these settings: they change where a run is and how fast it
+# goes, not its numbers.
 MAY_DIFFER = {
-    "model_dir",
-    "data",
-    "output_dir",
-    "adapter",
-    "chunk_size",
-    "memory_budget",
-    "progress",
+    *("model_dir", "data", "output_dir", "adapter", "chunk_size", "memory_budget", "progress"),
+    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"),
 }
-MAY_DIFFER |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"}
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter that has had a gradient
 
 
 class TrainingState:
@@ -69,24 +65,28 @@ class TrainingState:
         return {name: t.cpu().contiguous() for name, t in (tensors | self.random).items()}
 
     def restore(self, tensors: dict[str, torch.Tensor], scaler: dict[str, Any]) -> None:
-        """Take over what `tensors` and the scaler's state were; OnnError if they do not fit."""
+        """Set everything to what `tensors` and `scaler` say; OnnError if they do not fit.
+
+        scaler: the state of a GradScaler, checked by `require_state`.
+        """
         numbers = {name: number for number, name in enumerate(self.trained)}
         state: dict[int, dict[str, torch.Tensor]] = {}
         try:
-            with torch.no_grad():
-                for name, parameter in self.trained.items():
-                    values = tensors[f"adapter/{name}"]
-                    if (values.shape, values.dtype) != (parameter.shape, parameter.dtype):
-                        raise ValueError(f"{name} has shape {list(values.shape)}, {values.dtype}")
-                    parameter.copy_(values)
             for name, values in tensors.items():
                 key, _, name = name.partition("/")
-                if key not in ("adapter", "random"):
+                if key == "random":
+                    continue
+                parameter = self.trained[name]
+                _require_like(f"{key} of {name}", values, parameter, key)
+                if key != "adapter":
                     state.setdefault(numbers[name], {})[key] = values
+            if not all(own.keys() == ADAMW_STATE for own in state.values()):
+                raise ValueError("the optimizer's state lacks some tensors")
+            with torch.no_grad():
+                for name, parameter in self.trained.items():
+                    parameter.copy_(tensors[f"adapter/{name}"])
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            if not all(isinstance(value, int | float) for value in scaler.values()):
-                raise ValueError("the scaler holds more than numbers")
             self.scaler.load_state_dict(scaler)
             torch.set_rng_state(tensors["random/cpu"])
             if self.device.type == "cuda":
@@ -98,11 +98,21 @@ class TrainingState:
         self.mark()
 
 
-class RunKeeper:
-    """Saves a run after any finished step, and takes it up again.
+def _require_like(what: str, values: torch.Tensor, parameter: torch.nn.Parameter, key: str) -> None:
+    """ValueError unless `values` has the shape and dtype of the state `key` of `parameter`."""
+    if key == "step":  # a float32 number of steps
+        if values.shape or values.dtype != torch.float32 or not 1 <= float(values) < 2**24:
+            raise ValueError(f"{what} is no number of steps")
+    elif (values.shape, values.dtype) != (parameter.shape, parameter.dtype):
+        raise ValueError(f"{what} has shape {list(values.shape)}, {values.dtype}")
 
-    run: what `describe_run` says. digests: the stream's, if it keeps them.
-    whole: whether the state is that of a finished step.
+
+class RunSaver:
+    """Saves a run after any finished step, and restores it.
+
+    run: what `describe_run` says. digests: hashes of the weights that were read, if they are
+    verified; readers add to it. whole: False while a step is changing the state, which must not be
+    saved then.
     """
 
     def __init__(
@@ -121,11 +131,15 @@ class RunKeeper:
         self.whole = True
         self.output_dir = Path(config.output_dir)
         self.checkpoints = Checkpoints(self.output_dir, config.keep_checkpoints)
-        self._saved_at = time.monotonic()  # which no change of the clock moves
+        self._saved_at = time.monotonic()  # unlike time.time(), it is never set back
 
     def begin(self, fresh: RunRecord, resume: bool) -> RunRecord:
-        """The record to go on with: `fresh`, or that of the newest whole checkpoint, restored."""
-        remove_left(self.output_dir)
+        """The record to continue: `fresh`, or that of the newest checkpoint, once restored.
+
+        resume: whether to look for one; else earlier ones are set aside. OnnError if the newest is
+        of another run or does not fit.
+        """
+        remove_leftovers(self.output_dir)
         if not resume:
             self.checkpoints.set_aside()
             return fresh
@@ -147,11 +161,12 @@ class RunKeeper:
         return dataclasses.replace(saved.record, config=fresh.config, status="running")
 
     def step_finished(self) -> None:
-        """The record has the step that has just changed the state."""
+        """Call when the record has the step that has just changed the state."""
         self.state.mark()
         self.whole = True
 
     def save_if_due(self, record: RunRecord) -> None:
+        """Save a checkpoint if enough steps or minutes have passed since the last."""
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         by_time = minutes and time.monotonic() - self._saved_at >= 60 * minutes
         if by_time or (every and len(record.steps) % every == 0):
@@ -159,7 +174,7 @@ class RunKeeper:
             self._saved_at = time.monotonic()
 
     def save(self, record: RunRecord) -> None:
-        """A checkpoint, the adapter and the record, each whole or not at all; OnnError if not."""
+        """Save a checkpoint, the adapter and the record; OnnError if they cannot be written."""
         self._save_checkpoint(record)
         try:
             save_adapter(self.model, self.output_dir / "adapter")
@@ -168,7 +183,7 @@ class RunKeeper:
             raise self._cannot_write(error) from error
 
     def save_stopped(self, record: RunRecord, error: BaseException) -> None:
-        """Save what the last finished step left; `error` then says how to go on, or why not."""
+        """Save what the last finished step left, and note in `error` how to continue."""
         record.status = f"stopped: {str(error) or type(error).__name__}"
         if not self.whole:
             return
@@ -178,14 +193,14 @@ class RunKeeper:
             note = f"{done}: train(resume=True) continues from there"
         except OnnError as problem:
             note = str(problem)
-        if not error.args:  # of a KeyboardInterrupt
+        if not error.args:  # a KeyboardInterrupt
             error.args = (note,)
         elif note != str(error):
             error.add_note(note)
 
     def _save_checkpoint(self, record: RunRecord) -> None:
         try:
-            digests = dict(self.digests or {})  # readers add to it
+            digests = dict(self.digests or {})  # a copy: readers add to it meanwhile
             state = {**self.run, "scaler": self.state.scaler.state_dict(), "digests": digests}
             self.checkpoints.save(self.state.tensors(), state, record)
         except (OSError, SafetensorError) as error:
@@ -199,18 +214,18 @@ class RunKeeper:
 
 
 def describe_run(
-    config: TrainConfig, checkpoint: ModelFolder, examples: Iterable[Example]
+    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example]
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run, as JSON values.
+    """What must be equal for a resumed run to be the same run, as JSON values.
 
     The weights' fingerprint covers every tensor's name, dtype, shape and first row.
     """
     weights, text = hashlib.sha256(), hashlib.sha256()
-    for name, entry in sorted(checkpoint.tensors.items()):
+    for name, entry in sorted(model_folder.tensors.items()):
         weights.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
         if entry.n_bytes:
             row = torch.zeros(1, dtype=torch.int64)
-            first = checkpoint.read_rows(name, row) if entry.shape else checkpoint.read(name)
+            first = model_folder.read_rows(name, row) if entry.shape else model_folder.read(name)
             weights.update(first.flatten().view(torch.uint8).numpy())
     for example in examples:
         text.update(array.array("q", [len(example.input_ids), *example.input_ids]))

@@ -5,11 +5,11 @@ decoder layers are streamed, the embedding and the head are read as needed, all 
 """
 
 import copy
+import functools
 import os
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onn_core.config import parse_bytes
+from onn_core.config import dtype_name, parse_bytes, require_integer
 from onn_core.errors import ConfigError, ModelFolderError, OnnError
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes
@@ -30,7 +30,7 @@ from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
-from onn_core.streaming.lazy import StreamedParameter
+from onn_core.streaming.lazy import LazyWeight, StreamedParameter
 from onn_core.streaming.model import streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.visits import Streaming, Visits
@@ -93,9 +93,9 @@ def open_streamed(
     memory_before = memory_bytes()
     model = skeleton(model_folder, dtype, device, streamed_class)
     layers = decoder_layers(model)
-    _require_integer("chunk_size", chunk_size, len(layers))
+    require_integer("chunk_size", chunk_size, at_most=len(layers))
     if micro_batch_size is not None:
-        _require_integer("micro_batch_size", micro_batch_size)
+        require_integer("micro_batch_size", micro_batch_size)
     sources = find_sources(model, model_folder)
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -152,7 +152,18 @@ def open_streamed(
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order; ConfigError if the model has none that can be streamed."""
+    """The decoder layers in order; ConfigError if the model has none that can be streamed.
+
+    Of a multimodal model those of its text part: what sees and hears has layers of its own.
+    """
+    layers = all_layers(model)
+    decoder = model.get_decoder()
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    return [layer for layer in layers if layer in inside] or layers
+
+
+def all_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of every stack of a model; ConfigError if there is none."""
     stacks = [
         module
         for module in model.modules()
@@ -205,11 +216,9 @@ def _skeleton(
     except KeyError:
         model_class = None
     named = config.architectures or []
-    if (
-        model_class is None
-        or config.is_encoder_decoder
-        or (named and model_class.__name__ not in named)
-    ):
+    masked = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in named)
+    masked = masked and model_class is not None and model_class.__name__ not in named
+    if model_class is None or config.is_encoder_decoder or masked:
         raise ConfigError(
             f"{model_folder.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, "
             "which is not a causal language model: choose a decoder-only model."
@@ -256,7 +265,7 @@ def _resolve_dtype(
         if device.type == "cpu" and not has_fast_matmul(dtype):
             dtype = torch.float32
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
+        dtype = getattr(torch, dtype_name(dtype), None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ConfigError("dtype must be auto, float32, bfloat16, float16 or float64.")
     return dtype
@@ -275,6 +284,8 @@ def _fill(
     Returns the bindings of each layer and the sources of the weights of `ends`.
     """
     number_of = {part: number for number, layer in enumerate(layers) for part in layer.modules()}
+    # Layers that see or hear are not visited in text: their matrices are read at each use.
+    others = {part for layer in all_layers(model) for part in layer.modules()} - number_of.keys()
     plan = model._get_dtype_plan(next(model.parameters()).dtype)
     source_of: dict[int, Source] = {}  # id of a parameter; tied ones have one source
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -305,9 +316,11 @@ def _fill(
                     own = StreamedParameter(absent, requires_grad=False)
                 elif module in end_sources and name == "weight":
                     own = nn.Parameter(absent, requires_grad=False)
+                elif module in others and parameter.ndim > 1:
+                    read = functools.partial(_read, source, model_folder, absent)
+                    own = LazyWeight.of(absent, lambda start, stop, read=read: read()[start:stop])
                 else:
-                    values = source.read(model_folder).to(device, dtype).view(parameter.shape)
-                    own = nn.Parameter(values, requires_grad=False)
+                    own = nn.Parameter(_read(source, model_folder, absent), requires_grad=False)
                 made[id(parameter)] = own, weight, absent
             module._parameters[name], weight, _ = own, _, absent = made[id(parameter)]
             if weight is not None:
@@ -318,6 +331,11 @@ def _fill(
                 values = buffer if source is None else source.read(model_folder).to(buffer.dtype)
                 module._buffers[name] = values.to(device)
     return bindings, end_sources
+
+
+def _read(source: Source, model_folder: ModelFolder, like: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter, of the shape and dtype and on the device of `like`."""
+    return source.read(model_folder).to(like.device, like.dtype).view(like.shape)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -338,10 +356,3 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _held_bytes(model: PreTrainedModel) -> int:
     """Bytes of parameters that are always there; a placeholder has one element."""
     return sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
-
-
-def _require_integer(name: str, value: Any, at_most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
-    if at_most is not None and value > at_most:
-        raise ConfigError(f"{name} {value} is more than the model's {at_most} layers: lower it.")

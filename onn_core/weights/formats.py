@@ -21,7 +21,8 @@ from transformers.core_model_loading import (
 )
 
 from onn_core.errors import ModelFolderError
-from onn_core.weights.folder import ModelFolder, TensorEntry
+from onn_core.weights.folder import ModelFolder
+from onn_core.weights.shards import TensorEntry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -63,6 +63,7 @@ def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_configs(config: Any, folder: Path) -> None:
+    """Write config.json and the generation_config.json that follows from it."""
     from transformers import GenerationConfig
 
     config.save_pretrained(folder)

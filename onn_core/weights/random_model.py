@@ -4,18 +4,22 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, write_json
 from onn_core.weights.default_model import prepare_default_model
+from onn_core.weights.folder import INDEX_NAME
 from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
+from onn_core.weights.shards import write_tensors
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# A prime, so that the repeated block never lines up with a row of a matrix.
+# A prime, so that the start of a row never falls on the start of the repeated block twice.
 RANDOM_BLOCK_VALUES = 2**22 - 3
 
 
@@ -31,7 +35,9 @@ def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Pa
     if name == "smollm2" and out is None and layers is None:
         return default
     config = geometry(name, layers)
-    folder = out or cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
+    folder = (
+        Path(expand_home(out)) if out else cache_dir() / f"{name}-{config.num_hidden_layers}-layers"
+    )
     if out is not None or not (folder / "tokenizer.json").is_file():
         write_random_model(folder, config)
         AutoTokenizer.from_pretrained(default).save_pretrained(folder)
@@ -60,7 +66,7 @@ def write_random_model(
     """
     from tqdm.auto import tqdm
 
-    folder = Path(folder)
+    folder = Path(expand_home(folder))
     model = empty_model(config, dtype)
     config = copy.deepcopy(config)
     config.dtype, config.architectures = dtype, [type(model).__name__]
@@ -90,43 +96,42 @@ def write_random_model(
     return folder
 
 
-def _write_random_shards(folder, tensors, config, seed, shard_bytes, bar):
+def _write_random_shards(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    config: Any,
+    seed: int,
+    shard_bytes: int,
+    bar: Any,
+) -> None:
+    """The shards of random values for `tensors` on the meta device, and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     normal = torch.randn(RANDOM_BLOCK_VALUES, generator=torch.Generator().manual_seed(seed))
     normal *= getattr(config, "initializer_range", 0.02)
     normal_bytes, position = normal.to(config.dtype).view(torch.uint8).numpy(), 0
+
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        nonlocal position
+        tensor = tensors[name]
+        if tensor.dim() < 2:
+            fill = 0.0 if name.endswith("bias") else 1.0
+            yield torch.full((tensor.numel(),), fill, dtype=tensor.dtype).view(torch.uint8).numpy()
+            return
+        left_bytes = tensor.nbytes
+        while left_bytes:
+            piece = normal_bytes[position : position + left_bytes]
+            yield piece
+            left_bytes -= len(piece)
+            position = (position + len(piece)) % len(normal_bytes)
+            bar.update(len(piece))
+
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
     for file_name, names in plan.filename_to_tensors.items():
-        with open(folder / file_name, "wb", buffering=0) as file:
-            file.write(_safetensors_header({name: tensors[name] for name in names}))
-            for name in names:
-                left_bytes = tensors[name].nbytes
-                if tensors[name].dim() < 2:
-                    fill = 0.0 if name.endswith("bias") else 1.0
-                    values = torch.full_like(tensors[name], fill, device="cpu")
-                    left_bytes -= file.write(values.view(torch.uint8).numpy())
-                while left_bytes:
-                    written = file.write(normal_bytes[position : position + left_bytes])
-                    left_bytes -= written
-                    position = (position + written) % len(normal_bytes)
-                    bar.update(written)
+        layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+        write_tensors(folder / file_name, layout, pieces)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _safetensors_header(tensors: dict[str, torch.Tensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end := end + tensor.nbytes],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+        write_json(folder / INDEX_NAME, index)

@@ -8,6 +8,7 @@ import platform
 import struct
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # of asm/unistd.h
 KEEP_POLICY = 0x08
 SLICE_NS = 100_000  # the least that Linux takes
+MAX_OPEN = 32  # files; a process may have few descriptors, and a model hundreds of shards
 MAPPED_BYTES = 8 << 20  # from here on a block is mapped; 32 MiB still left gaps of 300
 
 
@@ -83,7 +85,7 @@ def host_memory_bytes() -> int:
 
 
 class DirectFiles:
-    """Descriptors that many threads read from; opened at first use.
+    """Descriptors that many threads read from; opened at first use, MAX_OPEN of them for good.
 
     cached: read through the page cache and leave it the pages.
     """
@@ -99,7 +101,12 @@ class DirectFiles:
         `start` is a multiple of the page; `into` is page-aligned and holds whole pages.
         ModelFolderError if the file is gone, refuses, or has become shorter.
         """
-        descriptor, direct = self._open(path)
+        with self._descriptor(path) as (descriptor, direct):
+            return self._read(descriptor, direct, path, start, stop, into)
+
+    def _read(
+        self, descriptor: int, direct: bool, path: Path, start: int, stop: int, into: torch.Tensor
+    ) -> int:
         n_whole = -(-(stop - start) // PAGE_BYTES) * PAGE_BYTES
         view = memoryview(into.numpy())[:n_whole]
         n_read = 0
@@ -121,17 +128,27 @@ class DirectFiles:
             os.posix_fadvise(descriptor, start, n_whole, os.POSIX_FADV_DONTNEED)
         return n_read
 
-    def _open(self, path: Path) -> tuple[int, bool]:
+    @contextlib.contextmanager
+    def _descriptor(self, path: Path) -> Iterator[tuple[int, bool]]:
+        """A descriptor of a file, and whether it reads past the page cache."""
         with self._lock:
-            if path not in self._opened:
+            opened = self._opened.get(path)
+            stays = opened is not None or len(self._opened) < MAX_OPEN
+            if opened is None:
                 try:
-                    self._opened[path] = _open(path) if self.cached else _open_direct(path)
+                    opened = _open(path) if self.cached else _open_direct(path)
                 except OSError as error:
                     raise ModelFolderError(
                         f"{path.name} cannot be opened ({error.strerror}): "
                         "restore the model folder and start again."
                     ) from error
-            return self._opened[path]
+            if stays:
+                self._opened[path] = opened
+        try:
+            yield opened
+        finally:
+            if not stays:
+                os.close(opened[0])
 
     def close(self) -> None:
         """Close every descriptor; a later read opens its file again."""

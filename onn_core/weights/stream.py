@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
-from onn_core.weights.folder import ModelFolder, TensorEntry
+from onn_core.weights.folder import ModelFolder
 from onn_core.weights.host import Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
+from onn_core.weights.shards import TensorEntry
 from onn_core.weights.slots import Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one

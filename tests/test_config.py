@@ -1,0 +1,74 @@
+"""Settings in the forms in which people write them."""
+
+import pytest
+import torch
+
+from onn_core.config import TrainConfig, dtype_name, parse_bytes, require_integer
+from onn_core.errors import ConfigError, OnnError
+from onn_core.record import cache_dir
+
+
+def made(**changes):
+    return TrainConfig(**{"model_dir": "m", "data": "d", "output_dir": "o"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "n_bytes"),
+    [
+        *((None, None), (4096, 4096), (4e9, 4 * 10**9), ("4G", 4 * 10**9), ("4GB", 4 * 10**9)),
+        *(("500M", 500 * 10**6), ("1.5 GiB", 3 << 29), ("1 tb", 10**12), (" 2ki ", 2048)),
+        *(("100 B", 100), (".5kb", 500)),
+    ],
+)
+def test_memory_sizes(size, n_bytes):
+    assert parse_bytes(size) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "size", ["4", "4000000000", "", "GB", "-1GB", "1e9", "4 Gb/s", "0.1B", 0, -1, True, 1e400, []]
+)
+def test_memory_sizes_that_say_too_little_are_refused_with_the_units(size):
+    with pytest.raises(ConfigError, match="unit, such as .*4GB"):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_names_of_a_dtype(dtype):
+    assert dtype_name(dtype) == made(dtype=dtype).dtype == "bfloat16"
+
+
+def test_target_modules_as_text():
+    assert made(target_modules="all-linear") == made(target_modules=None)
+    assert made(target_modules="q_proj").target_modules == ["q_proj"]
+    assert made(target_parameters="experts.down_proj").target_parameters == ["experts.down_proj"]
+    with pytest.raises(ConfigError, match="cannot take lora_dropout"):
+        made(target_parameters="experts.down_proj", lora_dropout=0.1)
+
+
+def test_a_home_is_expanded_and_other_paths_are_as_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = made(model_dir="~/model", data="~/rows.jsonl", output_dir="runs/", adapter="~")
+    assert config.model_dir == str(tmp_path / "model") and config.data == str(
+        tmp_path / "rows.jsonl"
+    )
+    assert config.output_dir == "runs/" and config.adapter == str(tmp_path)
+    with pytest.raises(ConfigError, match="home directory that is not known"):
+        made(model_dir="~nobody-of-this-name/model")
+
+
+def test_without_a_home_the_cache_asks_for_a_folder(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ONN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    with pytest.raises(OnnError, match="set ONN_CACHE"):
+        cache_dir()
+
+
+@pytest.mark.parametrize("value", [0, 4, 2.0, True, "2", None])
+def test_whole_numbers_within_bounds(value):
+    require_integer("chunk_size", 3, at_most=3)
+    with pytest.raises(ConfigError, match="chunk_size must be a whole number of 1 to 3, not"):
+        require_integer("chunk_size", value, at_most=3)
