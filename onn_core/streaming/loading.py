@@ -97,6 +97,7 @@ def open_streamed(
     if micro_batch_size is not None:
         require_integer("micro_batch_size", micro_batch_size)
     sources = find_sources(model, model_folder)
+    _untie(model, sources)
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_rows = isinstance(embedding, nn.Embedding)
@@ -269,6 +270,18 @@ def _resolve_dtype(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ConfigError("dtype must be auto, float32, bfloat16, float16 or float64.")
     return dtype
+
+
+def _untie(model: PreTrainedModel, sources: dict[str, Source]) -> None:
+    """As transformers does: what the config ties, but the folder stores apart, is not tied."""
+    for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+        stored = [sources.get(name) for name in (target, source)]
+        if None in stored or stored[0].same_bytes(stored[1]):
+            continue
+        parent, _, name = target.rpartition(".")
+        meta = model.get_parameter(target).detach().clone()
+        setattr(model.get_submodule(parent), name, nn.Parameter(meta, requires_grad=False))
+        model.all_tied_weights_keys.pop(target)
 
 
 def _fill(

@@ -24,6 +24,8 @@ from onn_core.errors import ModelFolderError
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.shards import TensorEntry
 
+COMPARED_BYTES = 8 << 20  # of two tensors at a time
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
@@ -50,6 +52,18 @@ class Source:
         """The parameter's values, in the model folder's dtype and in fresh memory."""
         tensors = [model_folder.read(entry.name) for entry in self.entries]
         return self.convert(tensors) if self.convert else tensors[0]
+
+    def same_bytes(self, other: "Source") -> bool:
+        """Whether two sources hold the same values; reads both, a piece at a time."""
+        mine, theirs = self.entry, other.entry
+        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape) or self.convert:
+            return False
+        with mine.path.open("rb") as one, theirs.path.open("rb") as two:
+            one.seek(mine.offset)
+            two.seek(theirs.offset)
+            pieces = range(0, mine.n_bytes, COMPARED_BYTES)
+            sizes = [min(COMPARED_BYTES, mine.n_bytes - start) for start in pieces]
+            return all(one.read(size) == two.read(size) for size in sizes)
 
     def rows(self, start: int, stop: int) -> "Source":
         """The source of rows start:stop of a matrix that is not converted."""
