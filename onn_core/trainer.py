@@ -22,7 +22,7 @@ from onn_core.data.corpus import prepare, require_packing
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
-from onn_core.run.checkpoints import require_writable
+from onn_core.run.checkpoints import require_one_process, require_writable
 from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
@@ -54,6 +54,7 @@ class ChunkedLoraTrainer:
     def setup(self) -> None:
         """Open everything a run needs; raises OnnError before any long work."""
         config = self.config
+        require_one_process()
         require_writable(self.output_dir)
         memory_before = memory_bytes()
         self.base = from_pretrained(

@@ -148,6 +148,16 @@ def require_state(state: Any) -> None:
         raise ValueError(f"{FILES[1]} has digests that are no text")
 
 
+def require_one_process() -> None:
+    """ConfigError under torchrun or accelerate launch with several: all would write one folder."""
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if n_processes != "1":
+        raise ConfigError(
+            f"a run is one process, but WORLD_SIZE is {n_processes}: start it without torchrun, "
+            "or use a streamed model in transformers.Trainer."
+        )
+
+
 def require_writable(folder: Path) -> None:
     """ConfigError if nothing can be written to `folder`, which is made if need be."""
     try:

@@ -10,6 +10,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -44,6 +45,21 @@ from onn_core.weights.stream import WeightStream
 MAX_BUFFERS_BYTES = 4 << 30  # causal masks of old families, tables of positions
 
 
+# What to do in place of arguments of transformers' from_pretrained.
+INSTEAD = {
+    "device_map": "a streamed model is on one device: give device",
+    "torch_dtype": "give dtype",
+    "trust_remote_code": "code of a model folder is never run: choose a model that transformers "
+    "knows by itself",
+    "use_safetensors": "pickled weights are never loaded: convert the folder to safetensors",
+    "max_memory": "give memory_budget",
+    "load_in_4bit": "a folder is streamed in its own dtype",
+    "load_in_8bit": "a folder is streamed in its own dtype",
+    "quantization_config": "a folder is streamed in its own dtype",
+    None: "leave it out",
+}
+
+
 def from_pretrained(
     model_dir: str | os.PathLike,
     *,
@@ -52,6 +68,7 @@ def from_pretrained(
     memory_budget: int | str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    **of_transformers: Any,
 ) -> PreTrainedModel:
     """A causal language model whose frozen weights stay in `model_dir` until they are needed.
 
@@ -63,10 +80,17 @@ def from_pretrained(
         first forward of a batch size. None makes `chunk_size` layers resident.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
+    of_transformers: `attn_implementation`, as in transformers; the others of its `from_pretrained`
+        are refused by name.
 
     Returns a model in evaluation mode for PEFT, any training loop, and `generate`.
     Raises ModelFolderError or ConfigError, before any weight is read.
     """
+    attention = of_transformers.pop("attn_implementation", None)
+    harmless = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    for name, value in of_transformers.items():
+        if name not in harmless or value not in (None, harmless[name]):
+            raise ConfigError(f"{name}={value!r} is not taken: {INSTEAD.get(name, INSTEAD[None])}.")
     return open_streamed(
         model_dir,
         chunk_size=chunk_size,
@@ -74,6 +98,7 @@ def from_pretrained(
         memory_budget=memory_budget,
         device=device,
         dtype=dtype,
+        attn_implementation=attention,
     )
 
 
@@ -85,10 +110,13 @@ def open_streamed(
     memory_budget: int | str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
     stream_class: type[WeightStream] = WeightStream,
 ) -> PreTrainedModel:
     """`from_pretrained` with another stream: a benchmark has one that reserves nothing."""
     model_folder = ModelFolder.open(model_dir)
+    if attn_implementation is not None:
+        model_folder.config._attn_implementation = attn_implementation
     device = resolve_device(device)
     memory_before = memory_bytes()
     model = skeleton(model_folder, dtype, device, streamed_class)
