@@ -27,7 +27,7 @@ from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
 
 import onn_core
 from onn_core.adapters.folder import load_adapter
-from onn_core.data.examples import corpus, load_rows, tokenize
+from onn_core.data import corpus, load_rows, tokenize
 from onn_core.errors import OnnError
 from onn_core.run.checkpoints import FILES, SUMS, Checkpoints
 from onn_core.weights.folder import INDEX_NAME, ModelFolder
@@ -356,14 +356,14 @@ def transformers_tokenizer(folder):
 
 def cached_tokens(tokenizer, small, monkeypatch):
     model_dir, data = small
-    rows = load_rows(str(data))
     folder = Path(tempfile.mkdtemp())
     monkeypatch.setenv("ONN_CACHE", str(folder))
-    corpus.tokenize_once(rows, tokenizer, str(model_dir), 40)
+    paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(folder)}
+    corpus.tokenize_once(onn_core.TrainConfig(**paths, max_length=40), tokenizer)
 
     def attack(copy):
         path = next((copy / "tokens").glob("*.safetensors"))
-        return [path], lambda: corpus._read_or_none(path)
+        return [path], lambda: corpus.read_tokens(path)
 
     attack.folder = folder
     return attack

@@ -219,8 +219,8 @@ def read_tokens(path: Path) -> Dataset | None:
             raise ValueError("the lengths do not fit")
         opened = open(path, "rb")  # noqa: SIM115 - the TokenFile closes it
         tokens = TokenFile(opened, path.stat().st_size - 4 * n_tokens)
-        tokens.lengths.extend(lengths.tolist())
-        tokens.prompts.extend(prompts.tolist())
+        tokens.lengths.frombytes(lengths.tobytes())
+        tokens.prompts.frombytes(prompts.tobytes())
         return Dataset(tokens.examples(), tokens=tokens, **{name: facts[name] for name in FACTS})
     return None
 

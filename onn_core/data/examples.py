@@ -223,31 +223,28 @@ def split(
     members = np.argsort(group_of, kind="stable")
     sizes = np.bincount(group_of, minlength=len(first))
     starts = np.cumsum(sizes) - sizes
-    order = array.array("q", by_first.tolist())
+    order = array.array("q", by_first.tobytes())
     random.Random(f"split {seed}").shuffle(order)
     wanted = round(len(given) * held_out_fraction)
     if held_out_fraction > 0:
         wanted = max(wanted, 1)
     beyond = max(1, wanted // 10)  # as many more than wanted are close enough
-    taken, n_taken = [], 0
-    for group in reversed(order) if len(order) > 1 else ():
-        fits = n_taken + sizes[group] <= wanted + beyond
-        if n_taken < wanted and fits and len(taken) < len(order) - 1:
-            taken.append(group)
-            n_taken += int(sizes[group])
-    chosen = set(taken)
-    left = [group for group in order if group not in chosen]
-    if n_taken < wanted and len(left) > 1:  # the smallest that is left, if that is nearer
-        smallest = min(left, key=lambda group: sizes[group])
-        if not n_taken or n_taken + sizes[smallest] - wanted < wanted - n_taken:
-            taken.append(smallest)
-            left = [group for group in left if group != smallest]
+    n_left, n_taken, held_out = len(order), 0, np.zeros(len(order), bool)
+    for group in reversed(order):
+        if n_taken < wanted and n_left > 1 and n_taken + sizes[group] <= wanted + beyond:
+            held_out[group] = True
+            n_taken, n_left = n_taken + int(sizes[group]), n_left - 1
+    if n_taken < wanted and n_left > 1:  # the smallest that is left, if it brings nearer
+        smallest = int(np.argmin(np.where(held_out, len(given) + 1, sizes)))
+        held_out[smallest] = not n_taken or sizes[smallest] < 2 * (wanted - n_taken)
 
-    def of_groups(groups: Iterable[int]) -> Sequence[Example]:
-        parts = [members[starts[group] : starts[group] + sizes[group]] for group in groups]
-        return _like(examples, given.select(np.concatenate([np.zeros(0, np.int64), *parts])))
+    def of_groups(groups: np.ndarray) -> Sequence[Example]:
+        n = sizes[groups]
+        within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        return _like(examples, given.select(members[np.repeat(starts[groups], n) + within]))
 
-    return of_groups(left), of_groups(taken)
+    groups = np.array(order, np.int64)
+    return of_groups(groups[~held_out[groups]]), of_groups(groups[held_out[groups]][::-1])
 
 
 def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Example]:
