@@ -146,7 +146,8 @@ class TokenFile:
         lengths, prompts = np.array(self.lengths, np.int32), np.array(self.prompts, np.int64)
         ends = 4 * np.cumsum(lengths, dtype=np.int64)
         n_bytes = int(ends[-1])
-        small = self._read(0, n_bytes) if n_bytes <= SMALL_BYTES else b""
+        self.file.seek(self.start)
+        small = self.file.read(n_bytes) if n_bytes <= SMALL_BYTES else b""
 
         def get(i: int) -> Example:
             start, size = int(ends[i]) - 4 * int(lengths[i]), 4 * int(lengths[i])
@@ -366,11 +367,9 @@ def _prompt_number(example: Example) -> int:
 
 
 def _temporary_file(folder: Path | None) -> IO[bytes]:
-    """A file without a name, that ends with its last reader."""
-    try:
-        return tempfile.TemporaryFile(dir=folder)
-    except OSError:
-        return tempfile.TemporaryFile()
+    """A file without a name, that is memory while it is small and ends with its last reader."""
+    usable = folder is not None and os.access(folder, os.W_OK)
+    return tempfile.SpooledTemporaryFile(SMALL_BYTES, dir=folder if usable else None)
 
 
 def _tokenized(
