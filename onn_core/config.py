@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onn_core.errors import ConfigError
 
+DEFAULT_STEPS = 100
 LR_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -61,7 +62,8 @@ class TrainConfig:
     """Settings of one training run; validated when made.
 
     model_dir: Hugging Face folder with config.json and safetensors.
-    data: "chatterbot", the path of a .jsonl or .txt file, a `datasets.Dataset` or a list of rows.
+    data: "chatterbot", the path of a file (.json, .jsonl, .csv, .parquet, .txt ...) or of a folder
+        of files, a `datasets.Dataset`, or an iterable of rows; `data.read_rows` says of what form.
     output_dir: where the adapter, the checkpoints and record.json go.
     adapter: a PEFT folder to continue from; sparse_layers, target_modules and lora_rank, lora_alpha
         and lora_dropout are then its own.
@@ -79,6 +81,12 @@ class TrainConfig:
     keep_checkpoints: how many of the newest checkpoints are retained.
     verify_weights: hash every streamed piece and compare it with what it was at first; else a
         changed shard is told by its size and modification time alone.
+    max_steps, num_train_epochs: as in transformers, max_steps is taken where both are given; 100
+        steps where none is.
+    chat_template: the text of a chat template or the path of a .jinja file; None is the
+        tokenizer's own.
+    completion_only: learn the assistant's answers alone; False: every token of a conversation.
+    train_on: learn "all" answers of a conversation, or the "last".
     packing: put short rows together into samples of max_length; attention stays within each row.
     loss_scale: None, a fixed factor, or "dynamic" (for float16: from 2^16 on, halved when a step
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
@@ -87,7 +95,7 @@ class TrainConfig:
     """
 
     model_dir: str
-    data: str | Sequence[dict[str, Any]]
+    data: str | Iterable[dict[str, Any]]
     output_dir: str
     # adapter
     adapter: str | None = None
@@ -106,7 +114,8 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     # optimisation
-    max_steps: int = 100
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
     lr_schedule: str = "linear"
@@ -116,6 +125,9 @@ class TrainConfig:
     loss_scale: float | str | None = None
     # data and evaluation
     max_length: int = 128
+    chat_template: str | None = None
+    completion_only: bool = True
+    train_on: str = "all"
     held_out_fraction: float = 0.1
     packing: bool = False
     shuffle_targets: int = 0
@@ -143,8 +155,9 @@ class TrainConfig:
         for name in ("target_modules", "target_parameters"):
             self._set(name, _names(name, getattr(self, name)))
         self._set("dtype", dtype_name(self.dtype))
+        self._set("max_steps", self._choose_steps())
         for name in (
-            *("lora_rank", "chunk_size", "batch_size", "max_steps", "gradient_accumulation_steps"),
+            *("lora_rank", "chunk_size", "batch_size", "gradient_accumulation_steps"),
             *("max_length", "eval_samples", "keep_checkpoints"),
         ):
             require_integer(name, getattr(self, name), 1)
@@ -171,6 +184,14 @@ class TrainConfig:
             _require_number("loss_scale", self.loss_scale, 0, open_below=True)
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("train_on", self.train_on, ("all", "last"))
+        _require_choice("completion_only", self.completion_only, (True, False))
+        if self.train_on == "last" and not self.completion_only:
+            raise ConfigError('train_on "last" needs completion_only: without, all is learned.')
+        if self.chat_template is not None:
+            if not isinstance(self.chat_template, str | os.PathLike) or not str(self.chat_template):
+                raise ConfigError("chat_template must be the text or the path of a template.")
+            object.__setattr__(self, "chat_template", str(self.chat_template))
         _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
         if self.target_parameters and self.lora_dropout:
             raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
@@ -180,11 +201,22 @@ class TrainConfig:
         """Set a field of this frozen object while it is made."""
         object.__setattr__(self, name, value)
 
+    def _choose_steps(self) -> int | None:
+        """`max_steps` as a number; None while `num_train_epochs` alone says how long a run is."""
+        if self.num_train_epochs is not None:
+            _require_number("num_train_epochs", self.num_train_epochs, 0, open_below=True)
+            if self.max_steps in (None, 0, -1):  # as in transformers
+                return None
+        steps = DEFAULT_STEPS if self.max_steps is None else self.max_steps
+        require_integer("max_steps", steps)
+        return steps
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if _is_dataset(self.data):
-            values["data"] = f"{type(self.data).__name__} of {len(self.data)} rows"
+            size = f" of {len(self.data)} rows" if hasattr(self.data, "__len__") else ""
+            values["data"] = type(self.data).__name__ + size
         return {
             name: list(value) if isinstance(value, tuple | range | list) else value
             for name, value in values.items()
@@ -193,20 +225,20 @@ class TrainConfig:
     def without_paths(self) -> dict[str, Any]:
         """The settings as JSON values, with names in place of paths of this machine."""
         values = self.to_dict()
-        names = ("model_dir", "data", "output_dir", "adapter")
+        names = ["model_dir", "data", "output_dir", "adapter"]
+        if "{" not in (values["chat_template"] or ""):
+            names.append("chat_template")
         return values | {name: Path(values[name]).name for name in names if values[name]}
 
 
 def _is_dataset(value: Any) -> bool:
-    """Whether `value` is a sequence of rows; ConfigError for what holds or streams datasets."""
-    if isinstance(value, str | os.PathLike):
-        return False
-    if isinstance(value, Mapping) or hasattr(value, "__iter__") and not hasattr(value, "__len__"):
+    """Whether `value` holds rows in memory; ConfigError for what holds several datasets."""
+    if isinstance(value, Mapping):
         raise ConfigError(
-            f"data must be a path or rows that can be counted, not {type(value).__name__}: choose "
-            'a split such as dataset["train"], or take(n) rows of a stream into a list.'
+            f"data must be a path or rows, not {type(value).__name__}: choose a split such as "
+            'dataset["train"].'
         )
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | os.PathLike)
 
 
 def _names(field: str, value: Any) -> list[str] | None:

@@ -8,7 +8,6 @@ the weights for the reading of one.
 import contextlib
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,8 +63,8 @@ def perplexity(
     Of a conversation the answers count, of plain text every token but the first of each piece of
     `max_length` tokens.
     """
-    examples = data.tokenize(data.load_rows(text), tokenizer, max_length).examples
-    examples.sort(key=lambda example: -len(example.input_ids))  # little padding
+    examples = data.tokenize(data.read_rows(text), tokenizer, max_length).examples
+    examples = examples.longest_first()
     totals, n_tokens = 0.0, 0
     with _evaluating(model) as (base, n_ways):
         for start in range(0, len(examples), batch_size):
@@ -92,7 +91,7 @@ def answers(
     Each prompt is a user's turn in the tokenizer's chat template; without one, a line. The whole
     batch goes through a layer at once: a pass over the weights gives one token to every answer.
     """
-    asked = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+    asked = [data.prompt_ids(prompt, tokenizer) for prompt in prompts]
     pad_id, found = tokenizer.pad_token_id or 0, []
     with _evaluating(model) as (base, n_ways):
         for start in range(0, len(asked), batch_size):
@@ -200,11 +199,3 @@ def _repeated(
 
 def _exponential(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """What the model is given before it answers, as in training."""
-    asked = {"role": "user", "content": prompt}
-    segments = data.conversation_segments([asked, {"role": "assistant", "content": ""}], tokenizer)
-    texts = itertools.takewhile(lambda segment: not segment[1], segments)
-    return [i for text, _ in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]

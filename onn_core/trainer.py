@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from onn_core.adapters.lora import (
     trained_layers,
 )
 from onn_core.config import TrainConfig, dtype_name
-from onn_core.data.corpus import prepare, require_packing
+from onn_core.data.corpus import prepare, require_packing, with_steps
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
@@ -76,7 +76,8 @@ class ChunkedLoraTrainer:
             )
         if config.packing:
             require_packing(self.base)
-        corpus = prepare(config, self.tokenizer)
+        corpus = prepare(config, self.tokenizer, len(self.base.get_input_embeddings().weight))
+        config = self.config = with_steps(config, len(corpus.train))
         self.train_set, self.held_out = corpus.train, corpus.held_out
         if config.eval_every and not self.held_out:
             raise ConfigError(
@@ -103,7 +104,7 @@ class ChunkedLoraTrainer:
             enabled=config.loss_scale is not None,
         )
         state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
-        run = describe_run(config, self.base.model_folder, [*self.train_set, *self.held_out])
+        run = describe_run(config, self.base.model_folder, chain(self.train_set, self.held_out))
         self.saver = RunSaver(config, self.model, state, run, digests)
         self.record = RunRecord(
             config=config.without_paths(),

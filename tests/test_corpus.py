@@ -121,12 +121,14 @@ def test_hugging_face_dataset_equals_a_list():
     settings = {"model_dir": "m", "output_dir": "o"}
     made = onn_core.TrainConfig(data=dataset, **settings)
     assert made.to_dict()["data"] == "Dataset of 7 rows"
-    for wrong in (datasets.DatasetDict({"train": dataset}), dataset.to_iterable_dataset()):
-        with pytest.raises(OnnError, match="choose a split"):
-            onn_core.TrainConfig(data=wrong, **settings)
+    stream = dataset.to_iterable_dataset()
+    assert data.load_rows(stream) == data.load_rows(ROWS)
+    assert onn_core.TrainConfig(data=stream, **settings).to_dict()["data"] == "IterableDataset"
+    with pytest.raises(OnnError, match="choose a split"):
+        onn_core.TrainConfig(data=datasets.DatasetDict({"train": dataset}), **settings)
 
 
-@pytest.mark.parametrize("wrong", [{"train": ROWS}, (row for row in ROWS), 3, b""])
+@pytest.mark.parametrize("wrong", [{"train": ROWS}, 3, b""])
 def test_what_is_not_rows_is_refused(wrong):
     with pytest.raises(OnnError, match="choose a split|data"):
         data.load_rows(onn_core.TrainConfig(model_dir="m", data=wrong, output_dir="o").data)

@@ -361,14 +361,14 @@ def transformers_tokenizer(folder):
 
 def cached_tokens(tokenizer, small, monkeypatch):
     model_dir, data = small
-    rows = load_rows(str(data))
     folder = Path(tempfile.mkdtemp())
     monkeypatch.setenv("ONN_CACHE", str(folder))
-    corpus.tokenize_once(rows, tokenizer, str(model_dir), 40)
+    paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(folder)}
+    corpus.tokenize_once(onn_core.TrainConfig(**paths, max_length=40), tokenizer)
 
     def attack(copy):
         path = next((copy / "tokens").glob("*.safetensors"))
-        return [path], lambda: corpus._read_or_none(path)
+        return [path], lambda: corpus.read_tokens(path)
 
     attack.folder = folder
     return attack

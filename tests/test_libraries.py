@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_s
 import onn_core
 
 BELOW = {
-    "LoRA on the embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens"]),
+    "LoRA on the embedding": peft.LoraConfig(
+        r=4, target_modules=["embed_tokens"], init_lora_weights=False
+    ),
     "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "p-tuning": peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
     ),
     "trainable tokens": peft.TrainableTokensConfig(
-        token_indices=[5], target_modules=["embed_tokens"]
+        token_indices=list(range(3, 60)), target_modules=["embed_tokens"]
     ),
 }
 

@@ -1,30 +1,34 @@
 """Rows of text -> tokens -> batches with labels."""
 
+from onn_core.data.chat import prompt_ids
 from onn_core.data.examples import (
     IGNORED,
     Dataset,
     Example,
+    Examples,
     batches,
     collate,
-    conversation_segments,
-    load_tokenizer,
     pack,
     shuffle_targets,
     split,
     tokenize,
 )
-from onn_core.data.rows import load_rows
+from onn_core.data.rows import load_rows, read_rows
+from onn_core.data.tokenizer import load_tokenizer, require_ids_fit
 
 __all__ = [
     "IGNORED",
     "Dataset",
     "Example",
+    "Examples",
     "batches",
     "collate",
-    "conversation_segments",
     "load_rows",
     "load_tokenizer",
     "pack",
+    "prompt_ids",
+    "read_rows",
+    "require_ids_fit",
     "shuffle_targets",
     "split",
     "tokenize",

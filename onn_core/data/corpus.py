@@ -2,24 +2,39 @@
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
+import math
+import os
+import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.utils import _pytree as pytree
 
 from onn_core.config import TrainConfig
-from onn_core.data.examples import IGNORED, Dataset, Example, pack, shuffle_targets, split, tokenize
-from onn_core.data.rows import Row, load_rows
+from onn_core.data.examples import (
+    Dataset,
+    Examples,
+    TokenFile,
+    pack,
+    shuffle_targets,
+    split,
+    tokenize,
+)
+from onn_core.data.rows import files_of, is_saved_dataset, read_rows
+from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError
-from onn_core.record import cache_dir, write_atomic
+from onn_core.record import cache_dir, sha256_of
 
 # What decides how a folder's tokenizer works.
 TOKENIZER_FILES = (
@@ -31,6 +46,9 @@ TOKENIZER_FILES = (
     "added*",
     "*.tiktoken",
 )
+FORMAT = 2  # of a file of the cache
+# What such a file says of a Dataset beside its tokens.
+FACTS = ("rows", "truncated", "dropped", "unanswered", "length_95", "reasoning_left_out", "unused")
 SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
 
 
@@ -38,17 +56,27 @@ SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]
 class Corpus:
     """What a run trains and evaluates on; facts: what its record says of it, JSON values."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     facts: dict[str, Any]
 
 
-def prepare(config: TrainConfig, tokenizer: Any) -> Corpus:
-    """The examples of a run; DataError if its data cannot be used."""
+def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None) -> Corpus:
+    """The examples of a run, and a line on stderr if rows were cut or dropped.
+
+    `config.chat_template` becomes the tokenizer's. n_embeddings: rows of the model's embedding.
+    Raises DataError if the data cannot be used, or a token of it has no row in the embedding.
+    """
     started = time.perf_counter()
-    rows = load_rows(config.data)
-    dataset, cached = tokenize_once(rows, tokenizer, config.model_dir, config.max_length)
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
+    dataset, cached = tokenize_once(config, tokenizer)
     seconds = time.perf_counter() - started
+    if n_embeddings is not None:
+        require_ids_fit(tokenizer, dataset.tokens.largest_id(), n_embeddings)
+        if (tokenizer.pad_token_id or 0) >= n_embeddings:  # it is never looked at
+            tokenizer.pad_token = tokenizer.eos_token
+    say_what_is_lost(dataset, config.max_length)
     train, held_out = split(dataset.examples, config.held_out_fraction, config.seed)
     if config.shuffle_targets:
         train = shuffle_targets(train, f"{config.seed} {config.shuffle_targets}")
@@ -68,63 +96,133 @@ def prepare(config: TrainConfig, tokenizer: Any) -> Corpus:
     return Corpus(train, held_out, facts | ({"packed_rows": n_rows} if config.packing else {}))
 
 
-def tokenize_once(
-    rows: Sequence[Row], tokenizer: Any, model_dir: str, max_length: int
-) -> tuple[Dataset, bool]:
-    """`data.tokenize`, kept in the cache folder; and whether it was there already.
+def with_steps(config: TrainConfig, n_train: int) -> TrainConfig:
+    """The settings with `max_steps` in place of `num_train_epochs` over `n_train` samples."""
+    if config.max_steps is not None:
+        return config
+    samples = config.num_train_epochs * n_train
+    steps = samples / (config.batch_size * config.gradient_accumulation_steps)
+    return dataclasses.replace(config, max_steps=max(1, math.ceil(steps)))
 
-    The key is a hash of the rows, the tokenizer's files, `max_length` and the versions. A cache
-    that cannot be read or written is done without.
+
+def say_what_is_lost(dataset: Dataset, max_length: int) -> None:
+    """A line on stderr for each way in which less is learned than the rows hold."""
+    said, rows = [], dataset.rows
+    if lost := dataset.dropped - dataset.unanswered:
+        said.append(f"{lost} dropped, whose prompt alone is as long")
+    if dataset.truncated or lost:
+        said.insert(0, f"{dataset.truncated} of {rows} rows were cut at max_length {max_length}")
+        said.append(f"max_length {dataset.length_95} would keep 95 % whole")
+    if dataset.unanswered:
+        said.append(
+            f"{dataset.unanswered} of {rows} rows were dropped: they hold no answer to learn"
+        )
+    if dataset.reasoning_left_out:
+        said.append(
+            f"the chat template leaves out the reasoning of {dataset.reasoning_left_out} earlier "
+            "answers"
+        )
+    if dataset.unused:
+        said.append(f"columns not used: {', '.join(dataset.unused)}")
+    if said:
+        print(f"data: {'; '.join(said)}.", file=sys.stderr)
+
+
+def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
+    """`data.tokenize` of a run's data, kept in the cache folder; and whether it was there already.
+
+    The key is a hash of the data, the tokenizer's files, the chat template, the settings and the
+    versions. A cache that cannot be read or written is done without. A generator, which can be
+    read only once, is not kept.
     """
-    key = hashlib.sha256(json.dumps([rows, max_length, _versions()]).encode())
-    for path in sorted({p for pattern in TOKENIZER_FILES for p in Path(model_dir).glob(pattern)}):
-        if path.is_file():
-            key.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    path = cache_dir() / "tokens" / f"{key.hexdigest()}.safetensors"
-    if (dataset := _read_or_none(path)) is not None:
-        return dataset, True
-    dataset = tokenize(rows, tokenizer, max_length)
+    folder = cache_dir() / "tokens"
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, _packed_bytes(dataset))
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_key(config, tokenizer)}.safetensors"
+    once = isinstance(config.data, Iterator)
+    if not once and (dataset := read_tokens(path)) is not None:
+        return dataset, True
+    unused: set[str] = set()
+    dataset = tokenize(
+        read_rows(config.data, unused),
+        tokenizer,
+        config.max_length,
+        completion_only=config.completion_only,
+        train_on=config.train_on,
+        folder=folder,
+    )
+    dataset = dataclasses.replace(dataset, unused=sorted(map(str, unused)))
+    if not once:
+        with contextlib.suppress(OSError):
+            write_tokens(path, dataset)
+            dataset = read_tokens(path) or dataset
     return dataset, False
 
 
-def _versions() -> list[str]:
-    return [metadata.version(name) for name in ("transformers", "tokenizers")]
+def _key(config: TrainConfig, tokenizer: Any) -> str:
+    template = str(tokenizer.chat_template)
+    today = str(datetime.date.today()) if "strftime_now" in template else ""  # it writes the date
+    versions = [metadata.version(name) for name in ("transformers", "tokenizers")]
+    settings = [config.max_length, config.completion_only, config.train_on]
+    key = hashlib.sha256(json.dumps([FORMAT, template, today, versions, settings]).encode())
+    folder = Path(config.model_dir)
+    for path in sorted({path for names in TOKENIZER_FILES for path in folder.glob(names)}):
+        if path.is_file():
+            key.update(f"{path.name} {sha256_of(path)}".encode())
+    path = Path(config.data).expanduser() if isinstance(config.data, str) else None
+    if path is not None and path.exists() and not is_saved_dataset(path):
+        for file in files_of(path):
+            key.update(f"{file.relative_to(path.parent)} {sha256_of(file)}".encode())
+    elif not isinstance(config.data, Iterator):
+        for row in read_rows(config.data):
+            key.update(json.dumps(row).encode() + b"\n")
+    return key.hexdigest()
 
 
-def _packed_bytes(dataset: Dataset) -> bytes:
-    examples = dataset.examples
-    counted = [label != IGNORED for example in examples for label in example.labels]
-    tensors = {
-        "ids": torch.tensor([i for e in examples for i in e.input_ids], dtype=torch.int32),
-        "counted": torch.tensor(counted),
-        "lengths": torch.tensor([len(example.input_ids) for example in examples]),
-    }
-    counts = {name: getattr(dataset, name) for name in ("rows", "truncated", "dropped")}
-    return save(tensors, {"counts": json.dumps(counts)})
+def write_tokens(path: Path, dataset: Dataset) -> None:
+    """The tokens as a safetensors file, ids last, whole or not at all."""
+    tokens, header, end = dataset.tokens, {}, 0
+    small = {"lengths": ("I32", tokens.lengths), "prompts": ("I64", tokens.prompts)}
+    sizes = {name: (dtype, len(x), len(x) * x.itemsize) for name, (dtype, x) in small.items()}
+    sizes["ids"] = ("I32", sum(tokens.lengths), 4 * sum(tokens.lengths))
+    for name, (dtype, length, n_bytes) in sizes.items():
+        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + n_bytes]}
+        end += n_bytes
+    facts = {name: getattr(dataset, name) for name in FACTS}
+    text = json.dumps(header | {"__metadata__": {"facts": json.dumps(facts)}}).encode()
+    text += b" " * (-len(text) % 8)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, values in small.values():
+                values.tofile(file)
+            tokens.file.seek(tokens.start)
+            shutil.copyfileobj(tokens.file, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
-def _read_or_none(path: Path) -> Dataset | None:
-    """What `_packed_bytes` wrote, if the file is there and whole."""
+def read_tokens(path: Path) -> Dataset | None:
+    """What `write_tokens` wrote, if the file is there and whole; its tokens stay in the file."""
     with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return _read(path)
+        with safe_open(path, "np") as file:
+            lengths, prompts = (file.get_tensor(name) for name in ("lengths", "prompts"))
+            (n_tokens,) = file.get_slice("ids").get_shape()
+            facts = json.loads(file.metadata()["facts"])
+        whole = len(lengths) == len(prompts) > 0 and lengths.min() > 0
+        if not whole or lengths.sum(dtype=np.int64) != n_tokens:
+            raise ValueError("the lengths do not fit")
+        opened = open(path, "rb")  # noqa: SIM115 - the TokenFile closes it
+        tokens = TokenFile(opened, path.stat().st_size - 4 * n_tokens)
+        tokens.lengths.frombytes(lengths.tobytes())
+        tokens.prompts.frombytes(prompts.tobytes())
+        return Dataset(tokens.examples(), tokens=tokens, **{name: facts[name] for name in FACTS})
     return None
-
-
-def _read(path: Path) -> Dataset:
-    with safe_open(path, "pt") as file:
-        ids, counted, lengths = (file.get_tensor(name) for name in ("ids", "counted", "lengths"))
-        counts = json.loads(file.metadata()["counts"])
-    labels = torch.where(counted, ids, IGNORED).tolist()
-    ids, examples, start = ids.tolist(), [], 0
-    for length in lengths.tolist():
-        examples.append(Example(ids[start : start + length], labels[start : start + length]))
-        start += length
-    if start != len(ids) or not examples:
-        raise ValueError("the lengths do not fit")
-    return Dataset(examples, **counts)
 
 
 def require_packing(model: Any) -> None:

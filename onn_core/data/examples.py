@@ -1,26 +1,36 @@
-"""Text, JSONL or chat -> deterministic padded batches with labels.
+"""Rows -> tokens with labels -> deterministic padded batches.
 
 A label of -100 is not counted. The labels are those of Hugging Face: labels[t] is input_ids[t], and
 the model compares it with its prediction at t - 1; so labels[0] is always -100 here, and the number
 of counted tokens is simply the number of labels that are not -100.
+
+Tokens lie in a file, not in memory: an example is read when it is asked for.
 """
 
+import array
 import dataclasses
+import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from onn_core.data.rows import Message, Row
-from onn_core.data.rows import load_rows as load_rows
+from onn_core.data.chat import Rendered, render
+from onn_core.data.rows import Row
+from onn_core.data.tokenizer import explained
 from onn_core.errors import DataError
 
 IGNORED = -100
-NO_TOKENIZER = "no tokenizer can be loaded: copy tokenizer.json and its like from the original"
+SMALL_BYTES = 2**22  # of tokens that are read into memory at once
+COUNTS = ("rows", "truncated", "dropped", "unanswered", "reasoning_left_out")
+BATCH_ROWS, BATCH_CHARACTERS = 256, 2**19  # that are tokenized at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,92 +45,210 @@ class Example:
     lengths: tuple[int, ...] = ()
 
 
+class Examples(Sequence[Example]):
+    """Examples that are made when they are asked for; a slice is a list.
+
+    get: example number i. lengths: their tokens (N,). prompts: equal where the tokens before the
+    first counted one are (N,).
+    """
+
+    def __init__(self, get: Callable[[int], Example], lengths: np.ndarray, prompts: np.ndarray):
+        self.get = get
+        self.lengths = lengths
+        self.prompts = prompts
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Examples":
+        """`examples` as they are, with their lengths and prompts."""
+        if isinstance(examples, Examples):
+            return examples
+        lengths = np.array([len(example.input_ids) for example in examples], np.int32)
+        prompts = np.array([_prompt_number(example) for example in examples], np.int64)
+        return cls(examples.__getitem__, lengths, prompts)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return [self.get(i) for i in range(*which.indices(len(self)))]
+        return self.get(range(len(self))[which])
+
+    def __eq__(self, other: object) -> bool:
+        same_size = isinstance(other, Sequence) and len(self) == len(other)
+        return same_size and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None
+
+    def select(self, order: Any) -> "Examples":
+        """Those with the numbers in `order`, in that order."""
+        order = np.asarray(order, np.int64)
+        return Examples(lambda i: self.get(int(order[i])), self.lengths[order], self.prompts[order])
+
+    def longest_first(self) -> "Examples":
+        """By length, so that a batch has little padding."""
+        return self.select(np.argsort(-self.lengths, kind="stable"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Tokenized examples, and what became of the rows: `truncated` were cut, `dropped` left out."""
+    """Tokenized examples, and what became of the rows.
 
-    examples: list[Example]
+    truncated: rows that were cut. dropped: rows that were left out, `unanswered` of them because
+    nothing in them is to be learned. length_95: the tokens that 95 % of the conversations fit in.
+    reasoning_left_out: earlier answers whose reasoning the chat template does not repeat.
+    unused: columns of the rows. tokens: the file that the examples are read from.
+    """
+
+    examples: Examples
     rows: int
     truncated: int
     dropped: int
+    unanswered: int = 0
+    length_95: int = 0
+    reasoning_left_out: int = 0
+    unused: Sequence[str] = ()
+    tokens: "TokenFile | None" = None
 
 
-def load_tokenizer(model_dir: str | os.PathLike) -> Any:
-    """The tokenizer in a model's folder; DataError if none is there."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made up from config.json alone
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise DataError(f"{model_dir}: {NO_TOKENIZER} ({str(error)[:200]}).") from error
-    if empty:
-        raise DataError(f"{model_dir}: {NO_TOKENIZER}.")
-    return tokenizer
+class TokenFile:
+    """Tokens of examples one after another in a file: int32, ~id where a token is not counted."""
+
+    def __init__(self, file: IO[bytes], start: int = 0):
+        self.file = file
+        weakref.finalize(self, file.close)  # with the last of the examples
+        self.start = start  # in bytes
+        self.lengths = array.array("i")
+        self.prompts = array.array("q")
+
+    def append(self, ids: np.ndarray, counted: np.ndarray) -> None:
+        """One more example: ids (T,) and which of them count (T,)."""
+        coded = np.where(counted, ids, ~ids).astype(np.int32)
+        self.file.write(coded.tobytes())
+        self.lengths.append(len(ids))
+        self.prompts.append(_prompt_number(_decoded(coded)))
+
+    def _read(self, start: int, size: int) -> bytes:
+        return os.pread(self.file.fileno(), size, self.start + start)
+
+    def largest_id(self) -> int:
+        """The largest token id of all."""
+        self.file.seek(self.start)
+        largest = 0
+        while block := self.file.read(2**20):
+            coded = np.frombuffer(block, np.int32)
+            largest = max(largest, int(coded.max()), int((~coded).max()))
+        return largest
+
+    def examples(self) -> Examples:
+        """All of them, read from the file one at a time."""
+        self.file.flush()
+        lengths, prompts = np.array(self.lengths, np.int32), np.array(self.prompts, np.int64)
+        ends = 4 * np.cumsum(lengths, dtype=np.int64)
+        n_bytes = int(ends[-1])
+        self.file.seek(self.start)
+        small = self.file.read(n_bytes) if n_bytes <= SMALL_BYTES else b""
+
+        def get(i: int) -> Example:
+            start, size = int(ends[i]) - 4 * int(lengths[i]), 4 * int(lengths[i])
+            read = small[start : start + size] or self._read(start, size)
+            return _decoded(np.frombuffer(read, np.int32))
+
+        return Examples(get, lengths, prompts)
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Dataset:
-    """Examples of at most `max_length` tokens.
+def tokenize(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    completion_only: bool = True,
+    train_on: str = "all",
+    folder: Path | None = None,
+) -> Dataset:
+    """Examples of at most `max_length` tokens, in a temporary file in `folder`.
 
-    Of a conversation, the assistant's answers count with their end token, the rest is -100; it goes
-    through the tokenizer's chat template, without one the turns are joined by newlines and the
-    answers end with the end-of-text token. Too long a conversation is cut at its end. Of a text
-    every token counts, and a long one becomes several examples.
+    A conversation is rendered whole by the tokenizer's chat template (without one, turns are joined
+    by newlines and answers end with the end-of-text token) and tokenized whole. The assistant's
+    answers count with their end-of-turn token, "all" of them or the "last"; the rest is -100 unless
+    `completion_only` is False. Too long a conversation is cut at its end. Of a text every token
+    counts, and a long one becomes several examples.
 
-    Raises DataError when the chat template refuses a row or nothing is left to train on.
+    Raises DataError, with the row's number, for a row of which not all can be learned, and when
+    nothing is left to train on.
     """
-    from jinja2 import TemplateError
+    tokens = TokenFile(_temporary_file(folder))
+    full_lengths, counts = array.array("i"), dict.fromkeys(COUNTS, 0)
 
-    examples, truncated, dropped = [], 0, 0
-    for number, row in enumerate(rows, start=1):
-        if "text" in row:
-            ids = _text_ids(row["text"], tokenizer)
+    def add(ids: np.ndarray, counted: np.ndarray) -> bool:
+        counted[:1] = False
+        if counted.any():
+            tokens.append(ids, counted)
+        return bool(counted.any())
+
+    for text, ids, offsets in _tokenized(rows, tokenizer, train_on):
+        counts["rows"] += 1
+        if isinstance(text, str):
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            made = [_example(piece, [True] * len(piece)) for piece in pieces]
+            made = [add(piece, np.ones(len(piece), bool)) for piece in pieces]
         else:
-            try:
-                ids, counted = _conversation_ids(row["messages"], tokenizer)
-            except (TemplateError, ValueError) as error:
-                raise DataError(
-                    f"row {number} does not fit the model's chat template ({error}): begin with "
-                    "the user, alternate with the assistant, or give one turn a row."
-                ) from error
-            truncated += len(ids) > max_length
-            made = [_example(ids[:max_length], counted[:max_length])]
-        usable = [example for example in made if any(label != IGNORED for label in example.labels)]
-        dropped += not usable
-        examples += usable
-    if not examples:
+            counts["reasoning_left_out"] += text.reasoning_left_out
+            ids, counted = _counted(text, ids, offsets, completion_only)
+            counts["unanswered"] += not counted[1:].any()
+            counts["truncated"] += len(ids) > max_length
+            full_lengths.append(len(ids))
+            made = [add(ids[:max_length], counted[:max_length])]
+        counts["dropped"] += not any(made)
+    if not tokens.lengths:
         raise DataError(
-            f"none of {len(rows)} rows has a token to learn within max_length {max_length}: raise "
-            "max_length or check the rows."
+            f"none of {counts['rows']} rows has a token to learn within max_length {max_length}: "
+            "raise max_length or check the rows."
         )
-    return Dataset(examples, len(rows), truncated, dropped)
+    lengths = np.array(full_lengths or [0])
+    length_95 = int(np.quantile(lengths, 0.95, method="higher"))
+    return Dataset(tokens.examples(), length_95=length_95, tokens=tokens, **counts)
 
 
 def split(
     examples: Sequence[Example], held_out_fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """(train, held out), fixed by the seed; one example at least is always in train.
 
     Examples with the same prompt (the tokens before the first counted one) stay on the same side,
-    so that no held-out prompt was trained on; the fraction is therefore met only nearly.
+    so that no held-out prompt was trained on. Groups are held out until the fraction is met, and
+    one that would go far beyond it is trained on.
     """
-    groups: dict[tuple[int, ...], list[Example]] = {}
-    for example in examples:
-        first = next(i for i, label in enumerate(example.labels) if label != IGNORED)
-        prompt = tuple(example.input_ids[:first]) if first > 1 else tuple(example.input_ids)
-        groups.setdefault(prompt, []).append(example)
-    shuffled = list(groups.values())
-    random.Random(f"split {seed}").shuffle(shuffled)
-    held_out: list[Example] = []
-    wanted = round(len(examples) * held_out_fraction)
+    given = Examples.of(examples)
+    _, first, group_of = np.unique(given.prompts, return_index=True, return_inverse=True)
+    by_first = np.argsort(first, kind="stable")  # groups in the order of their first example
+    members = np.argsort(group_of, kind="stable")
+    sizes = np.bincount(group_of, minlength=len(first))
+    starts = np.cumsum(sizes) - sizes
+    order = array.array("q", by_first.tobytes())
+    random.Random(f"split {seed}").shuffle(order)
+    wanted = round(len(given) * held_out_fraction)
     if held_out_fraction > 0:
         wanted = max(wanted, 1)
-    while len(held_out) < wanted and len(shuffled) > 1:
-        held_out += shuffled.pop()
-    return [example for group in shuffled for example in group], held_out
+    beyond = max(1, wanted // 10)  # as many more than wanted are close enough
+    n_left, n_taken, held_out = len(order), 0, np.zeros(len(order), bool)
+    for group in reversed(order):
+        if n_taken < wanted and n_left > 1 and n_taken + sizes[group] <= wanted + beyond:
+            held_out[group] = True
+            n_taken, n_left = n_taken + int(sizes[group]), n_left - 1
+    if n_taken < wanted and n_left > 1:  # the smallest that is left, if it brings nearer
+        smallest = int(np.argmin(np.where(held_out, len(given) + 1, sizes)))
+        held_out[smallest] = not n_taken or sizes[smallest] < 2 * (wanted - n_taken)
+
+    def of_groups(groups: np.ndarray) -> Sequence[Example]:
+        n = sizes[groups]
+        within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        return _like(examples, given.select(members[np.repeat(starts[groups], n) + within]))
+
+    groups = np.array(order, np.int64)
+    return of_groups(groups[~held_out[groups]]), of_groups(groups[held_out[groups]][::-1])
 
 
-def shuffle_targets(examples: Sequence[Example], seed: int | str) -> list[Example]:
+def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Example]:
     """The control that must not learn: the counted labels, permuted among all counted positions.
 
     The inputs stay as they are. Answers permuted as a whole would not do: the tokens of an answer
@@ -128,13 +256,20 @@ def shuffle_targets(examples: Sequence[Example], seed: int | str) -> list[Exampl
     labels hold nothing but how frequent each token is, so that the training loss may fall from its
     high start, but the loss on true held-out text must not.
     """
-    labels = [label for example in examples for label in example.labels if label != IGNORED]
+    given = Examples.of(examples)
+    labels, ends = array.array("i"), array.array("q")
+    for example in given:
+        labels.extend(label for label in example.labels if label != IGNORED)
+        ends.append(len(labels))
     random.Random(f"targets {seed}").shuffle(labels)
-    left = iter(labels)
-    return [
-        Example(example.input_ids, [next(left) if i != IGNORED else i for i in example.labels])
-        for example in examples
-    ]
+
+    def get(i: int) -> Example:
+        example, left = given[i], iter(labels[ends[i - 1] if i else 0 : ends[i]])
+        return Example(
+            example.input_ids, [next(left) if x != IGNORED else x for x in example.labels]
+        )
+
+    return _like(examples, Examples(get, given.lengths, given.prompts))
 
 
 def batches(
@@ -145,42 +280,46 @@ def batches(
     Every epoch is a new permutation, and a batch may span two: each has exactly `batch_size`
     examples, and every example is seen once an epoch.
     """
-    epoch, order = -1, []
+    epoch, order = -1, array.array("q")
     for step in count(start_step):
         batch = []
         for position in range(step * batch_size, (step + 1) * batch_size):
             if position // len(examples) != epoch:
                 epoch = position // len(examples)
-                order = list(range(len(examples)))
+                order = array.array("q", range(len(examples)))
                 random.Random(f"epoch {seed} {epoch}").shuffle(order)
             batch.append(examples[order[position % len(examples)]])
         yield batch
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
+def pack(examples: Sequence[Example], max_length: int) -> Sequence[Example]:
     """Rows of at most `max_length` tokens, put together into few samples that long.
 
     The longest first, each into the fullest sample that has room; the same every time.
     """
-    members: list[list[Example]] = []
+    given = Examples.of(examples)
+    members: list[array.array] = []
     with_room: dict[int, list[int]] = {}  # tokens of room -> samples
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        length = len(example.input_ids)
+    for i in np.argsort(-given.lengths, kind="stable").tolist():
+        length = int(given.lengths[i])
         room = next((room for room in range(length, max_length) if with_room.get(room)), max_length)
         if room == max_length:
-            members.append([])
+            members.append(array.array("q"))
             with_room.setdefault(room, []).append(len(members) - 1)
         sample = with_room[room].pop()
-        members[sample].append(example)
+        members[sample].append(i)
         with_room.setdefault(room - length, []).append(sample)
-    return [
-        Example(
+
+    def get(sample: int) -> Example:
+        parts = [given[i] for i in members[sample]]
+        return Example(
             [token for part in parts for token in part.input_ids],
             [label for part in parts for label in part.labels],
             tuple(len(part.input_ids) for part in parts),
         )
-        for parts in members
-    ]
+
+    lengths = np.array([given.lengths[of].sum() for of in members], np.int32)
+    return _like(examples, Examples(get, lengths, np.arange(len(members))))
 
 
 def collate(examples: Sequence[Example], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
@@ -209,66 +348,110 @@ def collate(examples: Sequence[Example], pad_id: int | None = 0) -> dict[str, to
     return batch | {"attention_mask": attention_mask}
 
 
-def _example(ids: list[int], counted: list[bool]) -> Example:
-    labels = [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)]
-    labels[:1] = [IGNORED] * len(labels[:1])
-    return Example(ids, labels)
+def _like(examples: Sequence[Example], made: Examples) -> Sequence[Example]:
+    """A list of a list, else what is made when it is asked for."""
+    return list(made) if isinstance(examples, list) else made
 
 
-def _text_ids(text: str, tokenizer: Any) -> list[int]:
-    ids = list(tokenizer(text)["input_ids"])
+def _decoded(coded: np.ndarray) -> Example:
+    ids = np.where(coded < 0, ~coded, coded)
+    return Example(ids.tolist(), np.where(coded < 0, IGNORED, ids).tolist())
+
+
+def _prompt_number(example: Example) -> int:
+    """A number of the tokens before the first counted one; of all, if there is but one."""
+    first = next((i for i, label in enumerate(example.labels) if label != IGNORED), 0)
+    prompt = example.input_ids[:first] if first > 1 else example.input_ids
+    digest = hashlib.blake2b(np.array(prompt, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _temporary_file(folder: Path | None) -> IO[bytes]:
+    """A file without a name, that is memory while it is small and ends with its last reader."""
+    usable = folder is not None and os.access(folder, os.W_OK)
+    return tempfile.SpooledTemporaryFile(SMALL_BYTES, dir=folder if usable else None)
+
+
+def _tokenized(
+    rows: Iterable[Row], tokenizer: Any, train_on: str
+) -> Iterator[tuple[str | Rendered, np.ndarray, Any]]:
+    """Each row's text or rendered conversation, its ids (T,) and their offsets in it (T, 2)."""
+    batch: list[str | Rendered] = []
+    size = first = 0
+    for number, row in enumerate(rows, start=1):
+        try:
+            made = row["text"] if "text" in row else render(row, tokenizer, train_on)
+        except DataError as error:
+            raise DataError(
+                f"row {number} {error}. Begin with the user, alternate with the assistant, or set "
+                "chat_template to one that renders what the row holds."
+            ) from error
+        batch.append(made)
+        size += len(made if isinstance(made, str) else made.text)
+        if len(batch) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield from _encoded(batch, tokenizer, first + 1)
+            batch, size, first = [], 0, number
+    yield from _encoded(batch, tokenizer, first + 1)
+
+
+def _encoded(
+    batch: list[str | Rendered], tokenizer: Any, first: int
+) -> Iterator[tuple[str | Rendered, np.ndarray, Any]]:
     end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    encoded: list[Any] = [None] * len(batch)
+    with explained(f"rows {first} to {first + len(batch) - 1} cannot be tokenized"):
+        for is_text in (True, False):
+            which = [i for i, made in enumerate(batch) if isinstance(made, str) == is_text]
+            texts = [batch[i] if is_text else batch[i].text for i in which]
+            offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+            given = {} if is_text else {"add_special_tokens": False} | offsets
+            found = tokenizer(texts, verbose=False, **given) if texts else {"input_ids": []}
+            for i, ids in zip(which, found["input_ids"], strict=True):
+                if is_text and end is not None and ids[-1:] != [end]:
+                    ids = [*ids, end]
+                encoded[i] = (batch[i], np.array(ids, np.int64), tokenizer)
+            for i, mapping in zip(which, found.get("offset_mapping", []), strict=False):
+                encoded[i] = (*encoded[i][:2], np.array(mapping, np.int64).reshape(-1, 2))
+    yield from encoded
 
 
-def _conversation_ids(messages: list[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids up to the last one that counts, and which of them count.
+def _counted(
+    rendered: Rendered, ids: np.ndarray, offsets: Any, completion_only: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids up to the last one that counts, and which of them count.
 
-    Each answer is tokenized apart from what precedes it, as it is when a model generates it.
+    A token that lies across the beginning or the end of an answer belongs to it.
     """
-    ids: list[int] = []
-    counted: list[bool] = []
-    for text, is_answer in conversation_segments(messages, tokenizer):
-        segment = tokenizer(text, add_special_tokens=False)["input_ids"]
-        answer_tokens = len(segment) if is_answer else 0
-        if is_answer and tokenizer.eos_token_id in segment:  # no newline after the end token
-            answer_tokens -= segment[::-1].index(tokenizer.eos_token_id)
-        ids += segment
-        counted += [position < answer_tokens for position in range(len(segment))]
-    while counted and not counted[-1]:
-        counted.pop()
-    return ids[: len(counted)], counted
+    if not isinstance(offsets, np.ndarray):
+        offsets = _offsets_by_prefix(rendered, ids, offsets)
+    begins, ends = offsets[:, 0], offsets[:, 1]
+
+    def inside(start: int, end: int) -> np.ndarray:
+        return (begins < end) & ((ends > start) | (begins >= start) & (begins == ends))
+
+    counted = np.full(len(ids), not completion_only)
+    for span in rendered.learned:
+        counted |= inside(*span)
+    for span in rendered.unlearned if not completion_only else ():
+        counted &= ~inside(*span)
+    if completion_only:
+        last = int(np.flatnonzero(counted)[-1]) + 1 if counted.any() else 0
+        ids, counted = ids[:last], counted[:last]
+    return ids, counted
 
 
-def conversation_segments(messages: list[Message], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, is it an answer) of the parts that are tokenized one by one."""
-    segments = _template_segments if tokenizer.chat_template else _plain_segments
-    return segments(messages, tokenizer)
-
-
-def _template_segments(messages: list[Message], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, is it an answer) as the chat template writes them."""
-    done = ""
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = tokenizer.apply_chat_template(
-            messages[:turn], tokenize=False, add_generation_prompt=True
-        )
-        answered = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
-        if not (prompt.startswith(done) and answered.startswith(prompt)):
-            raise ValueError("it changes what it wrote for earlier turns")
-        yield prompt[len(done) :], False
-        yield answered[len(prompt) :], True
-        done = answered
-
-
-def _plain_segments(messages: list[Message], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, is it an answer) without a template: a newline after what is asked."""
-    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        yield tokenizer.bos_token, False
-    for message in messages:
-        if message["role"] == "assistant":
-            yield message["content"] + (tokenizer.eos_token or ""), True
-        else:
-            yield message["content"] + "\n", False
+def _offsets_by_prefix(rendered: Rendered, ids: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """Offsets as far as answers need them, of a tokenizer that gives none: (T, 2)."""
+    places = {0, len(rendered.text)}
+    places |= {place for span in rendered.learned + rendered.unlearned for place in span}
+    offsets, done, before = np.zeros((len(ids), 2), np.int64), 0, 0
+    for place in sorted(places)[1:]:
+        prefix = tokenizer(rendered.text[:place], add_special_tokens=False)["input_ids"]
+        if prefix != ids[: len(prefix)].tolist():
+            raise DataError(
+                "this tokenizer gives no offsets and joins an answer's end with what follows: "
+                "copy the tokenizer.json of the original into the model folder."
+            )
+        offsets[done : len(prefix)] = before, place
+        done, before = len(prefix), place
+    return offsets

@@ -1,51 +1,243 @@
-"""Rows of text from a file, from the default corpus, or from a dataset in memory."""
+"""Rows of any form that people have -> conversations and texts of one form, one at a time.
 
+Files are read here and not by `datasets`, which guesses types: it would make numbers of the answers
+"4" and "NA" in a CSV file, and give every message of a JSONL file the fields of all others.
+"""
+
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onn_core.errors import DataError
 
-Message = dict[str, str]  # role, content
-Row = dict[str, Any]  # {"messages": [Message, ...]} or {"text": str}
+Message = dict[str, Any]  # role, content, and what else MESSAGE_FIELDS names
+Row = dict[str, Any]  # {"messages": [Message, ...], "tools": [...]} or {"text": str}
+
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES |= {"chatgpt": "assistant", "developer": "system", "observation": "tool", "ipython": "tool"}
+MESSAGE_FIELDS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id")
+MESSAGE_FIELDS += ("reasoning_content", "reasoning", "thinking")
+TURNS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "instruction", "question", "query")
+INPUTS = ("input", "context")  # what a prompt is about, written after it
+ANSWERS = ("response", "completion", "answer", "output")
+# These would change what is learned, and no rule says how.
+REFUSED_FIELDS = ("history", "documents", "functions", "function_call", "reasoning", "thinking")
+REFUSED_FIELDS += ("reasoning_content", "image", "images", "video", "videos", "audio", "audios")
+REFUSED_FIELDS += ("weight", "label", "labels", "system_prompt")
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
+MAX_PARAGRAPH = 2**18  # characters; a longer one of a text file ends at the next line
+BLOCK = 2**20  # characters of a JSON array that are read at once
+FORMS = "messages (role, content), prompt and response, or text"
 
 
 def load_rows(data: Any) -> list[Row]:
-    """Rows of "chatterbot", of a .jsonl file, of the paragraphs of a .txt file, or of a dataset.
+    """All that `read_rows` yields, in memory."""
+    return list(read_rows(data))
 
-    A JSONL line, or a row of a dataset (a Hugging Face `datasets.Dataset`, a list of dicts), holds
-    messages (role, content), prompt and response (or completion), or text. What is returned is
-    {"messages": [...]} or {"text": ...}. Raises DataError, with the row's number where there is
-    one, for what cannot be read.
+
+def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
+    """Rows of "chatterbot", of a file, of a folder of files, or of rows in memory, one at a time.
+
+    A file is .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt or .md, or one of these compressed
+    (.gz, .bz2, .xz); of a text file each paragraph is a row. A folder may also be what
+    `datasets.Dataset.save_to_disk` wrote. Rows in memory are a `datasets.Dataset`, or any iterable
+    of dicts.
+
+    A row holds messages (or ShareGPT's conversations), a prompt (or instruction, question) and a
+    response (or completion, answer, output), or text; beside these system, tools, and the input of
+    a prompt. What is yielded is {"messages": [...]}, perhaps with "tools" and
+    "chat_template_kwargs", or {"text": ...}. Columns that are left out are added to `unused`.
+
+    Raises DataError, with the row's place where there is one, for what cannot be read.
     """
-    if not isinstance(data, str | os.PathLike):
-        rows = [_row(row, f"row {number} of data") for number, row in enumerate(data, start=1)]
-        if not rows:
-            raise DataError("data is empty: give at least one row.")
-        return rows
-    if data == "chatterbot":
-        return _chatterbot_rows()
-    path = Path(data)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise DataError(f'data {data!r} is not known: give "chatterbot", a .jsonl or a .txt file.')
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{data} cannot be read as UTF-8 text ({error}): check the file."
-        ) from error
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_json_row(line, f"{data} line {number}") for number, line in lines if line.strip()]
+    empty = True
+    for where, raw in _raw_rows(data):
+        row = _row(raw, where, unused if unused is not None else set())
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where} holds half a character (a lone surrogate): fix it."
+            ) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{where} holds what JSON cannot ({error}): make it text.") from error
+        yield row
+        empty = False
+    if empty:
+        name = data if isinstance(data, str | os.PathLike) else "data"
+        raise DataError(f"{name} is empty (or a generator was read before): give at least one row.")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that `path` stands for; DataError if there is none that can be read."""
+    if path.is_file():
+        files = [path] if _kind(path) in READERS else []
     else:
-        paragraphs = "\n".join(line.rstrip() for line in text.splitlines()).split("\n\n")
-        rows = [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
-    if not rows:
-        raise DataError(f"{data} is empty: give at least one row.")
-    return rows
+        files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path))]
+        files = [file for file in files if file.is_file()]
+    if not files:
+        known = ", ".join(READERS)
+        raise DataError(
+            f'data "{path}" is not known: give "chatterbot", or a file ({known}, also compressed '
+            f"as {', '.join(OPENERS)}) or a folder of them."
+        )
+    return files
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `datasets.Dataset.save_to_disk` wrote this folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _raw_rows(data: Any) -> Iterator[tuple[str, Any]]:
+    """(where it is, the row as it is written)."""
+    if isinstance(data, Mapping):
+        raise DataError('data holds several datasets: choose a split such as dataset["train"].')
+    if not isinstance(data, str | os.PathLike):
+        if not isinstance(data, Iterable) or isinstance(data, bytes):
+            raise DataError(f"data must be a path or rows, not {type(data).__name__}.")
+        arrow = hasattr(data, "features")  # a datasets.Dataset
+        for number, row in enumerate(data, start=1):
+            yield f"row {number} of data", _without_none(row) if arrow else row
+        return
+    if data == "chatterbot":
+        yield from (("chatterbot", row) for row in _chatterbot_rows())
+        return
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise DataError(
+            f'data "{data}" cannot be read: it is no file or folder here, and not "chatterbot". '
+            "Datasets are never fetched: load one with datasets.load_dataset and give that."
+        )
+    if path.is_dir() and is_saved_dataset(path):
+        import datasets
+
+        saved = datasets.load_from_disk(str(path))
+        yield from _raw_rows(saved)
+        return
+    for file in files_of(path):
+        try:
+            yield from READERS[_kind(file)](file)
+        except UNREADABLE as error:
+            raise DataError(
+                f"{file} cannot be read as UTF-8 text or as what its name says ({error}): check "
+                "the file."
+            ) from error
+
+
+def _kind(path: Path) -> str:
+    """Which of READERS reads a file: its last suffix that is not of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in OPENERS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a folder holds rows: not what describes them, as folders of the Hub do."""
+    about = path.stem.lower().startswith(("readme", "license", "dataset_info"))
+    hidden = any(part.startswith(".") for part in path.parts)
+    return _kind(path) in READERS and not about and not hidden
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    return OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path, newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path} line {number}", _json(line, f"{path} line {number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}): fix or remove it.") from error
+
+
+def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of an array, read block by block; or JSON lines, as many .json files hold."""
+    with _open(path) as file:
+        text = file.read(BLOCK).lstrip()
+        if not text.startswith("["):
+            yield from _json_lines(path)
+            return
+        decode, number = json.JSONDecoder().raw_decode, 1
+        text = text[1:]
+        while not (text := text.lstrip().removeprefix(",").lstrip()).startswith("]"):
+            try:
+                item, end = decode(text)
+                whole = text[end : end + 1] in (",", "]") or text[end:].lstrip()[:1] in (",", "]")
+            except (ValueError, RecursionError) as error:
+                whole, problem = False, error
+            else:
+                problem = "it ends too early"
+            if whole:
+                yield f"{path} row {number}", item
+                text, number = text[end:], number + 1
+            elif more := file.read(max(BLOCK, len(text))):  # twice as much: each is read again
+                text += more
+            else:
+                raise DataError(f"{path} row {number} is not JSON ({problem}): fix the file.")
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with _open(path, newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path} row {number}", row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", _without_none(row)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as file:
+        lines: list[str] = []
+        size = number = 0
+        while True:
+            piece = file.readline(MAX_PARAGRAPH)
+            for line in piece.splitlines() or [""]:
+                lines.append(line.rstrip())
+                size += len(line)
+                if not line.strip() or size >= MAX_PARAGRAPH:
+                    if text := "\n".join(lines).strip():
+                        number += 1
+                        yield f"{path} paragraph {number}", {"text": text}
+                    lines, size = [], 0
+            if not piece:
+                return
+
+
+READERS = {".json": _json_file, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _table}
+READERS |= {".tsv": _table, ".parquet": _parquet, ".txt": _paragraphs, ".md": _paragraphs}
 
 
 def _chatterbot_rows() -> list[Row]:
@@ -67,44 +259,122 @@ def _chatterbot_rows() -> list[Row]:
             conversations = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
             two = [turns[:2] for turns in conversations if isinstance(turns, list)]
             pairs |= dict.fromkeys((prompt.strip(), response.strip()) for prompt, response in two)
-    return [_pair_row(prompt, response) for prompt, response in pairs]
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
 
 
-def _json_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}): mend or remove it.") from error
-    return _row(row, where)
+def _row(raw: Any, where: str, unused: set[str]) -> Row:
+    """The one form of a row, whatever it was written in."""
+    fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, Mapping) else {}
+    if "chosen" in fields or "rejected" in fields:
+        raise DataError(
+            f"{where} is a preference pair (chosen, rejected): TRL's DPOTrainer takes these, with "
+            "a model of onn_core.from_pretrained."
+        )
+    for name in (*TURNS, "tools"):
+        if isinstance(fields.get(name), str):  # a column of a table
+            fields[name] = _json(fields[name] or "[]", f"{where}: {name}")
+    prompt = next((name for name in PROMPTS if name in fields), None)
+    answer = next((name for name in ANSWERS if name in fields), None)
+    turns = next((name for name in TURNS if name in fields), None)
+    if prompt and answer:
+        messages = _pair(fields, prompt, answer, where)
+        used = {prompt, answer, *INPUTS}
+    elif turns and isinstance(fields[turns], list | tuple) and fields[turns]:
+        messages, used = [_message(turn, where) for turn in fields[turns]], {turns}
+    elif isinstance(fields.get("text"), str):
+        unused |= fields.keys() - {"text"}
+        return {"text": fields["text"]}
+    else:
+        raise DataError(f"{where} needs {FORMS}.")
+    used |= {"system", "tools", "chat_template_kwargs"}
+    for name in fields.keys() - used:
+        if name in REFUSED_FIELDS + INPUTS and not _is_empty(fields[name]):
+            raise DataError(
+                f'{where}: the field "{name}" would change what is learned and is not '
+                "understood here: write it into the messages, or remove it."
+            )
+    unused |= fields.keys() - used
+    if not _is_empty(fields.get("system")):
+        if messages[0]["role"] == "system":
+            raise DataError(f"{where} has a system field and a system turn: keep one of them.")
+        messages.insert(0, _message({"role": "system", "content": fields["system"]}, where))
+    row: Row = {"messages": messages}
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        if not _is_empty(fields.get(name)):
+            if not isinstance(fields[name], kind):
+                raise DataError(f"{where}: {name} must be a {kind.__name__}.")
+            row[name] = fields[name]
+    return row
 
 
-def _row(row: Any, where: str) -> Row:
-    made = _made(row, where)
-    try:
-        json.dumps(made, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where} holds half a character (a lone surrogate): mend it.") from error
-    return made
+def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[Message]:
+    """The messages of a prompt and its answer, each a text or, as TRL has them, messages.
+
+    Of messages in the prompt nothing is learned.
+    """
+    sides = []
+    for name, role in ((prompt, "user"), (answer, "assistant")):
+        value = fields[name]
+        if isinstance(value, str):
+            value = [{"role": role, "content": value}]
+        if not isinstance(value, list | tuple) or not value:
+            raise DataError(f"{where} needs {FORMS}: its {name} is not text.")
+        sides.append([_message(turn, where) for turn in value])
+    for message in sides[0]:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    for name in INPUTS:
+        if not _is_empty(fields.get(name)):
+            if not isinstance(fields[name], str):
+                raise DataError(f'{where}: its field "{name}" is not text.')
+            sides[0][-1]["content"] += "\n\n" + fields[name]
+    return [*sides[0], *sides[1]]
 
 
-def _made(row: Any, where: str) -> Row:
-    row = row if isinstance(row, Mapping) else {}
-    if _all_text(row, "prompt", "response"):
-        return _pair_row(row["prompt"], row["response"])
-    if _all_text(row, "prompt", "completion"):  # TRL's name
-        return _pair_row(row["prompt"], row["completion"])
-    if _all_text(row, "text"):
-        return {"text": row["text"]}
-    turns = row.get("messages")
-    if isinstance(turns, list) and turns and all(_all_text(t, "role", "content") for t in turns):
-        return {"messages": [{key: turn[key] for key in ("role", "content")} for turn in turns]}
-    raise DataError(f"{where} needs messages (role, content), prompt and response, or text.")
+def _message(turn: Any, where: str) -> Message:
+    turn = turn if isinstance(turn, Mapping) else {}
+    fields = {key: value for key, value in turn.items() if value is not None}
+    if "from" in fields and "role" not in fields:  # ShareGPT
+        fields["role"] = fields.pop("from")
+        fields["content"] = fields.pop("value", None)
+    if fields.get("content") is None and not fields.get("tool_calls"):
+        raise DataError(f"{where} needs {FORMS}.")
+    role = fields.get("role")
+    if not isinstance(role, str):
+        raise DataError(f"{where} needs {FORMS}: its role is {role!r}.")
+    if role.lower() not in ROLES:
+        raise DataError(f'{where}: the role "{role}" is not known: use {", ".join(ROLES)}.')
+    for name in fields.keys() - set(MESSAGE_FIELDS):
+        raise DataError(f'{where}: the field "{name}" of a message is not understood: remove it.')
+    message = fields | {"role": ROLES[role.lower()], "content": _text(fields.get("content"), where)}
+    weight = message.pop("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"{where}: the weight of a message is 0 or 1, not {weight!r}.")
+    if not isinstance(message.get("tool_calls", []), list):
+        raise DataError(f"{where}: tool_calls must be a list.")
+    return message if weight else message | {"weight": 0}
 
 
-def _all_text(value: Any, *keys: str) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in keys)
+def _text(content: Any, where: str) -> str:
+    """A message's content as text; it may be None beside tool calls, or a list of parts."""
+    parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
+    texts = []
+    for part in parts:
+        part = part if isinstance(part, Mapping) else {"type": "text", "text": part}
+        if part.get("type", "text") != "text":
+            raise DataError(f"{where} has content of type {part['type']!r}: only text is trained.")
+        texts.append("" if part.get("text") is None else part["text"])
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where} needs {FORMS}: a content is not text.")
+    return "".join(texts)
 
 
-def _pair_row(prompt: str, response: str) -> Row:
-    turns = (("user", prompt), ("assistant", response))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+def _without_none(value: Any) -> Any:
+    """`value` without what is None: Arrow gives every dict the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or isinstance(value, str | list | tuple | dict) and not value

@@ -1,0 +1,309 @@
+"""Conversations as the chat template renders them, and where the answers are in that text.
+
+The whole conversation is rendered once and later tokenized once. Where the template marks what the
+assistant generates, its marks are taken. Elsewhere an answer begins where the generation prompt
+ends and ends with its end-of-turn token. Many templates render an earlier turn otherwise than the
+last one (they drop its reasoning, or close it with another token); there a second rendering, with
+a mark in place of the answer, shows which part of the whole text is the answer's.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from onn_core.data.rows import Message, Row
+from onn_core.data.tokenizer import explained
+from onn_core.errors import DataError
+
+Span = tuple[int, int]  # characters of a text, from and up to
+GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
+MARK = "Zq0answer0qZ"  # in place of an answer; no template changes letters and digits
+END_OF_TURN = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[A-Z_/]{2,30}\])")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MIN_HEADER = 4  # characters of a generation prompt that are enough to know it by
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation's text; which characters are learned, and which must not be."""
+
+    text: str
+    learned: list[Span]
+    unlearned: list[Span]
+    reasoning_left_out: int = 0  # earlier answers whose reasoning the template does not repeat
+
+
+def render(row: Row, tokenizer: Any, train_on: str = "all") -> Rendered:
+    """The text of a conversation, with the answers that are learned: "all" of them or the "last".
+
+    A turn of weight 0 is not learned. Without a chat template turns are joined by newlines.
+    Raises DataError if the template does not take the row, or leaves out something of it.
+    """
+    messages = row["messages"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = {i for i in answers if messages[i].get("weight", 1)}
+    if train_on == "last":
+        learned &= {answers[-1]} if answers else set()
+    if not tokenizer.chat_template:
+        return _joined(row, tokenizer, answers, learned)
+    problem, got_to = None, -1
+    for content_in_parts, arguments_as_text in _shapes(messages):
+        chat = _Chat(row, tokenizer, content_in_parts, arguments_as_text)
+        try:
+            with explained("it cannot be rendered"):
+                return chat.rendered(answers, learned)
+        except DataError as error:  # of several shapes, the reason of the one that got farthest
+            if chat.stage > got_to:
+                problem, got_to = error, chat.stage
+    reason = str(problem).rstrip(".")
+    raise DataError(f"does not fit the model's chat template: {reason}") from problem
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    """The tokens that a model is given before it answers `prompt`, as in training.
+
+    Raises DataError if the chat template does not render a user's turn.
+    """
+    row: Row = {"messages": [{"role": "user", "content": prompt}]}
+    with explained("the prompt cannot be tokenized"):
+        if not tokenizer.chat_template:
+            return _ids(_joined(row, tokenizer, [], set()).text, tokenizer)
+        problem: Exception = DataError("its text is not in what it renders")
+        for content_in_parts in (False, True):
+            try:
+                chat = _Chat(row, tokenizer, content_in_parts, False)
+                text = chat.text(row["messages"], for_answer=True)
+                if _is_in(prompt, text):
+                    return _ids(text, tokenizer)
+            except Exception as error:
+                problem = error if not content_in_parts else problem
+        raise DataError(f"the chat template does not take a prompt ({problem}).") from problem
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _shapes(messages: list[Message]) -> Iterator[tuple[bool, bool]]:
+    """Ways to write the same conversation, as one template wants it or another."""
+    calls = any(message.get("tool_calls") for message in messages)
+    for content_in_parts in (False, True):
+        yield content_in_parts, False
+        if calls:
+            yield content_in_parts, True
+
+
+class _Chat:
+    """One conversation in one shape, and what the chat template makes of it."""
+
+    def __init__(self, row: Row, tokenizer: Any, content_in_parts: bool, arguments_as_text: bool):
+        self.tokenizer = tokenizer
+        self.tools = row.get("tools")
+        self.settings = tokenizer.special_tokens_map | row.get("chat_template_kwargs", {})
+        with explained("the tokenizer's chat template cannot be taken"):
+            self.template = tokenizer.get_chat_template(tools=self.tools)
+            self.marked = bool(GENERATION.search(self.template))
+        self.in_parts = content_in_parts
+        self.as_text = arguments_as_text
+        self.messages = row["messages"]
+        self.stage = 0  # 1: it can be rendered, 2: the answers are found in it
+
+    def rendering(
+        self, messages: list[Message], for_answer: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text, and the spans of the template's generation marks if it has them."""
+        if not messages:
+            return "", []
+        texts, spans = render_jinja_template(
+            conversations=[[self._shaped(message) for message in messages]],
+            tools=self.tools,
+            chat_template=self.template,
+            return_assistant_tokens_mask=self.marked,
+            add_generation_prompt=for_answer,
+            **self.settings,
+        )
+        return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
+
+    def text(self, messages: list[Message], for_answer: bool = False) -> str:
+        return self.rendering(messages, for_answer)[0]
+
+    def _shaped(self, message: Message) -> Message:
+        message = {key: value for key, value in message.items() if key != "weight"}
+        if self.in_parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if message.get("tool_calls"):
+            message["tool_calls"] = [self._shaped_call(call) for call in message["tool_calls"]]
+        return message
+
+    def _shaped_call(self, call: Any) -> Any:
+        """A tool call whose arguments are an object, or its JSON text."""
+        if "function" in call:
+            return call | {"function": self._shaped_call(call["function"])}
+        arguments = call.get("arguments", {})
+        if self.as_text and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not self.as_text and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        return call | {"arguments": arguments}
+
+    def rendered(self, answers: list[int], learned: set[int]) -> Rendered:
+        whole, marks = self.rendering(self.messages)
+        self.stage = 1
+        spans: dict[int, list[Span]] = {}
+        end = 0
+        for i in answers:
+            if self.marked:
+                spans[i] = self._marked_spans(i, marks)
+            else:
+                spans[i] = [self._span(i, whole, end)]
+            end = max([end, *(span[1] for span in spans[i])])
+        left_out = self._require_whole(whole, spans, learned)
+        return Rendered(
+            whole,
+            [span for i in answers if i in learned for span in spans[i]],
+            [span for i in answers if i not in learned for span in spans[i]],
+            left_out,
+        )
+
+    def _marked_spans(self, i: int, marks: list[Span]) -> list[Span]:
+        """The spans that the template marks as generated in message `i`."""
+        first = len(self.rendering(self.messages[:i], for_answer=True)[1])
+        last = len(marks)
+        if i + 1 < len(self.messages):
+            last = len(self.rendering(self.messages[: i + 1], for_answer=True)[1])
+        return marks[first:last]
+
+    def _span(self, i: int, whole: str, after: int) -> Span:
+        """Where answer `i` is in the whole text, its end-of-turn token included."""
+        before, rest = self.messages[:i], self.messages[i + 1 :]
+        if not before:
+            raise DataError("it begins with the assistant's turn")
+        prompt = self.text(before, for_answer=True)
+        until = self.text(self.messages[: i + 1]) if rest else whole
+        if whole.startswith(prompt) and whole.startswith(until) and len(until) > len(prompt):
+            return self._trimmed(i, whole, len(prompt), len(until))
+        mark = {"role": "assistant", "content": MARK}
+        marked = self.text([*before, mark, *rest])
+        at = marked.find(MARK)
+        if at < 0:
+            raise DataError(f"what the assistant says in turn {i + 1} is not in what it renders")
+        start = self._start(before, prompt, whole, after, _common(whole, marked[:at]))
+        if not rest:
+            return self._trimmed(i, whole, start, len(whole))
+        reply = until[self._start(before, prompt, until, 0, _common(until, marked[:at])) :]
+        if whole.startswith(reply, start):
+            return self._trimmed(i, whole, start, start + len(reply))
+        # It is rendered otherwise than as the last turn: what follows the answer tells its end.
+        last = self.text([*before, mark])
+        closing = last[last.find(MARK) + len(MARK) :]
+        content_end = len(whole) - _common(whole[::-1], marked[at + len(MARK) :][::-1])
+        if whole.startswith(closing, content_end):
+            return self._trimmed(i, whole, start, content_end + len(closing))
+        if found := END_OF_TURN.match(whole, content_end):
+            return start, found.end()
+        for token in self.tokenizer.all_special_tokens:
+            if whole.startswith(token, content_end):
+                return start, content_end + len(token)
+        raise DataError(f"it rewrites turn {i + 1}, and where that ends cannot be told")
+
+    def _start(self, before: list[Message], prompt: str, whole: str, after: int, limit: int) -> int:
+        """Where an answer begins that lies in `whole` between `after` and about `limit`.
+
+        The generation prompt may hold more than the turn's header, such as an opened <think>, that
+        the whole text does not have: its longest beginning that is there is the header.
+        """
+        if whole.startswith(prompt):
+            return len(prompt)
+        header = prompt[_common(prompt, self.text(before)) :]
+        for length in range(len(header), min(MIN_HEADER, len(header)) - 1, -1):
+            at = whole.rfind(header[:length], after, limit)
+            if at >= 0 and header[:length].strip():
+                return at + length
+        return limit
+
+    def _trimmed(self, i: int, whole: str, start: int, end: int) -> Span:
+        """Without the whitespace after the end-of-turn token, if there is such a token."""
+        reply = whole[start:end].rstrip()
+        content = self.messages[i]["content"].strip()
+        if content and reply.endswith(content):  # whitespace alone ends this turn
+            return start, end
+        return start, start + len(reply)
+
+    def _require_whole(self, whole: str, spans: dict[int, list[Span]], learned: set[int]) -> int:
+        """DataError unless all that the row says is in the text, its answers in their spans."""
+        texts = {
+            i: "".join(whole[start:end] for start, end in spans.get(i, [(0, len(whole))]))
+            for i in range(len(self.messages))
+        }
+        for i, message in enumerate(self.messages):
+            if not _is_in(message["content"].rpartition("</think>")[2], texts[i]):
+                raise DataError(
+                    f"what the {message['role']} says in turn {i + 1} is not in what it renders"
+                )
+        self.stage, left_out = 2, 0
+        for i, message in enumerate(self.messages):
+            calls = [call.get("function", call) for call in message.get("tool_calls", [])]
+            given = [self._shaped_call(call).get("arguments") for call in calls]
+            if not _is_in([[call.get("name", "") for call in calls], given], texts[i]):
+                raise DataError(f"the tool call in turn {i + 1} is not in what it renders")
+            thoughts = [message[name] for name in REASONING if message.get(name)]
+            if "</think>" in message["content"]:
+                thoughts.append(message["content"].partition("</think>")[0].split("<think>")[-1])
+            if i in learned and not _is_in(thoughts, texts[i]):
+                last = i == len(self.messages) - 1
+                if last or not _is_in(thoughts, self.text(self.messages[: i + 1])):
+                    raise DataError(f"the reasoning in turn {i + 1} is not in what it renders")
+                left_out += 1
+        for tool in self.tools or []:
+            if isinstance(tool, dict) and not _is_in(tool.get("function", tool)["name"], whole):
+                raise DataError("the tools are not in what it renders")
+        return left_out
+
+
+def _joined(row: Row, tokenizer: Any, answers: list[int], learned: set[int]) -> Rendered:
+    """Without a template: each turn ends with a newline, an answer with the end-of-text token."""
+    if row.get("tools") or any(
+        message.keys() & {"tool_calls", *REASONING} for message in row["messages"]
+    ):
+        raise DataError("holds tools or reasoning, for which the tokenizer has no chat template")
+    text, spans = "", {}
+    if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = tokenizer.bos_token
+    for i, message in enumerate(row["messages"]):
+        start = len(text)
+        text += message["content"]
+        text += (tokenizer.eos_token or "") if i in answers else "\n"
+        spans[i] = (start, len(text))
+    return Rendered(
+        text,
+        [spans[i] for i in answers if i in learned],
+        [spans[i] for i in answers if i not in learned],
+    )
+
+
+def _common(text: str, other: str) -> int:
+    """How many characters at the beginning are the same."""
+    return len(os.path.commonprefix([text, other]))
+
+
+def _is_in(value: Any, text: str) -> bool:
+    """Whether every text and number in `value` is in `text`, as it is or as JSON writes it."""
+    if isinstance(value, dict):
+        return all(_is_in(item, text) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_in(item, text) for item in value)
+    if not isinstance(value, str):
+        return json.dumps(value) in text or str(value) in text
+    value = value.strip()
+    as_json = (json.dumps(value, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    if value in text or any(form in text for form in as_json):
+        return True
+    try:  # a tool's result, that the template writes in its own way
+        return not isinstance(found := json.loads(value), str) and _is_in(found, text)
+    except (ValueError, RecursionError):
+        return False
