@@ -342,7 +342,7 @@ def test_a_shard_that_changed_between_two_runs_is_noticed_where_asked(small, tmp
 
 def test_every_guarantee_in_the_readme_names_a_test_that_is_there():
     tests = Path(__file__).parent
-    page = (tests.parent / "README.md").read_text().split("## What is guaranteed")[1]
+    page = (tests / "README.md").read_text().split("## What is guaranteed")[1]
     named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page.split("\n## ")[0])
     assert len(named) > 15
     text = ""
