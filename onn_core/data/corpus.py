@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,7 @@ from onn_core.data.examples import (
 )
 from onn_core.data.rows import files_of, is_saved_dataset, read_rows
 from onn_core.data.tokenizer import read_template, require_ids_fit
-from onn_core.errors import ConfigError
+from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir, sha256_of
 
 # What decides how a folder's tokenizer works.
@@ -135,9 +136,12 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     versions. A cache that cannot be read or written is done without. A generator, which can be
     read only once, is not kept.
     """
-    folder = cache_dir() / "tokens"
-    with contextlib.suppress(OSError):
+    try:
+        folder = cache_dir() / "tokens"
         folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, OnnError):  # no home, or one that cannot be written
+        folder = Path(tempfile.mkdtemp(prefix="onn-tokens-"))
+        weakref.finalize(tokenizer, shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{_key(config, tokenizer)}.safetensors"
     once = isinstance(config.data, Iterator)
     if not once and (dataset := read_tokens(path)) is not None:
