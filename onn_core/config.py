@@ -74,7 +74,7 @@ class TrainConfig:
     target_parameters: names of parameters in a layer that get adapters as well, such as
         "mlp.experts.gate_up_proj"; lora_dropout must then be 0.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
-    memory_budget: bytes or "4GB"; plans what is not given. None keeps `chunk_size` layers resident.
+    memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.

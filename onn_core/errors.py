@@ -18,7 +18,7 @@ class DataError(OnnError):
 
 
 class NonFiniteError(OnnError):
-    """A loss or a gradient became NaN or Inf; the last good adapter was kept."""
+    """A loss or a gradient became NaN or Inf; the last good adapter was saved."""
 
 
 def frozen(what: str) -> ConfigError:

@@ -153,7 +153,7 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, whole or not at all.
 
-    When another process has made `folder` in the meantime, that one is kept.
+    When another process has made `folder` in the meantime, that one is left as it is.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))

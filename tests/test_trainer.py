@@ -192,7 +192,7 @@ def test_progress_shows_step_layer_rate_and_time_left(
         ({"sparse_layers": []}, "sparse_layers must be"),
         ({"sparse_layers": "ends:9"}, "sparse_layers must be"),
         ({"target_modules": ["q_prox"]}, "q_prox.*choose among"),
-        ({"chunk_size": 4}, "more than the model's 3 layers"),
+        ({"chunk_size": 4}, "chunk_size must be .* 1 to 3"),
         ({"max_length": 5000}, "context of 2048"),
         ({"max_length": 8}, "no.* token to learn|none of"),
         ({"device": "tpu"}, "device"),

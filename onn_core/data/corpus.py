@@ -48,7 +48,7 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 FORMAT = 2  # of a file of the cache
-# What such a file says of a Dataset beside its tokens.
+# What such a file says of a Dataset apart from its tokens.
 FACTS = ("rows", "truncated", "dropped", "unanswered", "length_95", "reasoning_left_out", "unused")
 SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
 
@@ -130,11 +130,11 @@ def say_what_is_lost(dataset: Dataset, max_length: int) -> None:
 
 
 def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
-    """`data.tokenize` of a run's data, kept in the cache folder; and whether it was there already.
+    """`data.tokenize` of a run's data, cached in a folder; and whether it was there already.
 
     The key is a hash of the data, the tokenizer's files, the chat template, the settings and the
     versions. A cache that cannot be read or written is done without. A generator, which can be
-    read only once, is not kept.
+    read only once, is not cached.
     """
     try:
         folder = cache_dir() / "tokens"

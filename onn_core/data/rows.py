@@ -55,7 +55,7 @@ def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
     of dicts.
 
     A row holds messages (or ShareGPT's conversations), a prompt (or instruction, question) and a
-    response (or completion, answer, output), or text; beside these system, tools, and the input of
+    response (or completion, answer, output), or text; with these system, tools, and the input of
     a prompt. What is yielded is {"messages": [...]}, perhaps with "tools" and
     "chat_template_kwargs", or {"text": ...}. Columns that are left out are added to `unused`.
 
@@ -356,7 +356,7 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """A message's content as text; it may be None beside tool calls, or a list of parts."""
+    """A message's content as text; it may be None with tool calls, or a list of parts."""
     parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
     texts = []
     for part in parts:

@@ -30,7 +30,7 @@ class Sizes:
 
     layers: Sequence[Sequence[StreamedWeight]]
     head: Sequence[Sequence[StreamedWeight]]
-    held_bytes: int  # what always stays
+    held_bytes: int  # what is always resident
     hidden_bytes: int  # of a token between two layers
     visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
     on_cpu: bool = True
@@ -187,7 +187,7 @@ def _reserve_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_to
 def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
     """`plan` with as many resident layers as the budget has room for, and the head after all.
 
-    What room is then left keeps single matrices resident, the largest first, but for what the heap
+    What room is then left makes single matrices resident, the largest first, but for what the heap
     may grow by before it is trimmed, which costs time.
     """
     other_bytes = plan.peak_bytes - plan.terms.weights
@@ -223,7 +223,7 @@ def _count_terms(
 ) -> Terms:
     """The peak of a layer's visit, or of the head, with what it is given and makes.
 
-    Forward, the embedding stays too: transformers refers to it until the last layer is done.
+    Forward, the embedding is resident too: transformers refers to it until the last layer is done.
     """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
@@ -264,8 +264,8 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
 def weights_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
     """Size of a slot -> weights that a training step reads in the steady state.
 
-    lowest: the lowest trained layer. What has a slot stays at each turn, from forward to backward
-    and from step to step, unless the layers below `lowest` come between.
+    lowest: the lowest trained layer. What has a slot is resident at each turn, from forward to
+    backward and from step to step, unless the layers below `lowest` come between.
     """
     found: Counter = Counter()
     every = Counter(weight.slot_bytes for unit in sizes.layers for weight in unit)

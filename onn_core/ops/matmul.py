@@ -1,12 +1,12 @@
 """Matmul of activations with a matrix that is stored in another dtype, cast block by block.
 
-On a CPU without bfloat16 products the weights stay in bfloat16 in memory and are cast a few rows at
+On a CPU without bfloat16 matmul the weights are in bfloat16 in memory and are cast a few rows at
 a time, so that the float32 copy never leaves the processor's cache: half the traffic of a float32
 matrix. On one AVX2 machine (2 cores, a matrix of 17920 x 5120) that ran at 163 GFLOP/s where the
 whole matrix in float32 reached 145 and in bfloat16 11 (512 tokens), and at 90 against 33 and 13
 (16 tokens).
 
-float16 on a CPU goes the same way, because its own products run at a few GFLOP/s: in float32, and
+float16 on a CPU goes the same way, because its own matmul runs at a few GFLOP/s: in float32, and
 every result is rounded to float16, as tensor cores do.
 """
 
@@ -23,27 +23,27 @@ FEW_TOKENS = 64  # up to here the block is the better left operand
 
 
 def has_fast_matmul(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix products of `dtype`; without, they take many times float32's."""
+    """Whether this CPU has matmul of `dtype`; without, it takes many times float32's."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype != torch.float16
 
 
 def cast_in_cache(stored: torch.dtype, wanted: torch.dtype, device: torch.device) -> bool:
-    """Whether a matrix stays in memory as it is stored and is cast by `matmul`."""
+    """Whether a matrix is in memory as it is stored and is cast by `matmul`."""
     narrow = stored in (torch.bfloat16, torch.float16)
     return narrow and wanted == torch.float32 and device.type == "cpu"
 
 
 def in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of `dtype` are taken in float32 and rounded."""
+    """Whether matmul of `dtype` is done in float32 and rounded."""
     return dtype == torch.float16 and device.type == "cpu"
 
 
 def prepare_linear(
     module: nn.Module, stored: torch.dtype, wanted: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """In which dtype the matrix of `module` stays in memory; a plain linear layer takes any."""
+    """In which dtype the matrix of `module` is in memory; a plain linear layer takes any."""
     narrow = cast_in_cache(stored, wanted, device)
     if type(module) is not nn.Linear or not (narrow or in_float32(wanted, device)):
         return wanted

@@ -12,7 +12,7 @@ ROWS_BYTES = 8 << 20  # of a part in float32; its graph has several
 class NormInParts:
     """Takes the place of the forward of a norm whose input (..., C) is that of the whole batch.
 
-    Its own graph would keep the batch several times in float32; here each part is computed again
+    Its own graph would save the batch several times in float32; here each part is computed again
     in backward. Under autocast, or if the norm is trained, it runs as it is.
     """
 

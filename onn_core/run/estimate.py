@@ -1,4 +1,4 @@
-"""Will it fit, and how long does a step take: from a transformers config alone, or beside a run."""
+"""Will it fit, and how long does a step take: from a transformers config alone."""
 
 import dataclasses
 from typing import Any
@@ -95,7 +95,7 @@ def predict(
 
     read_bytes_per_s, flops_per_s: the machine's ceilings. one_layer: a benchmark's row of the
     model's first layer alone (forward_s, backward_s, head_s, optimizer_s, and kept_layers, 1 if its
-    forward was done once), instead of its products at the ceiling.
+    forward was done once), instead of its matmuls at the ceiling.
     What does not fit has "refused", the arithmetic.
     """
     sizes, n = geometry.sizes, batch_size * n_tokens

@@ -3,7 +3,7 @@
 The model's own forward pass is run up to a layer with one sample more and with layers that do
 nothing; what grows is cut into micro-batches, what does not grow is passed whole. So nothing is cut
 that only looks like a batch (as many tokens as samples), and nothing is missed that holds several
-rows a sample (ALiBi) or keeps the batch elsewhere than in front.
+rows a sample (ALiBi) or has the batch elsewhere than in front.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ from onn_core.streaming.visits import Streaming, Visits
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
-from onn_core.weights.reader import keep_freed_memory
+from onn_core.weights.reader import hold_freed_memory
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
 
@@ -151,7 +151,7 @@ def open_streamed(
     budget = parse_bytes(memory_budget)
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
-        keep_freed_memory(budget is not None)  # whose plan says when to trim
+        hold_freed_memory(budget is not None)  # whose plan says when to trim
     stream = stream_class(model_folder, units + head_units, planner.plan.slots, device)
     visits = Visits(
         stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
@@ -279,7 +279,7 @@ def _require_modest(model_class: type[PreTrainedModel], model_folder: ModelFolde
     n_bytes = sum(buffer.nbytes for buffer in buffers)
     if n_bytes > MAX_BUFFERS_BYTES:
         raise ModelFolderError(
-            f"config.json asks for {n_bytes / 1e9:.1f} GB beside the weights: correct it."
+            f"config.json asks for {n_bytes / 1e9:.1f} GB of buffers: correct it."
         )
 
 

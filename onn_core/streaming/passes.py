@@ -75,6 +75,6 @@ class Passes:
         return self.latest
 
     def end(self, owner: nn.Module | None) -> None:
-        """The forward pass that `owner` began has ended; its backward keeps what it needs."""
+        """The forward pass that `owner` began has ended; its backward has what it needs."""
         if self.running is not None and owner is self.latest.owner:
             self.latest.run, self.latest.args, self.latest.kwargs = None, (), {}

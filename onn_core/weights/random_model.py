@@ -26,7 +26,7 @@ RANDOM_BLOCK_VALUES = 2**22 - 3
 def prepare(name: str, layers: int | None = None, out: Path | None = None) -> Path:
     """The folder of "smollm2", or of a random model folder of a geometry in GEOMETRIES.
 
-    A random one is written once, to `out` or beside the default model, with the default model's
+    A random one is written once, to `out` or next to the default model, with the default model's
     tokenizer as a stand-in, so that text can be used.
     """
     from transformers import AutoTokenizer

@@ -25,16 +25,16 @@ MAX_OPEN = 32  # files; a process may have few descriptors, and a model hundreds
 MAPPED_BYTES = 8 << 20  # from here on a block is mapped; 32 MiB still left gaps of 300
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Whether glibc keeps large freed blocks for the next tensor, or maps each by itself.
+def hold_freed_memory(hold: bool) -> None:
+    """Whether glibc holds large freed blocks back for the next tensor, or maps each by itself.
 
-    Kept, they leave gaps that grow from visit to visit until they are trimmed; mapped, each of
-    their pages is a fault. 4 layers of phi-4, batch 32 x 16: 7.1 s a step in 1.9 GiB with blocks
-    that are kept, 8.5 s in 1.5 GiB with blocks that are mapped.
+    Held back, they leave gaps that grow from visit to visit until they are trimmed; mapped, each
+    of their pages is a fault. 4 layers of phi-4, batch 32 x 16: 7.1 s a step in 1.9 GiB with
+    blocks that are held back, 8.5 s in 1.5 GiB with blocks that are mapped.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30 if keep else MAPPED_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30 if hold else MAPPED_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
@@ -45,7 +45,7 @@ def give_back_memory() -> None:
 
 
 def run_at_once() -> None:
-    """Let the calling thread run as soon as it wakes, also where products fill every processor.
+    """Let the calling thread run as soon as it wakes, also where matmul fills every processor.
 
     Linux from 6.12 lets a thread with a short slice interrupt one with a longer, without privilege.
     With the usual slice a reader whose read has ended waits up to 3 ms for a processor, and the

@@ -2,7 +2,7 @@
 
 The order of a step is known: forward, head, backward, and forward again. So the weight to fetch is
 the absent one that is used soonest, and the one to evict is the one that is used last (Belady
-1966, optimal because the order is known): what fits stays resident at both turns of a step, and a
+1966, optimal because the order is known): what fits is resident at both turns of a step, and a
 model that fits whole is read once.
 """
 

@@ -42,7 +42,7 @@ class StreamCounts:
 
 
 class WeightStream:
-    """Keeps the coming units' weights on their way into a fixed number of slots.
+    """Fetches the coming units' weights into a fixed number of slots.
 
     model_folder: where the weights lie. units: the weights of each unit. slots: size in bytes ->
     how many. check: called while the compute waits; it may raise, to abandon a step.
