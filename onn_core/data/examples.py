@@ -26,8 +26,8 @@ from onn_core.data.chat import Rendered, render
 from onn_core.data.rows import Row
 from onn_core.data.tokenizer import explained
 from onn_core.errors import DataError
+from onn_core.ops.cross_entropy import IGNORED
 
-IGNORED = -100
 SMALL_BYTES = 2**22  # of tokens that are read into memory at once
 COUNTS = ("rows", "truncated", "dropped", "unanswered", "reasoning_left_out")
 BATCH_ROWS, BATCH_CHARACTERS = 256, 2**19  # that are tokenized at once
