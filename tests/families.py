@@ -173,8 +173,8 @@ def results(
     return found | {"loss": loss.detach(), "logits": logits.detach()}
 
 
-def keeping(folder: Path, n_kept: int, **settings: Any) -> PreTrainedModel:
-    return reserving_graphs(streamed(folder, **settings), n_kept)
+def reserving(folder: Path, n_reserved: int, **settings: Any) -> PreTrainedModel:
+    return reserving_graphs(streamed(folder, **settings), n_reserved)
 
 
 def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -191,7 +191,7 @@ def furthest(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tup
     return max(found)
 
 
-# chunk_size, micro_batch_size, layers whose graphs stay, bytes of a block of the head.
+# chunk_size, micro_batch_size, layers whose graphs are reserved, bytes of a block of the head.
 RUNS = [
     (1, None, 0, 1 << 30),
     (1, None, N_LAYERS, 1 << 30),
@@ -232,12 +232,12 @@ def _check(family: str, folder: Path) -> Outcome:
     draws = furthest(results(in_memory, folder, seed=3), want)[0] > TOLERANCE
     exact = None
     name, how, worst, worst_float64 = "", "", 0.0, 0.0
-    for chunk_size, micro, n_kept, block in RUNS:
+    for chunk_size, micro, n_reserved, block in RUNS:
         onn_core.streaming.head.HEAD_BLOCK_BYTES = block
         settings = {"chunk_size": chunk_size, "micro_batch_size": micro}
-        how = f"micro_batch_size {micro}, {n_kept} graphs kept: "
+        how = f"micro_batch_size {micro}, {n_reserved} graphs reserved: "
         try:
-            got = results(keeping, folder, n_reserved=n_kept, **settings)
+            got = results(reserving, folder, n_reserved=n_reserved, **settings)
             if draws and micro:
                 off, name = furthest({"logits": got["logits"]}, {"logits": want["logits"]})
             else:
@@ -249,7 +249,9 @@ def _check(family: str, folder: Path) -> Outcome:
                     with doubles():
                         exact = results(in_memory, folder, dtype=torch.float64)
                 with doubles():
-                    got = results(keeping, folder, n_reserved=n_kept, dtype="float64", **settings)
+                    got = results(
+                        reserving, folder, n_reserved=n_reserved, dtype="float64", **settings
+                    )
                 off, name = furthest(got, exact)
                 worst_float64 = max(off, worst_float64)
                 if not off <= TOLERANCE_FLOAT64:

@@ -12,7 +12,7 @@ import pytest
 import onn_core
 from onn_core import data
 from onn_core.data.corpus import prepare, with_steps
-from onn_core.errors import ConfigError, DataError
+from onn_core.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "NA"}
 PAIR = {"messages": [USER, ANSWER]}
@@ -133,8 +133,7 @@ def test_epochs_and_steps(tmp_path):
     assert epochs.max_steps is None
     assert with_steps(epochs, 17).max_steps == 4  # 25.5 samples of 8 a step
     assert made(max_steps=None, num_train_epochs=1).max_steps is None
-    with pytest.raises(ConfigError, match="max_steps or num_train_epochs"):
-        made(max_steps=None)
+    assert made(max_steps=None).max_steps == 100
 
 
 def test_what_is_cut_is_said(smollm2_dir, capfd):
