@@ -282,9 +282,9 @@ def doubles() -> Iterator[None]:
     """`Doubles`, in a backward pass too: what recomputes a layer is outside of every mode there."""
     run = Call.run
 
-    def run_in_doubles(call: Call, leaves: list[Any]) -> list[Any]:
+    def run_in_doubles(call: Call, leaves: list[Any], rows: slice) -> list[Any]:
         with Doubles():
-            return run(call, leaves)
+            return run(call, leaves, rows)
 
     with Doubles(), mock.patch.object(Call, "run", run_in_doubles):
         yield
