@@ -16,6 +16,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -106,6 +107,8 @@ def answers(
                     **_repeated(batch, n_ways, base.device),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    num_beams=1,  # beams would be more rows than the batch has
+                    num_return_sequences=1,
                     pad_token_id=pad_id,
                 )  # (n_ways * B, T)
             texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
@@ -150,28 +153,28 @@ def _halves(base: Any, n_rows: int) -> Iterator[None]:
         for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
             if cache not in twins:
                 twins[cache] = copy.deepcopy(cache)  # still empty
-        if rows.start < n_rows:
+        adapted = rows.start < n_rows
+        if not adapted:
+            args, kwargs = pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
+        with _switched(layer, adapted):
             yield args, kwargs
-            return
-        with _adapters_off(layer):
-            yield pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
 
     with base.rows_hook(by_half, group_size=n_rows):
         yield
 
 
 @contextlib.contextmanager
-def _adapters_off(layer: nn.Module) -> Iterator[None]:
-    """Inside, the adapters of a layer do nothing; what is trained stays as it was."""
-    tuners = _tuners(layer)
+def _switched(layer: nn.Module, adapted: bool) -> Iterator[None]:
+    """Inside, the adapters of a layer are on or off; after, all is as it was."""
+    tuners = [tuner for tuner in _tuners(layer) if tuner.disable_adapters == adapted]
     trained = [(p, p.requires_grad) for tuner in tuners for p in tuner.parameters()]
     for tuner in tuners:
-        tuner.enable_adapters(False)
+        tuner.enable_adapters(adapted)
     try:
         yield
     finally:
         for tuner in tuners:
-            tuner.enable_adapters(True)
+            tuner.enable_adapters(not adapted)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -187,8 +190,10 @@ def _token_losses(model: Any, base: Any, batch: dict[str, torch.Tensor]) -> torc
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
 
-def _tuners(module: nn.Module) -> list[BaseTunerLayer]:
-    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+def _tuners(module: nn.Module) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """What an adapter put into `module`: its layers, and copies of modules that are trained."""
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return [part for part in module.modules() if isinstance(part, kinds)]
 
 
 def _repeated(

@@ -40,6 +40,11 @@ class LazyTensor(torch.Tensor):
     def values(self) -> torch.Tensor:
         raise NotImplementedError
 
+    def set_data(self, values: torch.Tensor) -> None:
+        """Refused, unless it changes nothing: `.to()` the same device and dtype sets it, too."""
+        if not same_memory(self, values):
+            raise frozen("weights")
+
     def answer(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         """What `func` gives without the values, or NotImplemented; args[0] is this tensor."""
         return NotImplemented
@@ -51,7 +56,9 @@ class LazyTensor(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):  # a property
-            name = func.__self__.__name__
+            kind, name = name, func.__self__.__name__
+            if name == "data" and kind == "__set__":
+                return args[0].set_data(args[1])
         if name in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -84,6 +91,11 @@ class LazyWeight(LazyTensor):
             return self.rows(start, stop) if step == 1 else NotImplemented
         if name in ("detach", "__repr__"):
             return func(self.data, **kwargs)
+        if name in CONVERSIONS:  # of a module: nothing to read where nothing changes
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            then = func(like, *args[1:], **kwargs)
+            if (then.dtype, then.device) == (like.dtype, like.device):
+                return self
         if name == "__deepcopy__" or changes_its_tensor(name):
             raise frozen("vocabulary rows")
         return NotImplemented
@@ -103,7 +115,8 @@ class StreamedParameter(torch.nn.Parameter):
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
-        raise frozen("weights")
+        if not same_memory(self, values):
+            raise frozen("weights")
 
     def set(self, values: torch.Tensor) -> None:
         """Hold `values` (same shape) from now on."""
@@ -135,6 +148,16 @@ class AbsentWeight(torch.Tensor):
 
 # What gives an absent weight in another form.
 STILL_ABSENT = {"data", "detach", "T", "mT", "t", "transpose", "float", "to", "contiguous"}
+
+
+CONVERSIONS = {"to", "float", "half", "bfloat16", "double", "cpu", "cuda"}
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same values in the same place."""
+    with torch._C.DisableTorchFunctionSubclass():
+        places = [x.untyped_storage().data_ptr() for x in (one, other)]
+        return places[0] == places[1] and one.dtype == other.dtype
 
 
 def changes_its_tensor(name: str) -> bool:

@@ -119,7 +119,15 @@ def open_streamed(
         model_folder.config._attn_implementation = attn_implementation
     device = resolve_device(device)
     memory_before = memory_bytes()
-    model = skeleton(model_folder, dtype, device, streamed_class)
+    try:
+        model = skeleton(model_folder, dtype, device, streamed_class)
+    except ModelFolderError as error:
+        if attn_implementation is None:
+            raise
+        raise ConfigError(
+            f"attn_implementation={attn_implementation!r} cannot be used ({error.__cause__}): "
+            "leave it out."
+        ) from error
     layers = decoder_layers(model)
     require_integer("chunk_size", chunk_size, at_most=len(layers))
     if micro_batch_size is not None:

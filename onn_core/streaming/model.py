@@ -179,7 +179,8 @@ class StreamedModel:
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel leaves alone: all that is frozen; adapters are reduced."""
         frozen_names = [name for name, p in self.named_parameters() if not p.requires_grad]
-        return [prefix + name for name in frozen_names for prefix in ("", "base_model.model.")]
+        prefixes = ("", "base_model.", "base_model.model.")  # of PEFT's wrappers
+        return [prefix + name for name in frozen_names for prefix in prefixes]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Under `.to()`, `.half()` and the like: nothing to do, or ConfigError."""
@@ -264,10 +265,10 @@ class StreamedModel:
         if lowest is not None:
             self._check_trained()
             args, kwargs = _without_cache(run, args, kwargs)
-        if streaming.passes.running is None:
-            begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
-            if begun.batch_size is not None:
-                self._fit(begun.batch_size, begun.n_tokens, lowest)
+        before = streaming.passes.latest
+        begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
+        if begun is not before and begun.batch_size is not None:
+            self._fit(begun.batch_size, begun.n_tokens, lowest)
         return args, kwargs
 
     def _fit(self, batch_size: int, n_tokens: int, lowest: int | None) -> None:
@@ -279,13 +280,20 @@ class StreamedModel:
     def _lowest_trained(self, given: dict[str, Any]) -> int | None:
         """The lowest layer that backward reaches: below what is trained, or None."""
         embeds = given.get("inputs_embeds")
-        below = [*self.get_input_embeddings().parameters()]
-        if any(p.requires_grad for p in below) or embeds is not None and embeds.requires_grad:
+        head = self.get_output_embeddings()
+        above = {
+            id(p) for part in (*self._layer_modules(), head) if part for p in part.parameters()
+        }
+        below = any(p.requires_grad and id(p) not in above for p in self.parameters())
+        if below or embeds is not None and embeds.requires_grad:  # or a norm after the layers
             return 0
         for layer in self.streamed_layers:
             if any(parameter.requires_grad for parameter in layer.module.parameters()):
                 return layer.number
         return None
+
+    def _layer_modules(self) -> list[nn.Module]:
+        return [layer.module for layer in self.streamed_layers]
 
     def _check_trained(self) -> None:
         """ConfigError if a trained parameter was made from weights that were not there."""

@@ -63,8 +63,8 @@ class Passes:
         lowest: int | None,
         defers_logits: bool = False,
     ) -> Pass:
-        """`owner` runs a pass; if one is on its way, this is a part of it, which is returned."""
-        if self.running is not None:
+        """`owner` runs a pass: a new one, or a part of the model's, if its base is called by it."""
+        if self.running is not None and self.latest.owner is None and owner is not None:
             return self.latest
         given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})

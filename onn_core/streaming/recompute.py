@@ -38,16 +38,17 @@ class Call:
         self.of = passes.latest  # the pass
         self.hook = passes.row_hook
         self.number = self.of.next_call()
-        self.batch_size = self.of.batch_size or next(len(x) for x in leaves if is_tensor(x))
-        group = passes.group_size or self.batch_size
+        of_pass = None if passes.running is None else self.of.batch_size
+        self.batch_size = of_pass or next(len(x) for x in leaves if is_tensor(x))
+        group = min(passes.group_size or self.batch_size, self.batch_size)
         size = self.streaming.planner.micro_batch_size or group
         with_cache = any(map(is_cache, leaves))
         if with_cache:  # generation: a cache is filled in one go
             size = group
         self.slices = [
-            slice(start, min(start + size, end))
-            for end in range(group, self.batch_size + 1, group)
-            for start in range(end - group, end, size)
+            slice(start, min(start + size, begin + group, self.batch_size))
+            for begin in range(0, self.batch_size, group)
+            for start in range(begin, min(begin + group, self.batch_size), size)
         ]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors

@@ -178,7 +178,10 @@ class WeightStream:
         """Memory on the device; MemoryError, OSError or RuntimeError if there is none."""
         if self.copy_stream is None:
             return Slot(host_buffer(n_bytes))
-        return Slot(torch.empty(n_bytes, dtype=torch.uint8, device=self.device))
+        memory = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        # Kernels that are still queued may use what the allocator hands out again.
+        event = torch.cuda.current_stream(self.device).record_event()
+        return Slot(memory, free_event=event)
 
     def _start_readers(self) -> None:
         self._closed = False
