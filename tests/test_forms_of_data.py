@@ -161,3 +161,29 @@ def test_importing_brings_no_datasets_and_no_pyarrow():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "prompt,response\nhi,yes, sure\n", "more cells than the header"),
+        ("x.csv", "prompt,response,response\nhi,yes,no\n", "twice"),
+        ("x.json", '[{"prompt": "a", "response": "b"}]\n[]', "goes on after its array"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}]}]}',
+            "without its text",
+        ),
+    ],
+)
+def test_what_would_be_dropped_is_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(data.read_rows(str(tmp_path / name)))
+
+
+def test_a_folder_with_a_test_file_is_refused(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "response": "b"}')
+    with pytest.raises(DataError, match="test.jsonl"):
+        list(data.read_rows(str(tmp_path)))

@@ -204,7 +204,9 @@ class _Chat:
         content_end = len(whole) - _common(whole[::-1], marked[at + len(MARK) :][::-1])
         if whole.startswith(closing, content_end):
             return self._trimmed(i, whole, start, content_end + len(closing))
-        if found := END_OF_TURN.match(whole, content_end):
+        opening = prompt[_common(prompt, self.text(before)) :].lstrip()
+        found = END_OF_TURN.match(whole, content_end)
+        if found and not (opening and opening.startswith(found[1])):
             return start, found.end()
         for token in self.tokenizer.all_special_tokens:
             if whole.startswith(token, content_end):
@@ -230,16 +232,21 @@ class _Chat:
         """Without the whitespace after the end-of-turn token, if there is such a token."""
         reply = whole[start:end].rstrip()
         content = self.messages[i]["content"].strip()
-        if content and reply.endswith(content):  # whitespace alone ends this turn
+        if (
+            content and reply.find(content) == len(reply) - len(content) >= 0
+        ):  # whitespace alone ends this turn
             return start, end
         return start, start + len(reply)
 
     def _require_whole(self, whole: str, spans: dict[int, list[Span]], learned: set[int]) -> int:
         """DataError unless all that the row says is in the text, its answers in their spans."""
-        texts = {
-            i: "".join(whole[start:end] for start, end in spans.get(i, [(0, len(whole))]))
-            for i in range(len(self.messages))
-        }
+        texts, before = {}, 0
+        for i, message in enumerate(self.messages):
+            following = [a for j in spans if j > i for a, b in spans[j] if a < b]
+            until = min(following, default=len(whole))
+            first = 0 if message["role"] == "system" else before
+            texts[i] = "".join(whole[a:b] for a, b in spans.get(i, [(first, until)]))
+            before = max([before, *(b for _, b in spans.get(i, []))])
         for i, message in enumerate(self.messages):
             if not _is_in(message["content"].rpartition("</think>")[2], texts[i]):
                 raise DataError(
@@ -253,14 +260,20 @@ class _Chat:
                 raise DataError(f"the tool call in turn {i + 1} is not in what it renders")
             thoughts = [message[name] for name in REASONING if message.get(name)]
             if "</think>" in message["content"]:
-                thoughts.append(message["content"].partition("</think>")[0].split("<think>")[-1])
+                thoughts += re.split("</?think>", message["content"])[:-1]
             if i in learned and not _is_in(thoughts, texts[i]):
                 last = i == len(self.messages) - 1
                 if last or not _is_in(thoughts, self.text(self.messages[: i + 1])):
                     raise DataError(f"the reasoning in turn {i + 1} is not in what it renders")
                 left_out += 1
-        for tool in self.tools or []:
-            if isinstance(tool, dict) and not _is_in(tool.get("function", tool)["name"], whole):
+        if self.tools:
+            given, self.tools = self.tools, None
+            try:
+                without = self.text(self.messages)
+            except Exception:
+                without = None
+            self.tools = given
+            if without == whole:
                 raise DataError("the tools are not in what it renders")
         return left_out
 

@@ -10,6 +10,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -86,6 +87,12 @@ def files_of(path: Path) -> list[Path]:
     else:
         files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path))]
         files = [file for file in files if file.is_file()]
+        held_out = [file for file in files if re.match(r"(test|valid|dev|eval)", file.stem.lower())]
+        if held_out and any(file.stem.lower().startswith("train") for file in files):
+            raise DataError(
+                f"{path} holds files to train on and to test on ({held_out[0].name}): give the "
+                "training file, or a folder of those alone."
+            )
     if not files:
         known = ", ".join(READERS)
         raise DataError(
@@ -146,7 +153,7 @@ def _kind(path: Path) -> str:
 
 def _is_data(path: Path) -> bool:
     """Whether a file of a folder holds rows: not what describes them, as folders of the Hub do."""
-    about = path.stem.lower().startswith(("readme", "license", "dataset_info"))
+    about = path.stem.lower() in ("readme", "license", "licence", "dataset_info", "dataset_infos")
     hidden = any(part.startswith(".") for part in path.parts)
     return _kind(path) in READERS and not about and not hidden
 
@@ -193,13 +200,23 @@ def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
                 text += more
             else:
                 raise DataError(f"{path} row {number} is not JSON ({problem}): fix the file.")
+        if text[1:].strip() or file.read().strip():
+            raise DataError(f"{path} goes on after its array: fix the file.")
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
+        names = rows.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path} has the column {twice[0]!r} twice: rename one of them.")
         for number, row in enumerate(rows, start=1):
+            if None in row:
+                raise DataError(
+                    f"{path} row {number} has more cells than the header: put quotes around a "
+                    "cell that holds a comma."
+                )
             yield f"{path} row {number}", row
 
 
@@ -363,7 +380,9 @@ def _text(content: Any, where: str) -> str:
         part = part if isinstance(part, Mapping) else {"type": "text", "text": part}
         if part.get("type", "text") != "text":
             raise DataError(f"{where} has content of type {part['type']!r}: only text is trained.")
-        texts.append("" if part.get("text") is None else part["text"])
+        if content is not None and part.get("text") is None:
+            raise DataError(f"{where} has a part of content without its text: fix it.")
+        texts.append("" if content is None else part["text"])
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where} needs {FORMS}: a content is not text.")
     return "".join(texts)
