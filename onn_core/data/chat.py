@@ -232,9 +232,8 @@ class _Chat:
         """Without the whitespace after the end-of-turn token, if there is such a token."""
         reply = whole[start:end].rstrip()
         content = self.messages[i]["content"].strip()
-        if (
-            content and reply.find(content) == len(reply) - len(content) >= 0
-        ):  # whitespace alone ends this turn
+        # Whitespace alone ends this turn; ">" is a part of most end-of-turn tokens, too.
+        if content and reply.find(content) == len(reply) - len(content) >= 0:
             return start, end
         return start, start + len(reply)
 

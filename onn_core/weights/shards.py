@@ -136,8 +136,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelFolderError(
-            f"{path} cannot be read ({error.strerror or error}): check its permissions and the "
-            "disk."
+            f"{path} cannot be read ({error.strerror or error}): restore it, or check its "
+            "permissions and the disk."
         ) from error
 
 
