@@ -50,11 +50,6 @@ class StreamedModel:
         """What was waited, read and computed since the model was loaded."""
         return self.streaming.visits.counts()
 
-    @property
-    def n_units(self) -> int:
-        """Decoder layers and blocks of the head."""
-        return len(self.streaming.stream.units)
-
     def count_reserved_graphs(self) -> int:
         """Layers whose graph is reserved at the moment."""
         return len(+self.streaming.planner.graphs.by_layer)
