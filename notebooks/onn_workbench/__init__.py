@@ -1,1 +1,1 @@
-"""What the notebooks need in addition to the trainer: studies, benchmarks, figures, pages, widgets."""
+"""What the notebooks need: studies, benchmarks, figures, pages, widgets."""
