@@ -62,8 +62,8 @@ def test_float32_over_narrow_weights_is_in_memory_float32(
 
 def test_a_narrow_matrix_stays_narrow_in_memory():
     narrow, wide = (
-        streamed(toy_dir("llama", stored), dtype="float32").session.stream
+        streamed(toy_dir("llama", stored), dtype="float32").sizes.layers
         for stored in (torch.bfloat16, torch.float32)
     )
-    for small, large in zip(narrow.units, wide.units, strict=True):
+    for small, large in zip(narrow, wide, strict=True):
         assert [2 * item.n_bytes for item in small] == [item.n_bytes for item in large]
