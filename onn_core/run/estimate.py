@@ -46,7 +46,11 @@ def geometry_of(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
     units = [
-        [StreamedWeight(None, tuple(p.shape), dtype) for p in layer.parameters() if p.ndim > 1]
+        [
+            StreamedWeight(None, tuple(p.shape), dtype, on_device=not on_cpu)
+            for p in layer.parameters()
+            if p.ndim > 1
+        ]
         for layer in layers
     ]
     n_rows, hidden_size = model.get_output_embeddings().weight.shape
@@ -63,7 +67,10 @@ def geometry_of(
     held = [p for p in model.parameters() if id(p) not in inside | ends]
     sizes = Sizes(
         layers=units,
-        head=[[StreamedWeight(None, (stop - start, hidden_size), dtype)] for start, stop in blocks],
+        head=[
+            [StreamedWeight(None, (stop - start, hidden_size), dtype, on_device=not on_cpu)]
+            for start, stop in blocks
+        ],
         held_bytes=sum(p.nbytes for p in held),
         hidden_bytes=hidden_size * compute_dtype.itemsize,
         visit_bytes=Footprint(config, compute_dtype),

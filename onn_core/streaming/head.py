@@ -283,10 +283,14 @@ def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
 
 
 def head_blocks(
-    source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype
+    source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[int, StreamedWeight]]:
     """The head's weight (V, C) in blocks of rows, each with its first row."""
+    blocks, on_device = split_rows(n_rows, hidden_size * dtype.itemsize), device.type != "cpu"
     return [
-        (start, StreamedWeight(source.rows(start, stop), (stop - start, hidden_size), dtype))
-        for start, stop in split_rows(n_rows, hidden_size * dtype.itemsize)
+        (
+            start,
+            StreamedWeight(source.rows(start, stop), (stop - start, hidden_size), dtype, on_device),
+        )
+        for start, stop in blocks
     ]

@@ -38,7 +38,7 @@ from onn_core.streaming.visits import Streaming, Visits
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
-from onn_core.weights.reader import hold_freed_memory
+from onn_core.weights.reader import hold_freed_memory, host_memory_bytes
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
 
@@ -66,6 +66,7 @@ def from_pretrained(
     chunk_size: int = 1,
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
+    host_budget: int | str | None = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     **of_transformers: Any,
@@ -78,6 +79,8 @@ def from_pretrained(
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
         plans the micro-batch, the resident layers, and where boundary activations wait, at the
         first forward of a batch size. None makes `chunk_size` layers resident.
+    host_budget: bytes or text, of host memory that may hold weights for a device, from where they
+        are copied instead of read; "auto" is what is free, less an eighth. A CPU needs none.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
     of_transformers: `attn_implementation`, as in transformers; the others of its `from_pretrained`
@@ -96,6 +99,7 @@ def from_pretrained(
         chunk_size=chunk_size,
         micro_batch_size=micro_batch_size,
         memory_budget=memory_budget,
+        host_budget=host_budget,
         device=device,
         dtype=dtype,
         attn_implementation=attention,
@@ -108,6 +112,7 @@ def open_streamed(
     chunk_size: int = 1,
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
+    host_budget: int | str | None = "auto",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
@@ -146,7 +151,7 @@ def open_streamed(
     if in_blocks:
         stored, in_memory = end_sources[head].entry.dtype, head.weight.dtype
         in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
-        blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory)
+        blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory, device)
     head_units = [[weight] for _, weight in blocks]
     sizes = Sizes(
         layers=units,
@@ -160,7 +165,9 @@ def open_streamed(
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         hold_freed_memory(budget is not None)  # whose plan says when to trim
-    stream = stream_class(model_folder, units + head_units, planner.plan.slots, device)
+    host_bytes = _host_bytes(host_budget) if device.type == "cuda" else 0
+    slots = planner.plan.slots
+    stream = stream_class(model_folder, units + head_units, slots, device, host_bytes)
     visits = Visits(
         stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
     )
@@ -186,6 +193,13 @@ def open_streamed(
     weakref.finalize(model, stream.close)
     weakref.finalize(model, host_memory.close)
     return model.eval()
+
+
+def _host_bytes(host_budget: int | str | None) -> int:
+    """Bytes of the host store; "auto" leaves an eighth of what is free to the rest."""
+    if host_budget == "auto":
+        return host_memory_bytes() * 7 // 8
+    return parse_bytes(host_budget or None) or 0
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -358,7 +372,8 @@ def _fill(
                 if parameter.ndim > 1 and number is not None:
                     stored = source.entry.dtype if source.direct else dtype
                     in_memory = prepare_linear(module, stored, dtype, device)
-                    weight = StreamedWeight(source, tuple(parameter.shape), in_memory)
+                    on_device = device.type != "cpu"
+                    weight = StreamedWeight(source, tuple(parameter.shape), in_memory, on_device)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                 absent = nan.expand(parameter.shape)
                 if weight is not None:

@@ -1,14 +1,91 @@
-"""Host memory on the way to a device: pinned buffers, and a reader's staging."""
+"""Host memory on the way to a device: pinned buffers, the host store, a reader's staging."""
 
+import warnings
 import weakref
+from collections.abc import Sequence
 
 import torch
 
 from onn_core.errors import ConfigError
 from onn_core.weights.reader import host_buffer
-from onn_core.weights.slots import READ_BYTES
+from onn_core.weights.slots import READ_BYTES, StreamedWeight
 
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+def pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Pin host memory (n,) uint8 for copies to any device; RuntimeError if it is refused."""
+    register = torch.cuda.cudart().cudaHostRegister
+    with torch.cuda.device(device):  # a new thread is on the first
+        torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, PORTABLE))
+
+
+def unpin(memory: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+class HostStore:
+    """Weights that wait in host memory for a device: each from its first read on.
+
+    weights: all that are streamed, in the order of their use. budget: bytes that they may take. If
+    not all fit, those that do are spread evenly, so that the disk is read all the time.
+    """
+
+    def __init__(self, device: torch.device, weights: Sequence[StreamedWeight], budget: int):
+        self._device = device
+        self._memory: dict[StreamedWeight, torch.Tensor | None] = {}
+        self._pinned: list[torch.Tensor] = []
+        self._warned = False
+        total = sum(weight.host_bytes for weight in weights)
+        passed = used = 0
+        for weight in weights:
+            passed += weight.host_bytes
+            if used + weight.host_bytes <= budget * min(1.0, passed / max(1, total)):
+                used += weight.host_bytes
+                self._memory[weight] = None
+
+    def holds(self, weight: StreamedWeight) -> bool:
+        """Whether a weight has its place here, read or not."""
+        return weight in self._memory
+
+    def reserve(self, weight: StreamedWeight) -> None:
+        """Map memory for a weight; MemoryError or OSError if there is none."""
+        if self._memory[weight] is None:
+            self._memory[weight] = host_buffer(weight.host_bytes)
+
+    def memory(self, weight: StreamedWeight) -> torch.Tensor:
+        """(host_bytes,) uint8, page-aligned, that the weight is read into."""
+        return self._memory[weight]
+
+    def pin(self, weight: StreamedWeight) -> None:
+        """Pin the memory of a weight after it was read: its pages are there, so that is quick."""
+        memory = self._memory[weight]
+        try:
+            pin(memory, self._device)
+            self._pinned.append(memory)
+        except RuntimeError as error:
+            if not self._warned:
+                warnings.warn(
+                    f"host memory cannot be pinned ({error}): copies to the device take about "
+                    "twice as long; raise the limit of locked memory (ulimit -l) of this process.",
+                    stacklevel=2,
+                )
+            self._warned = True
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the weights that it holds now."""
+        return sum(weight.n_bytes for weight in self._memory if weight.host is not None)
+
+    def close(self) -> None:
+        """Give the memory back; each weight is read again at its next use."""
+        if self._pinned:
+            torch.cuda.synchronize(self._device)
+        for memory in self._pinned:
+            unpin(memory)
+        self._pinned.clear()
+        for weight in self._memory:
+            self._memory[weight] = weight.host = None
 
 
 class HostMemory:
@@ -37,10 +114,8 @@ class HostMemory:
             self._unpin(self._free)
             self._free = []
             buffer = host_buffer(n_bytes)
-            register = torch.cuda.cudart().cudaHostRegister
             try:
-                with torch.cuda.device(self._device):  # a new thread is on the first
-                    torch.cuda.check_error(register(buffer.data_ptr(), n_bytes, PORTABLE))
+                pin(buffer, self._device)
             except RuntimeError as error:
                 raise ConfigError(
                     f"the host has no memory to pin for what passes to the device ({error}): free "
@@ -64,7 +139,7 @@ class HostMemory:
         if buffers:
             torch.cuda.synchronize(self._device)
         for buffer in buffers:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))
+            unpin(buffer)
 
 
 class Staging:

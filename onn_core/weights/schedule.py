@@ -1,14 +1,16 @@
-"""Which weight is fetched next, into which slot, and which weight it evicts.
+"""The order in which weights pass through their slots, made from the order of their use.
 
-The order of a step is known: forward, head, backward, and forward again. So the weight to fetch is
-the absent one that is used soonest, and the one to evict is the one that is used last (Belady
-1966, optimal because the order is known): what fits is resident at both turns of a step, and a
-model that fits whole is read once.
+The visits of a step are known: forward, head, backward, and forward again. When a visit begins,
+its part of the schedule is laid down: which weight is fetched as each weight of the visit is
+dropped, and which weight it evicts. That is the absent weight that is used soonest, in place of
+the one that is used last (Belady 1966, optimal because the order is known): what fits is resident
+at both turns of a step, and a model that fits whole is read once. Who runs the fetches only looks
+at the head of a queue.
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from onn_core.weights.slots import Slot, StreamedWeight, count_slots, slots_bytes
@@ -21,8 +23,16 @@ class Use(NamedTuple):
     last_first: bool = False  # its weights are used last first: its graph is reserved
 
 
+class Fetch(NamedTuple):
+    """A weight to fetch. evicts: whose slot it takes; None takes any that is free."""
+
+    weight: StreamedWeight
+    evicts: StreamedWeight | None
+    visit: int  # the number of the visit that it is for
+
+
 class Schedule:
-    """Slots, and the order in which weights pass through them.
+    """Slots, and which weight each holds next.
 
     units: the weights of each unit. slots: size in bytes -> how many. new_slot: makes one.
     """
@@ -40,47 +50,79 @@ class Schedule:
         self.slots = slots
         self._new_slot = new_slot
         self._made: dict[int, list[Slot]] = defaultdict(list)
-        self._future: list[Use] = []
-        self._positions: dict[int, list[int]] = {}  # unit -> places in the future
+        self._visit = 0  # the number of the present one
+        self._uses: list[Use] = []  # the present one and those that are known to follow
+        self._next_visits: dict[int, int] = {}  # unit -> number of its next visit
+        self._planned = False  # whether fetches are laid down for them, or only for requests
+        self._sizes: dict[int, _SizeClass] = {}
 
-    def begin(self, future: Sequence[Use]) -> None:
-        """The visit of `future[0]` begins; the others will follow."""
-        self._future = list(future)
-        self._positions = defaultdict(list)
-        for position, use in enumerate(self._future):
-            self._positions[use.unit].append(position)
+    def begin(self, future: Sequence[Use], by_request: bool = False) -> None:
+        """The visit of `future[0]` begins; the others will follow.
 
-    def next_weight(self) -> StreamedWeight | None:
-        """The absent weight that is used soonest and has a slot, which is then its own.
+        by_request: fetch only what `request` asks for.
+        """
+        known, future = self._uses[1:], list(future)
+        n_both = min(len(known), len(future))
+        as_planned = self._planned and n_both and known[:n_both] == future[:n_both]
+        self._visit += 1
+        self._uses = max(known, future, key=len) if as_planned else future
+        self._next_visits = {}
+        for place in range(len(self._uses) - 1, 0, -1):
+            self._next_visits[self._uses[place].unit] = self._visit + place
+        if by_request or not as_planned:
+            self._planned = not by_request
+            self._sizes = {
+                size: _SizeClass(size, n_slots, self.units, self._made[size], self._visit)
+                for size, n_slots in self.slots.items()
+            }
+        for size_class in self._sizes.values() if self._planned else ():
+            size_class.lay_down(self._visit, self._uses, self._next_visits)
+
+    def request(self, weight: StreamedWeight) -> None:
+        """The present visit needs a weight: fetch it if it is not resident and not laid down."""
+        queue = self._sizes[weight.slot_bytes].queue
+        if weight.slot is not None or any(
+            fetch.weight is weight and fetch.visit == self._visit for fetch in queue
+        ):
+            return
+        if self._planned:  # the order is another than was laid down: the next visit plans anew
+            self._planned = False
+            for size_class in self._sizes.values():
+                here = [fetch for fetch in size_class.queue if fetch.visit <= self._visit]
+                size_class.queue = deque(here)
+        self._sizes[weight.slot_bytes].queue.append(Fetch(weight, None, self._visit))
+
+    def next_fetch(self) -> StreamedWeight | None:
+        """The weight to fetch next, whose slot is then its own; None if none has room yet.
 
         OSError, RuntimeError or MemoryError if the memory of a new slot cannot be had.
         """
-        full = set()  # sizes that have no room for a weight that is used this late
-        for position, use in enumerate(self._future):
-            for weight in self.units[use.unit][:: -1 if use.last_first else 1]:
-                if weight.slot is not None or weight.slot_bytes in full:
-                    continue
-                if position == 0 and not weight.in_use:  # this visit has dropped it already
-                    continue
-                slot = self._find_slot(weight.slot_bytes, position)
-                if slot is None:
-                    full.add(weight.slot_bytes)
-                    continue
-                if slot.weight is not None:
-                    slot.weight.slot = slot.weight.tensor = None
-                slot.weight, weight.slot = weight, slot
-                return weight
-            if len(full) == len(self.slots):
-                break
+        queues = [one.queue for one in self._sizes.values() if one.queue]
+        for queue in sorted(queues, key=lambda queue: queue[0].visit):
+            weight = queue[0].weight
+            slot = self._slot_for(queue[0])
+            if slot is None:
+                continue
+            queue.popleft()
+            if slot.weight is not None:
+                slot.weight.slot = slot.weight.tensor = None
+            slot.weight, weight.slot = weight, slot
+            return weight
         return None
+
+    def reorder(self, unit: int, weights: list[StreamedWeight]) -> None:
+        """The weights of a unit are used in this order from now on."""
+        self.units[unit][:] = weights
+        self._planned = False
 
     def made(self) -> Counter:
         """Size in bytes -> slots that have memory."""
-        return Counter({size: len(slots) for size, slots in self._made.items()})
+        return Counter({size: len(slots) for size, slots in self._made.items() if slots})
 
     def clear(self) -> None:
         """Evict everything and give up the slots."""
         self._made.clear()
+        self._sizes, self._uses, self._planned = {}, [], False
         for unit in self.units:
             for weight in unit:
                 weight.slot, weight.tensor, weight.in_use = None, None, False
@@ -100,18 +142,86 @@ class Schedule:
             f"{advice}."
         )
 
-    def _find_slot(self, size: int, position: int) -> Slot | None:
-        """A new slot, or the one whose weight is used last, if that is after `position`."""
+    def _slot_for(self, fetch: Fetch) -> Slot | None:
+        """The slot of the weight that is evicted, if that is idle; else a new or an idle one."""
+        if fetch.evicts is not None and fetch.evicts.slot is not None:
+            return fetch.evicts.slot if fetch.evicts.is_idle else None
+        size = fetch.weight.slot_bytes
         made = self._made[size]
         if len(made) < self.slots[size]:
             made.append(self._new_slot(size))
             return made[-1]
-        idle = [s for s in made if s.weight.tensor is not None and not s.weight.in_use]
-        last_used = max(idle, key=lambda slot: self._next_use(slot.weight), default=None)
-        if last_used is not None and self._next_use(last_used.weight) > position:
-            return last_used
+        idle = [slot for slot in made if slot.weight.is_idle]
+        return max(idle, key=lambda slot: _next_visit(self._next_visits, slot.weight), default=None)
+
+
+class _SizeClass:
+    """The weights of one size, the slots that they share, and the fetches that are laid down."""
+
+    def __init__(
+        self,
+        size: int,
+        n_slots: int,
+        units: Sequence[Sequence[StreamedWeight]],
+        made: Sequence[Slot],
+        visit: int,
+    ):
+        self.queue: deque[Fetch] = deque()
+        self._units = [[one for one in unit if one.slot_bytes == size] for unit in units]
+        # What is resident when all that is laid down has been fetched.
+        self._resident = {slot.weight: None for slot in made}  # in a fixed order, as no set is
+        self._n_free = n_slots - len(made)
+        self._visit, self._place = visit, 0  # all uses from the present visit to here are resident
+
+    def lay_down(self, visit: int, uses: Sequence[Use], next_visits: dict[int, int]) -> None:
+        """Queue what is fetched at the beginning of visit uses[0], and as each weight is done.
+
+        What the visit has not yet used is not evicted.
+        """
+        if self._visit < visit:
+            self._visit, self._place = visit, 0
+        waiting = set(self._of(uses[0]))
+        self._fetch(visit, uses, next_visits, waiting)
+        for weight in self._of(uses[0]):
+            waiting.discard(weight)
+            self._fetch(visit, uses, next_visits, waiting)
+
+    def _of(self, use: Use) -> Sequence[StreamedWeight]:
+        weights = self._units[use.unit]
+        return weights[::-1] if use.last_first else weights
+
+    def _fetch(
+        self,
+        visit: int,
+        uses: Sequence[Use],
+        next_visits: dict[int, int],
+        waiting: Collection[StreamedWeight],
+    ) -> None:
+        """Queue the soonest absent weights, each in place of one that is used later."""
+        while (weight := self._soonest_absent(visit, uses)) is not None:
+            evicts = None
+            if self._n_free:
+                self._n_free -= 1
+            else:
+                idle = (one for one in self._resident if one not in waiting)
+                evicts = max(idle, key=lambda one: _next_visit(next_visits, one), default=None)
+                if evicts is None or _next_visit(next_visits, evicts) <= self._visit:
+                    return
+                del self._resident[evicts]
+            self._resident[weight] = None
+            self.queue.append(Fetch(weight, evicts, self._visit))
+
+    def _soonest_absent(self, visit: int, uses: Sequence[Use]) -> StreamedWeight | None:
+        while self._visit - visit < len(uses):
+            weights = self._of(uses[self._visit - visit])
+            while self._place < len(weights):
+                if weights[self._place] not in self._resident:
+                    return weights[self._place]
+                self._place += 1
+            self._visit, self._place = self._visit + 1, 0
         return None
 
-    def _next_use(self, weight: StreamedWeight) -> float:
-        """When an idle weight is used again: its use in the current visit, 0, is over."""
-        return next((use for use in self._positions.get(weight.unit, ()) if use > 0), math.inf)
+
+def _next_visit(next_visits: dict[int, int], weight: StreamedWeight) -> float:
+    """The number of the visit that uses an idle weight again."""
+    return next_visits.get(weight.unit, math.inf)

@@ -1,6 +1,7 @@
 """The weights that are streamed, and the slots of memory that hold them one after another."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from onn_core.weights.formats import Source
 from onn_core.weights.reader import PAGE_BYTES
 
 READ_BYTES = 8 << 20  # at most, of one read
+DEVICE_ALIGNMENT = 256  # bytes; matmul of a matrix that begins elsewhere is slow
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,20 +22,34 @@ class StreamedWeight:
     source: Source
     shape: tuple[int, ...]
     dtype: torch.dtype  # in memory
+    on_device: bool = False  # its slot is memory of a device, which no file is read into
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready
+    host: torch.Tensor | None = None  # (shape) in the host store, once it has been read
     in_use: bool = False
     reads_left: int = 0
     ready_event: "torch.cuda.Event | None" = None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it is resident and may be evicted."""
+        return self.tensor is not None and not self.in_use
+
+    @functools.cached_property
     def n_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
     def slot_bytes(self) -> int:
-        """Its bytes in whole pages, with room for where it begins within a page of its file."""
+        """On a device its bytes; else in whole pages, with room for where it begins in one."""
+        if self.on_device:
+            return -(-self.n_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+        return self.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory that its file is read into page by page."""
         return -(-self.n_bytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
 
     @property
@@ -55,8 +71,9 @@ class StreamedWeight:
         return [(start, min(start + READ_BYTES, stop)) for start in starts]
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor (shape) in its slot's memory (slot_bytes,)."""
-        begin = self.source.entry.offset - self.first_page if self.in_place else 0
+        """The tensor (shape) in its slot (slot_bytes,), or in host memory (host_bytes,)."""
+        in_page = self.in_place and memory.device.type == "cpu"
+        begin = self.source.entry.offset - self.first_page if in_page else 0
         return memory[begin : begin + self.n_bytes].view(self.dtype).view(self.shape)
 
 

@@ -1,9 +1,9 @@
 """Disk -> host -> device: weights are fetched ahead of the compute, in the order of their use.
 
-A *unit* is what is visited at once: a decoder layer, or a block of rows of the head. The compute
-says which units come next, and reader threads fetch as many of their weights as there are slots.
-What is fetched next, and what it evicts, is the matter of `schedule.py`; here is who reads, who
-waits for whom, and what happens when a read fails.
+A *unit* is what is visited at once: a decoder layer, or a block of rows of the head. What is
+fetched next, and what it evicts, is the matter of `schedule.py`; here is who fetches. A weight
+that a device's host store holds is copied by the compute's own thread, which only queues the copy.
+All else is read by reader threads, which sleep while there is nothing to read.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ import hashlib
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.host import Staging
+from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
 from onn_core.weights.shards import TensorEntry
@@ -45,7 +45,8 @@ class WeightStream:
     """Fetches the coming units' weights into a fixed number of slots.
 
     model_folder: where the weights lie. units: the weights of each unit. slots: size in bytes ->
-    how many. check: called while the compute waits; it may raise, to abandon a step.
+    how many. host_budget: bytes of host memory that may hold weights for a device. check: called
+    while the compute waits; it may raise, to abandon a step.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class WeightStream:
         units: Sequence[Sequence[StreamedWeight]],
         slots: Counter,
         device: torch.device,
+        host_budget: int = 0,
     ):
         self.schedule = Schedule(units, slots, self.new_slot)
         self.counts = StreamCounts()
@@ -67,10 +69,14 @@ class WeightStream:
         cached = device.type == "cuda" and 5 * n_bytes <= 4 * host_memory_bytes()
         self.files = DirectFiles(cached)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        every = [weight for unit in self.units for weight in unit]
+        self.store = HostStore(device, every, host_budget if device.type == "cuda" else 0)
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
-        self._reads: list[tuple[StreamedWeight, int, int]] = []  # of one weight, the last first
+        self._reads: deque[tuple[StreamedWeight, int, int]] = deque()
         self._error: Exception | None = None
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._ready = threading.Condition(lock)  # a weight, or an error
+        self._work = threading.Condition(lock)  # a read, or the end
         self._closed = self._hangs = False
         self._readers: list[threading.Thread] = []
 
@@ -87,39 +93,42 @@ class WeightStream:
         """
         self.check()
         weights = self.units[future[0].unit]
-        with self._changed:
+        with self._ready:
             for weight in self._entered:  # left behind by a visit that was interrupted
                 self.release(weight)
             self._entered = weights
-            self.schedule.begin(future)
+            self.schedule.begin(future, by_request=not request)
             for weight in weights:
                 weight.in_use = request
             if not self._readers:
                 self._start_readers()
-            self._changed.notify_all()
+            self._fetch()
         return weights
 
     def request(self, weight: StreamedWeight) -> None:
         """The compute will need `weight` in this visit."""
-        with self._changed:
+        if weight.in_use and weight.tensor is not None:
+            return
+        with self._ready:
             weight.in_use = True
-            self._changed.notify_all()
+            self.schedule.request(weight)
+            self._fetch()
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The tensor of a weight of the unit that was entered, when it is ready.
 
         ModelFolderError if a file fails, ConfigError if a slot's memory cannot be had.
         """
-        if not weight.in_use:
-            self.request(weight)
-        with self._changed:
-            started = time.perf_counter()
-            while self._error is None and weight.tensor is None:
-                self._changed.wait(CHECK_S)
-                self.check()
-            self.counts.wait_s += time.perf_counter() - started
-            if self._error is not None:
-                raise self._error
+        self.request(weight)
+        if weight.tensor is None or self._error is not None:
+            with self._ready:
+                started = time.perf_counter()
+                while self._error is None and weight.tensor is None:
+                    self._ready.wait(CHECK_S)
+                    self.check()
+                self.counts.wait_s += time.perf_counter() - started
+                if self._error is not None:
+                    raise self._error
         if weight.ready_event is not None:
             torch.cuda.current_stream(self.device).wait_event(weight.ready_event)
         return weight.tensor
@@ -130,19 +139,19 @@ class WeightStream:
             return
         if self.copy_stream is not None and weight.slot is not None:
             weight.slot.free_event = torch.cuda.current_stream(self.device).record_event()
-        with self._changed:
+        with self._ready:
             weight.in_use = False
-            self._changed.notify_all()
+            self._fetch()
 
     def reorder(self, unit: int, weights: list[StreamedWeight]) -> None:
         """Fetch the weights of a unit in this order from now on."""
-        with self._changed:
-            self.units[unit][:] = weights
+        with self._ready:
+            self.schedule.reorder(unit, weights)
 
     def set_slots(self, slots: Counter) -> None:
         """Go on with other slots; what is resident is evicted if they differ."""
         if slots != self.schedule.slots:
-            self.close()
+            self._stop(CLOSE_S)
             self.schedule.slots = slots
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
@@ -150,9 +159,15 @@ class WeightStream:
 
         A reader whose read does not return in time keeps its memory; `enter` is then an error.
         """
-        with self._changed:
+        self._stop(timeout_s)
+        if not self._hangs:
+            self.store.close()
+
+    def _stop(self, timeout_s: float) -> None:
+        """`close`, but what the host store holds stays there."""
+        with self._work:
             self._closed = True
-            self._changed.notify_all()
+            self._work.notify_all()
         if threading.current_thread() in self._readers:  # its garbage collection found the owner
             threading.Thread(target=self.close).start()
             return
@@ -172,7 +187,41 @@ class WeightStream:
         self._error = None
         self.files.close()
 
-    # --- the readers' side ----------------------------------------------------------------
+    # --- who fetches ----------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        """Copy from the host store, or give to the readers, all that has a slot; under the lock."""
+        while self._error is None:
+            try:
+                weight = self.schedule.next_fetch()
+                if weight is not None and self.store.holds(weight):
+                    self.store.reserve(weight)
+            except (OSError, RuntimeError, MemoryError) as error:  # mmap's, CUDA's, Python's
+                self._fail(ConfigError(self.schedule.no_memory(error)))
+                return
+            if weight is None:
+                return
+            self.counts.weight_loads[weight.unit] += 1
+            if weight.host is not None:
+                self._copy(weight)
+                continue
+            reads = weight.reads()
+            weight.reads_left = len(reads)
+            self._reads.extend((weight, start, stop) for start, stop in reads)
+            self._work.notify(len(reads))
+
+    def _copy(self, weight: StreamedWeight) -> None:
+        """Queue the copy of a weight of the host store into its slot."""
+        weight.tensor = weight.view(weight.slot.memory)
+        with torch.cuda.stream(self.copy_stream):
+            if weight.slot.free_event is not None:
+                self.copy_stream.wait_event(weight.slot.free_event)
+            weight.tensor.copy_(weight.host, non_blocking=True)
+            weight.ready_event = self.copy_stream.record_event()
+
+    def _fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._ready.notify_all()
 
     def new_slot(self, n_bytes: int) -> Slot:
         """Memory on the device; MemoryError, OSError or RuntimeError if there is none."""
@@ -191,82 +240,73 @@ class WeightStream:
             reader.start()
             self._readers.append(reader)
 
-    def _next_read(self) -> tuple[StreamedWeight, int, int] | None:
-        """The next (weight, start, stop) to read, or None while there is nothing to fetch."""
-        if self._error is not None:
-            return None
-        if not self._reads:
-            try:
-                weight = self.schedule.next_weight()
-            except (OSError, RuntimeError, MemoryError) as error:  # mmap's, CUDA's, Python's
-                self._error = ConfigError(self.schedule.no_memory(error))
-                self._changed.notify_all()
-                return None
-            if weight is None:
-                return None
-            self.counts.weight_loads[weight.unit] += 1
-            reads = weight.reads()
-            weight.reads_left = len(reads)
-            self._reads = [(weight, start, stop) for start, stop in reversed(reads)]
-        return self._reads.pop()
-
     def _run(self) -> None:
         """A reader: one read after the other, until the stream is closed."""
         run_at_once()
         staging = Staging(self.copy_stream)
         while True:
-            with self._changed:
-                while (read := self._next_read()) is None:
-                    if self._closed:
-                        return
-                    self._changed.wait()
+            with self._work:
+                while not self._reads and not self._closed:
+                    self._work.wait()
                 if self._closed:
                     return
-            weight, start, stop = read
-            n_read, error, started = 0, None, time.perf_counter()
+                weight, start, stop = self._reads.popleft()
+            n_read, error, started = 0, self._error, time.perf_counter()
             try:
-                n_read = self.fetch(weight, start, stop, staging)
+                n_read = self.fetch(weight, start, stop, staging) if error is None else 0
             except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
-            with self._changed:
+            with self._ready:
                 if self.trace is not None:
                     self.trace.append(("read", weight.unit, started, time.perf_counter()))
                 self.counts.bytes_read += n_read
                 weight.reads_left -= 1
+                is_last = error is None and weight.reads_left == 0
                 if error is not None:
-                    self._error = self._error or error
-                elif weight.reads_left == 0 and not self._error:
-                    if self.copy_stream is not None:
-                        weight.ready_event = self.copy_stream.record_event()
-                    weight.tensor = weight.view(weight.slot.memory)
-                self._changed.notify_all()
+                    self._fail(error)
+            if is_last:
+                self._finish(weight)
+
+    def _finish(self, weight: StreamedWeight) -> None:
+        """The last of a weight's bytes has been read."""
+        in_store = self.store.holds(weight)
+        if in_store:
+            self.store.pin(weight)
+        with self._ready:
+            if in_store:
+                weight.host = weight.view(self.store.memory(weight))
+                self._copy(weight)
+            else:
+                if self.copy_stream is not None:
+                    weight.ready_event = self.copy_stream.record_event()
+                weight.tensor = weight.view(weight.slot.memory)
+            self._ready.notify_all()
+            self._fetch()  # what evicts this weight may have waited for it
 
     def fetch(self, weight: StreamedWeight, start: int, stop: int, staging: Staging) -> int:
-        """Read bytes start:stop of the weight's file into its slot; returns the bytes read."""
-        source, memory = weight.source, weight.slot.memory
+        """Read bytes start:stop of the weight's file to where it goes; returns the bytes read."""
+        source, in_store = weight.source, self.store.holds(weight)
+        memory = self.store.memory(weight) if in_store else weight.slot.memory
+        free_event = None if in_store else weight.slot.free_event
         if not source.direct:
             values = source.read(self.model_folder)
             self._verify(source.entry, 0, values)
-            staging.copy(weight.view(memory), values, weight.slot.free_event)
+            staging.copy(weight.view(memory), values, free_event)
             return source.n_bytes
         entry = source.entry
-        target = memory[start - weight.first_page :]
-        if weight.in_place and self.copy_stream is None:
+        if weight.in_place and memory.device.type == "cpu":
+            target = memory[start - weight.first_page :]
             n_read = self.files.read(entry.path, start, stop, target)
             self._verify(entry, start, target[: stop - start])
             return n_read
         buffer = staging.buffer()
         n_read = self.files.read(entry.path, start, stop, buffer)
-        values = buffer[: stop - start]
-        self._verify(entry, start, values)
-        if weight.in_place:
-            target = target[: stop - start]
-        else:  # it is cast: from the first whole element on
-            begin = max(start, entry.offset)
-            values = buffer[begin - start : stop - start].view(entry.dtype)
-            first = (begin - entry.offset) // entry.dtype.itemsize
-            target = weight.view(memory).view(-1)[first : first + len(values)]
-        staging.copy(target, values, weight.slot.free_event)
+        self._verify(entry, start, buffer[: stop - start])
+        begin = max(start, entry.offset)  # from the first whole element on; it may be cast
+        values = buffer[begin - start : stop - start].view(entry.dtype)
+        first = (begin - entry.offset) // entry.dtype.itemsize
+        target = weight.view(memory).view(-1)[first : first + len(values)]
+        staging.copy(target, values, free_event)
         return n_read
 
     def _verify(self, entry: TensorEntry, start: int, values: torch.Tensor) -> None:
