@@ -75,6 +75,8 @@ class TrainConfig:
         "mlp.experts.gate_up_proj"; lora_dropout must then be 0.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
+    host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
+        free, less an eighth. A CPU needs none.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
@@ -111,6 +113,7 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int | None = None
     memory_budget: int | str | None = None
+    host_budget: int | str | None = "auto"
     device: str = "auto"
     dtype: str = "auto"
     # optimisation
@@ -196,6 +199,8 @@ class TrainConfig:
         if self.target_parameters and self.lora_dropout:
             raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
         parse_bytes(self.memory_budget)
+        if self.host_budget not in ("auto", 0):
+            parse_bytes(self.host_budget)
 
     def _set(self, name: str, value: Any) -> None:
         """Set a field of this frozen object while it is made."""

@@ -62,6 +62,7 @@ class ChunkedLoraTrainer:
             chunk_size=config.chunk_size,
             micro_batch_size=config.micro_batch_size,
             memory_budget=config.memory_budget,
+            host_budget=config.host_budget,
             device=config.device,
             dtype=config.dtype,
         )

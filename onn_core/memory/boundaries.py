@@ -2,21 +2,65 @@
 
 import tempfile
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from onn_core.weights.host import HostMemory
 
 
-class OnHost:
-    """A tensor in pinned host memory, from where a micro-batch at a time is fetched."""
+class HostBoundaries:
+    """Boundary activations of a device in pinned host memory, copied while the device computes."""
 
-    def __init__(self, tensor: torch.Tensor, memory: HostMemory):
+    def __init__(self, memory: HostMemory, device: torch.device):
+        self.memory, self.device = memory, device
+        self._stream: torch.cuda.Stream | None = None
+        # Of the micro-batch to come: (address on the host, number) -> rows, when they are there.
+        self._coming: dict[tuple[int, int], tuple[torch.Tensor, torch.cuda.Event]] = {}
+
+    def save(self, tensor: torch.Tensor) -> "OnHost":
+        return OnHost(tensor, self)
+
+    def stream(self) -> "torch.cuda.Stream":
+        """One for both directions: a buffer is filled anew only after it was read."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._stream
+
+    def part(
+        self, whole: torch.Tensor, cut: Callable[[int], torch.Tensor], number: int, n_parts: int
+    ) -> torch.Tensor:
+        """cut(number), rows of `whole` on the host, on the device; the next begin to come."""
+        if number == 0:
+            self._coming.clear()
+        key = whole.data_ptr()
+        rows, copied = self._coming.pop((key, number), None) or self._copy(cut(number))
+        if number + 1 < n_parts:
+            self._coming[key, number + 1] = self._copy(cut(number + 1))
+        torch.cuda.current_stream(self.device).wait_event(copied)
+        return rows
+
+    def _copy(self, rows: torch.Tensor) -> "tuple[torch.Tensor, torch.cuda.Event]":
+        there = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
+        with torch.cuda.stream(self.stream()):
+            there.copy_(rows, non_blocking=True)
+            return there, torch.cuda.current_stream(self.device).record_event()
+
+
+class OnHost:
+    """A tensor in pinned host memory."""
+
+    def __init__(self, tensor: torch.Tensor, boundaries: HostBoundaries):
+        memory = boundaries.memory
         buffer = memory.take(tensor.nbytes)
         weakref.finalize(self, memory.give_back, buffer)
         self.tensor = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        self.tensor.copy_(tensor, non_blocking=True)
-        self.copied = torch.cuda.current_stream(tensor.device).record_event()
+        stream = boundaries.stream()
+        with torch.cuda.stream(stream):
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.copied = stream.record_event()
+        tensor.record_stream(stream)
 
     def read(self) -> torch.Tensor:
         self.copied.synchronize()  # rows that are not contiguous are gathered by the processor

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ CUDA_MARGIN = 1.02
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 # Where reading is the limit, reserved graphs take at most this part of a budget.
 MAX_GRAPH_FRACTION = 1 / 8
+# What is tried where the time of a step decides.
+GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
@@ -36,6 +39,14 @@ class Sizes:
     on_cpu: bool = True
     n_trained: int = 0  # parameters
     n_back: int = 0  # layers that backward reaches
+    # (sizes, plan, B, T) -> seconds of a step, the least of which is taken; None goes by rules.
+    step_s: "Callable[[Sizes, Plan, int, int], float] | None" = None
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the matrices of a layer, on average."""
+        n_all = sum(math.prod(weight.shape) for unit in self.layers for weight in unit)
+        return n_all // len(self.layers)
 
     @property
     def margin(self) -> float:
@@ -66,6 +77,14 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadPlan:
+    """How the head meets a batch; None leaves it to `ops.cross_entropy`."""
+
+    n_tokens: int  # that meet a block of the vocabulary at once
+    on_host: bool  # whether the sums for the gradient are
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a model runs, and what its peak memory is made of."""
 
@@ -76,6 +95,7 @@ class Plan:
     n_reserved: int  # of the last layers, the graphs are reserved: they are not recomputed
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
+    head: "HeadPlan | None" = None
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -126,19 +146,29 @@ def make_plan(
     if micro_batch_size is not None:
         micro = [min(micro_batch_size, batch_size)]
     tries = itertools.product(weights, places, micro)
-    if micro_batch_size is None and budget is not None:
-        fast = _fast_micro_batch(sizes, batch_size, n_tokens, budget)
+    if micro_batch_size is None and budget is not None and sizes.step_s is None:
+        fast = _fast_micro_batch(sizes, batch_size, n_tokens)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
-        # by matrix, each micro-batch reads all anew; on CUDA each costs the launch of its kernels
-        tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] and sizes.on_cpu else 1 / t[2]))
+        # matrix by matrix, each micro-batch reads all anew
+        tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
+    plans: list[Plan] = []
     for (n_resident, slots), place, size in tries:
         count = functools.partial(_count_terms, sizes, slots, place, batch_size, size, n_tokens)
         plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
         if budget is None:
             return plan
-        if sizes.margin * plan.peak_bytes <= budget:
-            plan = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens)
-            return _add_residents(plan, sizes, budget)
+        if sizes.margin * plan.peak_bytes > budget:
+            continue
+        for most in GRAPH_FRACTIONS if sizes.step_s else (None,):
+            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+            plans.append(_add_residents(full, sizes, budget))
+        if sizes.step_s is None:
+            break
+    if plans:
+        plan = plans[0]
+        if sizes.step_s is not None:
+            plan = min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
+        return dataclasses.replace(plan, head=_plan_head(sizes, plan, batch_size, n_tokens))
     raise ConfigError(
         f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
         f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: raise "
@@ -153,30 +183,28 @@ def _all_micro_batches(batch_size: int) -> list[int]:
     return all_sizes
 
 
-def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int, budget: int) -> int:
-    """One that multiplies at full speed: on a CPU the smallest such.
-
-    On CUDA the largest that takes a quarter of the budget.
-    """
+def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int) -> int:
+    """The smallest that multiplies at full speed."""
     all_sizes = _all_micro_batches(batch_size)
     fast = [size for size in all_sizes if size * n_tokens >= FULL_SPEED_TOKENS] or all_sizes[:1]
-    small = [size for size in fast if sizes.visit_bytes(size, n_tokens)[1] <= budget // 4]
-    return small[0] if small and not sizes.on_cpu else fast[-1]
+    return fast[-1]
 
 
-def _reserve_graphs(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> Plan:
-    """`plan` with the graphs of as many of the last layers as it has room for.
+def _reserve_graphs(
+    plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int, most: float | None
+) -> Plan:
+    """`plan` with the graphs of as many of the last layers as `most` of the budget has room for.
 
-    A byte of them saves more time than one of weights where matmul is the limit: on a CPU with
-    FULL_SPEED_TOKENS or more. Elsewhere they take a part of the budget: of few tokens they are
-    small.
+    None: a byte of them saves more time than one of weights where matmul is the limit, with
+    FULL_SPEED_TOKENS or more. With fewer they take a part of the budget: they are small.
     """
     graph_bytes = sizes.visit_bytes(batch_size, n_tokens)[2]  # of a layer
     if plan.boundaries != "memory":  # then its input is in memory only for the graph
         graph_bytes += batch_size * n_tokens * sizes.hidden_bytes
     room = int(budget / sizes.margin) - plan.peak_bytes
-    if not sizes.on_cpu or batch_size * n_tokens < FULL_SPEED_TOKENS:
-        room = min(room, int(budget * MAX_GRAPH_FRACTION))
+    if most is None:
+        most = MAX_GRAPH_FRACTION if batch_size * n_tokens < FULL_SPEED_TOKENS else 1
+    room = min(room, int(budget * most))
     n_reserved = min(room // graph_bytes, sizes.n_back) if plan.n_resident else 0
     if n_reserved <= 0:
         return plan
@@ -239,12 +267,24 @@ def _count_terms(
     )
 
 
-def head_bytes(sizes: Sizes, n_tokens: int) -> int:
+def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:
+    """On a device: as many tokens at once as the room of a layer's activations has room for."""
+    if sizes.on_cpu or len(sizes.head) < 2:
+        return None
+    n = batch_size * n_tokens
+    forward, backward, _ = sizes.visit_bytes(plan.micro_batch_size, n_tokens)
+    room = max(forward + n * sizes.hidden_bytes, backward, head_bytes(sizes, n))
+    chunks = [chunk for chunk in (n >> shift for shift in range(n.bit_length())) if chunk]
+    tries = [HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks]
+    return next((head for head in tries if head_bytes(sizes, n, head) <= room), None)
+
+
+def head_bytes(sizes: Sizes, n_tokens: int, plan: HeadPlan | None = None) -> int:
     """Peak of the head: the gradient so far, and the logits of a chunk of the tokens.
 
     In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and the
     gaps that many chunks leave. In several: the logits as they are, in float32 and as exponentials;
-    and two float32 sums for the gradient. On CUDA a large gradient is made on the host.
+    and two float32 sums for the gradient. Without a plan a large gradient is made on the host.
     """
     if not sizes.head:
         return 0
@@ -253,10 +293,13 @@ def head_bytes(sizes: Sizes, n_tokens: int) -> int:
     gradient = n_tokens * sizes.hidden_bytes
     if len(sizes.head) == 1:
         return 2 * gradient + 14 * n_rows * min(n_tokens, most)
-    chunk = min(n_tokens, HEAD_TOKENS, most)
     sums = 8 * n_hidden * n_tokens
+    if plan is None:
+        on_host = not sizes.on_cpu and sums > GRADIENT_BYTES
+        plan = HeadPlan(min(HEAD_TOKENS, most), on_host)
+    chunk = min(n_tokens, plan.n_tokens)
     logits = chunk * (10 * n_rows + 10 * n_hidden)
-    if not sizes.on_cpu and sums > GRADIENT_BYTES:
+    if plan.on_host:
         return max(8 * n_hidden * chunk + logits, gradient)
     return sums + gradient + logits
 

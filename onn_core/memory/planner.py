@@ -13,7 +13,7 @@ class Load:
     """What a plan was made for."""
 
     n_tokens: int = 0  # of a batch
-    n_micro_tokens: int = 0  # of a micro-batch
+    length: int = 0  # of a sample, in tokens: attention's mask grows with its square
     n_trained: int = 0  # parameters
     n_back: int = 0  # layers that backward reaches
 
@@ -53,13 +53,16 @@ class Planner:
         self.sizes, self.budget = sizes, budget
         self._chunk_size, self._micro_batch_size = chunk_size, micro_batch_size
         self._load = Load()
+        self._length = 1  # tokens of a sample now
         self.graphs = ReservedGraphs()
         self.plan: Plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Samples of a micro-batch; None is the whole batch."""
-        return self.plan.micro_batch_size if self._load.n_tokens else self._micro_batch_size
+        """Samples of a micro-batch, as many as have the tokens that are planned; None is all."""
+        if self._micro_batch_size is not None or not self._load.n_tokens:
+            return self._micro_batch_size
+        return max(1, self.plan.micro_batch_size * self._load.length // self._length)
 
     def fit(self, batch_size: int, n_tokens: int, n_trained: int, n_back: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits.
@@ -67,17 +70,18 @@ class Planner:
         n_trained: parameters. n_back: layers that backward reaches; an evaluation between two
         steps, which reaches none, changes nothing.
         """
-        micro = min(self.micro_batch_size or batch_size, batch_size)
         n_back = max(n_back, self._load.n_back)
-        load = Load(batch_size * n_tokens, micro * n_tokens, n_trained, n_back)
-        if self.budget is None or load.within(self._load):
+        load = Load(batch_size * n_tokens, n_tokens, n_trained, n_back)
+        if self.budget is None:
+            return
+        self._length = n_tokens
+        if load.within(self._load):
             return
         sizes = dataclasses.replace(self.sizes, n_trained=n_trained, n_back=n_back)
         self.plan = make_plan(
             sizes, batch_size, n_tokens, self.budget, self._chunk_size, self._micro_batch_size
         )
-        micro_tokens = self.plan.micro_batch_size * n_tokens
-        self._load = dataclasses.replace(load, n_micro_tokens=micro_tokens)
+        self._load = load
         self.graphs.largest = 0
 
     def reserves_graph(self, layer: int) -> bool:

@@ -34,13 +34,16 @@ class OnlineCrossEntropy:
     as FlashAttention (Dao et al. 2022) does for attention. The head is read once.
 
     hidden: (n, C). labels: (n,) shifted, IGNORED where not counted. post: raw logits (n, v) ->
-    logits (n, v), elementwise (scaling, soft cap).
+    logits (n, v), elementwise (scaling, soft cap). chunk_tokens: that meet a block at once.
+    on_host: whether the sums for the gradient are on the host; None decides by their size.
     """
 
     hidden: torch.Tensor
     labels: torch.Tensor
     post: Callable[[torch.Tensor], torch.Tensor]
     with_grad: bool
+    chunk_tokens: int | None = None
+    on_host: bool | None = None
 
     def __post_init__(self):
         n_tokens, hidden_size = self.hidden.shape
@@ -50,9 +53,10 @@ class OnlineCrossEntropy:
         self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
         self._target = new(n_tokens, dtype=torch.float32)  # logit of the label
         if self.with_grad:
-            large = 8 * n_tokens * hidden_size > GRADIENT_BYTES
-            home = torch.device("cpu") if large else self.hidden.device
-            shape, pinned = (n_tokens, hidden_size), large and self.hidden.is_cuda
+            if self.on_host is None:
+                self.on_host = 8 * n_tokens * hidden_size > GRADIENT_BYTES
+            home = torch.device("cpu") if self.on_host else self.hidden.device
+            shape, pinned = (n_tokens, hidden_size), self.on_host and self.hidden.is_cuda
             self._pull = torch.zeros(  # sum of exp * weight
                 shape, dtype=torch.float32, device=home, pin_memory=pinned
             )
@@ -60,7 +64,12 @@ class OnlineCrossEntropy:
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
-        for tokens in token_chunks(len(self.labels), len(weight), HEAD_TOKENS):
+        n_tokens = len(self.labels)
+        chunks = token_chunks(n_tokens, len(weight), HEAD_TOKENS)
+        if self.chunk_tokens is not None:
+            starts = range(0, n_tokens, self.chunk_tokens)
+            chunks = [slice(start, min(start + self.chunk_tokens, n_tokens)) for start in starts]
+        for tokens in chunks:
             self._add_tokens(tokens, first, weight, bias)
 
     def _add_tokens(

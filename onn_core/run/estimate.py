@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError
+from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
@@ -75,6 +76,7 @@ def geometry_of(
         hidden_bytes=hidden_size * compute_dtype.itemsize,
         visit_bytes=Footprint(config, compute_dtype),
         on_cpu=on_cpu,
+        step_s=None if on_cpu else Costs().step_s,
         n_trained=lora_rank * sum(widths),
         n_back=len(layers) - trained[0],
     )

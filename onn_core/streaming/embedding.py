@@ -8,7 +8,10 @@ from onn_core.weights.formats import Source
 
 
 class EmbeddingRows:
-    """Takes the place of an embedding's forward: reads the rows that a batch needs."""
+    """Takes the place of an embedding's forward: reads the rows that a batch needs.
+
+    in_memory: read the whole table once, into host memory, and gather rows from there.
+    """
 
     def __init__(
         self,
@@ -16,12 +19,15 @@ class EmbeddingRows:
         model_folder: ModelFolder,
         source: Source,
         device: torch.device,
+        in_memory: bool = False,
     ):
         self.module = module
         self.forward = module.forward  # the class's own: some scale what they look up
         self.n_rows = len(module.weight)
         self.dtype, self.device = module.weight.dtype, device
         self.model_folder, self.name = model_folder, source.entry.name
+        self.in_memory = in_memory
+        self._table: torch.Tensor | None = None  # (V, C) in host memory
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, T) -> (B, T, C)."""
@@ -41,5 +47,11 @@ class EmbeddingRows:
         return self._read(torch.arange(start, stop))
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = self.model_folder.read_rows(self.name, ids.cpu())  # (U, C)
-        return rows.to(self.device, self.dtype)
+        if not self.in_memory:
+            rows = self.model_folder.read_rows(self.name, ids.cpu())  # (U, C)
+            return rows.to(self.device, self.dtype)
+        if self._table is None:
+            self._table = self.model_folder.read(self.name)
+        rows = torch.empty(len(ids), self._table.shape[1], dtype=self._table.dtype, pin_memory=True)
+        torch.index_select(self._table, 0, ids.cpu(), out=rows)
+        return rows.to(self.device, non_blocking=True).to(self.dtype)

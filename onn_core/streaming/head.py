@@ -263,7 +263,9 @@ def _in_blocks(
     with_grad: bool,
 ) -> OnlineCrossEntropy:
     """The cross-entropy of hidden (n, C), counted one block of the vocabulary at a time."""
-    entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad)
+    plan = head.streaming.planner.plan.head
+    how = () if plan is None else (plan.n_tokens, plan.on_host)
+    entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad, *how)
     for first, weight, bias in head.resident_blocks():
         entropy.add(first, weight, bias)
     return entropy

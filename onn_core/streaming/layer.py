@@ -10,7 +10,6 @@ batch goes through one visit in micro-batches: the vertical, or layer-major, sch
 """
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -62,6 +61,6 @@ class StreamedLayer:
             n_bytes = streaming.visits.n_layers * sum(x.nbytes for x in inputs)
             on_host = n_bytes > torch.cuda.mem_get_info(device)[0] // 4
         if on_host:
-            save = functools.partial(OnHost, memory=streaming.host_memory)
+            save = streaming.host_boundaries.save
             return torch.autograd.graph.saved_tensors_hooks(save, OnHost.read)
         return contextlib.nullcontext()

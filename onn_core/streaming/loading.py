@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.config import dtype_name, parse_bytes, require_integer
 from onn_core.errors import ConfigError, ModelFolderError, OnnError
+from onn_core.memory.boundaries import HostBoundaries
+from onn_core.memory.costs import measure_costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes
 from onn_core.memory.planner import Planner
@@ -160,6 +162,7 @@ def open_streamed(
         hidden_bytes=model.config.get_text_config().hidden_size * model.dtype.itemsize,
         visit_bytes=Footprint(model_folder.config, model.dtype),
         on_cpu=device.type == "cpu",
+        step_s=measure_costs(device, model.dtype).step_s if device.type == "cuda" else None,
     )
     budget = parse_bytes(memory_budget)
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
@@ -172,7 +175,8 @@ def open_streamed(
         stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
     )
     host_memory = HostMemory(device)
-    streaming = Streaming(stream, planner, visits, Passes(), Batching(), host_memory, device)
+    boundaries = HostBoundaries(host_memory, device)
+    streaming = Streaming(stream, planner, visits, Passes(), Batching(), boundaries, device)
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)
@@ -180,7 +184,8 @@ def open_streamed(
         layer.forward = streamed_layers[-1]
     rows = None
     if by_rows:
-        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device)
+        in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
+        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device, in_store)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:

@@ -91,11 +91,11 @@ class Call:
         reserves = planner.reserves_graph(weights.number) and not weights.wrapped
         with weights.visit("forward", self.of), torch.no_grad():
             whole: list[Any] = []
-            for rows in self.slices:
+            for number, rows in enumerate(self.slices):
                 weights.begin_micro_batch(rows is self.slices[-1])
                 self.random_states.append(_random_state(self.streaming.device))
                 if inputs and reserves:
-                    graph = self.build_graph(rows, inputs)
+                    graph = self.build_graph(number, inputs)
                     planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
                     self.graphs.append(graph)
                     part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
@@ -144,14 +144,14 @@ class Call:
         remaining = iter(tensors)
         return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
 
-    def build_graph(self, rows: slice, inputs: Sequence[torch.Tensor]) -> "Graph":
+    def build_graph(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
         """Run a micro-batch with a graph; `inputs` (B, ...) may need gradients."""
-        remaining = iter(inputs)
+        remaining, rows = iter(inputs), self.slices[number]
         leaves, roots = [], []
         for leaf, place in zip(self.leaves, self.rows_of, strict=True):
             if any(leaf is x for x in (_INPUT, *inputs)):
                 whole = next(remaining)  # it may wait on the host
-                leaf = cut(whole, place, rows).detach().to(self.streaming.device, non_blocking=True)
+                leaf = self._on_device(whole, place, number).detach()
                 if whole.requires_grad:
                     roots.append(leaf.requires_grad_())
             else:
@@ -161,6 +161,12 @@ class Call:
         by_weight = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
         with torch.enable_grad(), torch.autocast(**self.autocast), by_weight:
             return Graph(saved, roots, self.run(leaves, rows))
+
+    def _on_device(self, whole: torch.Tensor, place: Rows | None, number: int) -> torch.Tensor:
+        if whole.device == self.streaming.device:
+            return cut(whole, place, self.slices[number])
+        boundaries, n_parts = self.streaming.host_boundaries, len(self.slices)
+        return boundaries.part(whole, lambda n: cut(whole, place, self.slices[n]), number, n_parts)
 
     def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
         """That of a micro-batch: reserved, or made by running it again as it ran before."""
@@ -173,7 +179,7 @@ class Call:
         device = self.streaming.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             _set_random_state(self.random_states[number], device)
-            return self.build_graph(self.slices[number], inputs)
+            return self.build_graph(number, inputs)
 
 
 _INPUT = object()  # where a differentiable input stood

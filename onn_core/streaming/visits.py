@@ -11,11 +11,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from onn_core.errors import ConfigError
+from onn_core.memory.boundaries import HostBoundaries
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import memory_bytes
 from onn_core.streaming.batching import Batching
 from onn_core.streaming.passes import Pass, Passes
-from onn_core.weights.host import HostMemory
 from onn_core.weights.reader import give_back_memory
 from onn_core.weights.schedule import Use
 from onn_core.weights.stream import WeightStream
@@ -147,7 +147,7 @@ class Streaming:
     visits: Visits
     passes: Passes
     batching: Batching
-    host_memory: HostMemory
+    host_boundaries: HostBoundaries
     device: torch.device
 
     def __deepcopy__(self, memo: Any) -> None:

@@ -37,11 +37,12 @@ class HostStore:
         self._pinned: list[torch.Tensor] = []
         self._warned = False
         total = sum(weight.host_bytes for weight in weights)
-        passed = used = 0
+        passed = 0
+        self.budget_used = 0
         for weight in weights:
             passed += weight.host_bytes
-            if used + weight.host_bytes <= budget * min(1.0, passed / max(1, total)):
-                used += weight.host_bytes
+            if self.budget_used + weight.host_bytes <= budget * min(1.0, passed / total):
+                self.budget_used += weight.host_bytes
                 self._memory[weight] = None
 
     def holds(self, weight: StreamedWeight) -> bool:

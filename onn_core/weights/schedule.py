@@ -29,6 +29,7 @@ class Fetch(NamedTuple):
     weight: StreamedWeight
     evicts: StreamedWeight | None
     visit: int  # the number of the visit that it is for
+    place: int = 0  # among the weights of that visit
 
 
 class Schedule:
@@ -98,7 +99,7 @@ class Schedule:
         OSError, RuntimeError or MemoryError if the memory of a new slot cannot be had.
         """
         queues = [one.queue for one in self._sizes.values() if one.queue]
-        for queue in sorted(queues, key=lambda queue: queue[0].visit):
+        for queue in sorted(queues, key=lambda queue: queue[0][2:]):
             weight = queue[0].weight
             slot = self._slot_for(queue[0])
             if slot is None:
@@ -167,7 +168,10 @@ class _SizeClass:
         visit: int,
     ):
         self.queue: deque[Fetch] = deque()
-        self._units = [[one for one in unit if one.slot_bytes == size] for unit in units]
+        self._units = [
+            [(place, one) for place, one in enumerate(unit) if one.slot_bytes == size]
+            for unit in units
+        ]
         # What is resident when all that is laid down has been fetched.
         self._resident = {slot.weight: None for slot in made}  # in a fixed order, as no set is
         self._n_free = n_slots - len(made)
@@ -180,15 +184,16 @@ class _SizeClass:
         """
         if self._visit < visit:
             self._visit, self._place = visit, 0
-        waiting = set(self._of(uses[0]))
+        waiting = {weight for _, weight in self._of(uses[0])}
         self._fetch(visit, uses, next_visits, waiting)
-        for weight in self._of(uses[0]):
+        for _, weight in self._of(uses[0]):
             waiting.discard(weight)
             self._fetch(visit, uses, next_visits, waiting)
 
-    def _of(self, use: Use) -> Sequence[StreamedWeight]:
+    def _of(self, use: Use) -> Sequence[tuple[int, StreamedWeight]]:
+        """The weights of a visit in the order of their use, each with its place."""
         weights = self._units[use.unit]
-        return weights[::-1] if use.last_first else weights
+        return [(-place, weight) for place, weight in weights[::-1]] if use.last_first else weights
 
     def _fetch(
         self,
@@ -198,8 +203,8 @@ class _SizeClass:
         waiting: Collection[StreamedWeight],
     ) -> None:
         """Queue the soonest absent weights, each in place of one that is used later."""
-        while (weight := self._soonest_absent(visit, uses)) is not None:
-            evicts = None
+        while (absent := self._soonest_absent(visit, uses)) is not None:
+            (place, weight), evicts = absent, None
             if self._n_free:
                 self._n_free -= 1
             else:
@@ -209,13 +214,13 @@ class _SizeClass:
                     return
                 del self._resident[evicts]
             self._resident[weight] = None
-            self.queue.append(Fetch(weight, evicts, self._visit))
+            self.queue.append(Fetch(weight, evicts, self._visit, place))
 
-    def _soonest_absent(self, visit: int, uses: Sequence[Use]) -> StreamedWeight | None:
+    def _soonest_absent(self, visit: int, uses: Sequence[Use]) -> tuple[int, StreamedWeight] | None:
         while self._visit - visit < len(uses):
             weights = self._of(uses[self._visit - visit])
             while self._place < len(weights):
-                if weights[self._place] not in self._resident:
+                if weights[self._place][1] not in self._resident:
                     return weights[self._place]
                 self._place += 1
             self._visit, self._place = self._visit + 1, 0

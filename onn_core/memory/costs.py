@@ -1,0 +1,67 @@
+"""How long a step takes under a plan: what decides between the plans that fit a device."""
+
+import dataclasses
+import functools
+import time
+
+import torch
+
+from onn_core.memory.plan import Plan, Sizes, bytes_read
+
+# Kernels of an adapted Llama layer, counted with a profiler; other families have about as many.
+FORWARD_LAUNCHES = 70
+BACKWARD_LAUNCHES = 220  # with the recompute
+# Of the shorter of copy and compute: they overlap, but not wholly.
+NOT_OVERLAPPED = 0.1
+MEASURED_TOKENS = 4096
+MEASURED_WIDTH = 4096
+COPIED_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a device does in a second. The defaults are those of a large GPU, for predictions."""
+
+    copy_bytes_per_s: float = 50e9  # from pinned host memory
+    flops_per_s: float = 500e12  # of matmul
+    launch_s: float = 10e-6  # of a small kernel
+
+    def step_s(self, sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> float:
+        """Seconds of a training step on (batch_size, n_tokens) under `plan`."""
+        n_layers, n_back = len(sizes.layers), sizes.n_back
+        micro_tokens = plan.micro_batch_size * n_tokens
+        matmul_s = 2 * sizes.layer_parameters * micro_tokens / self.flops_per_s
+        forward_s = max(FORWARD_LAUNCHES * self.launch_s, matmul_s)
+        backward_s = max(BACKWARD_LAUNCHES * self.launch_s, 2 * matmul_s)  # recompute and dL/dh
+        compute_s = n_layers * forward_s + n_back * backward_s - plan.n_reserved * forward_s
+        compute_s *= plan.n_micro_batches
+        copied = bytes_read(sizes, plan, n_layers - n_back)
+        if plan.boundaries == "host":
+            copied += n_back * batch_size * n_tokens * sizes.hidden_bytes
+        copy_s = copied / self.copy_bytes_per_s
+        return max(copy_s, compute_s) + NOT_OVERLAPPED * min(copy_s, compute_s)
+
+
+@functools.cache
+def measure_costs(device: torch.device, dtype: torch.dtype) -> Costs:
+    """The costs of a CUDA device: a copy, a matmul and small kernels, of a few ms each."""
+    host = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    a = torch.ones(MEASURED_TOKENS, MEASURED_WIDTH, dtype=dtype, device=device)
+    b = torch.ones(MEASURED_WIDTH, MEASURED_WIDTH, dtype=dtype, device=device)
+    small = torch.ones(1, device=device)
+
+    def seconds(run, n_times: int) -> float:
+        run()
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(n_times):
+            run()
+        torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / n_times
+
+    return Costs(
+        copy_bytes_per_s=COPIED_BYTES / seconds(lambda: there.copy_(host, non_blocking=True), 3),
+        flops_per_s=2 * MEASURED_TOKENS * MEASURED_WIDTH**2 / seconds(lambda: a @ b, 5),
+        launch_s=seconds(lambda: small.add_(1), 100),
+    )
