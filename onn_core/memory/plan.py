@@ -275,7 +275,9 @@ def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> Head
     forward, backward, _ = sizes.visit_bytes(plan.micro_batch_size, n_tokens)
     room = max(forward + n * sizes.hidden_bytes, backward, head_bytes(sizes, n))
     chunks = [chunk for chunk in (n >> shift for shift in range(n.bit_length())) if chunk]
-    tries = [HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks]
+    tries = [
+        HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks
+    ]
     return next((head for head in tries if head_bytes(sizes, n, head) <= room), None)
 
 

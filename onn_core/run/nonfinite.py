@@ -12,10 +12,11 @@ def grad_norm_by_layer(layers: Sequence[StreamedLayer]) -> dict[str, float]:
     """Number of each layer that has gradients -> their norm."""
     norms = {}
     for layer in layers:
-        grads = [p.grad for p in layer.module.parameters() if p.grad is not None]
+        grads = [p.grad for p in layer.weights.parameters if p.grad is not None]
         if grads:
-            norms[str(layer.number)] = float(torch.nn.utils.get_total_norm(grads))
-    return norms
+            norms[str(layer.number)] = torch.nn.utils.get_total_norm(grads)
+    found = torch.stack(list(norms.values())).tolist() if norms else []  # the device waits once
+    return dict(zip(norms, found, strict=True))
 
 
 def first_non_finite(

@@ -37,7 +37,9 @@ class StreamedLayer:
         if batching.probing:
             return batching.answer(leaves)
         call = Call(self.weights, self.forward, leaves, spec)
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+        if self.weights.streaming.passes.running is None:  # it is called by itself
+            self.weights.find_parameters()
+        trained = [p for p in self.weights.parameters if p.requires_grad]
         inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         if not inputs:  # of the first layer: it waits for backward as the others do
             inputs = [x for x in leaves if isinstance(x, torch.Tensor) and x is leaves[0]]

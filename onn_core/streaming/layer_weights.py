@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onn_core.errors import ConfigError
-from onn_core.streaming.lazy import StreamedParameter
+from onn_core.streaming.lazy import StreamedParameter, find_parameters
 from onn_core.streaming.passes import Pass
 from onn_core.streaming.visits import Streaming
 from onn_core.weights.slots import StreamedWeight
@@ -52,7 +52,9 @@ class LayerWeights:
         self._bindings = bindings
         self._by_weight: dict[StreamedWeight, list[Binding]] = {}
         self._by_module: dict[nn.Module, list[StreamedWeight]] = {}
+        self._of_module: dict[nn.Module, list[Binding]] = {}
         for binding in bindings:
+            self._of_module.setdefault(binding.module, []).append(binding)
             self._by_weight.setdefault(binding.weight, []).append(binding)
             self._by_module.setdefault(binding.module, []).append(binding.weight)
         self._calls: Counter = Counter()  # of each module, in this micro-batch
@@ -62,12 +64,18 @@ class LayerWeights:
         self._holders = {m for m in modules if not modules.isdisjoint(set(m.modules()) - {m})}
         # Where an adapter wraps an expert's parameter, it takes the weight before the module runs.
         self.wrapped: set[nn.Module] = set()
+        self.parameters: list[nn.Parameter] = []  # of the layer and its adapters now
         self._n_parameters = 0
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
+
+    def find_parameters(self) -> list[nn.Parameter]:
+        """Look which parameters the layer and its adapters have now."""
+        self.parameters = find_parameters(self.module)
+        return self.parameters
 
     @property
     def _by_matrix(self) -> bool:
@@ -79,9 +87,8 @@ class LayerWeights:
 
         Those of modules that are not known to be called are there from the beginning.
         """
-        n_parameters = sum(1 for _ in self.module.parameters())
-        if n_parameters != self._n_parameters:  # adapters came or went: learn the calls anew
-            self._n_parameters = n_parameters
+        if len(self.parameters) != self._n_parameters:  # adapters came or went: learn calls anew
+            self._n_parameters = len(self.parameters)
             self._usual_calls.clear()
         with self.streaming.visit(phase, self.number, of, wait=False):
             self._previous = None
@@ -166,8 +173,8 @@ class LayerWeights:
             for weight in self._by_module[before]:
                 if all(binding.module is before for binding in self._by_weight[weight]):
                     self.drop(weight)
-        own = {id(parameter) for parameter in module._parameters.values()}
-        if any(id(b.parameter) not in own for b in self._bindings if b.module is module):
+        own = module._parameters.values()
+        if any(all(b.parameter is not one for one in own) for b in self._of_module[module]):
             if self._by_matrix:
                 raise ConfigError(
                     "adapters on expert tensors need a whole layer in memory: raise memory_budget."

@@ -4,7 +4,7 @@ Until then they are one NaN seen as the whole shape: code that cannot be interce
 never a wrong number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -151,6 +151,24 @@ STILL_ABSENT = {"data", "detach", "T", "mT", "t", "transpose", "float", "to", "c
 
 
 CONVERSIONS = {"to", "float", "half", "bfloat16", "double", "cpu", "cuda"}
+
+
+def find_parameters(
+    module: torch.nn.Module, without: Collection[torch.nn.Module] = ()
+) -> list[torch.nn.Parameter]:
+    """As `module.parameters()`, many times faster; without: modules inside that are left out."""
+    found: dict[int, torch.nn.Parameter] = {}
+    modules, left = {module}, [module]
+    while left:
+        one = left.pop()
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        for part in one._modules.values():
+            if part is not None and part not in modules and part not in without:
+                modules.add(part)
+                left.append(part)
+    return list(found.values())
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

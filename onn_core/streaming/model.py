@@ -9,6 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from onn_core.memory.plan import Plan, Sizes
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
-from onn_core.streaming.lazy import LazyWeight, is_absent
+from onn_core.streaming.lazy import LazyWeight, find_parameters, is_absent
 from onn_core.streaming.passes import RowHook
 from onn_core.streaming.visits import Counts, Event, Streaming
 from onn_core.weights.folder import ModelFolder
@@ -122,7 +123,8 @@ class StreamedModel:
 
     def fit(self, batch_size: int, n_tokens: int) -> None:
         """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits."""
-        self._fit(batch_size, n_tokens, None)
+        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        self._fit(batch_size, n_tokens, None, n_trained)
 
     def keep_digests(self) -> dict[str, str]:
         """From now on every read is hashed and compared with its first; returns the hashes."""
@@ -234,8 +236,9 @@ class StreamedModel:
         streaming = self.streaming
         if streaming.batching.probing:
             return args, kwargs
-        lowest = self._lowest_trained(kwargs) if torch.is_grad_enabled() else None
-        if any(p.requires_grad and is_absent(p) for p in self.parameters()):
+        trained = self._trained()
+        lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
+        if any(map(is_absent, chain.from_iterable(trained.values()))):
             raise frozen("weights")
         for name in ("output_router_logits", "output_attentions"):
             config = self.config.get_text_config()
@@ -258,41 +261,48 @@ class StreamedModel:
             )
         run = super().forward if module is None else module.forward
         if lowest is not None:
-            self._check_trained()
+            self._check_trained(trained)
             args, kwargs = _without_cache(run, args, kwargs)
         before = streaming.passes.latest
         begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
         if begun is not before and begun.batch_size is not None:
-            self._fit(begun.batch_size, begun.n_tokens, lowest)
+            n_trained = sum(p.numel() for p in chain.from_iterable(trained.values()))
+            self._fit(begun.batch_size, begun.n_tokens, lowest, n_trained)
         return args, kwargs
 
-    def _fit(self, batch_size: int, n_tokens: int, lowest: int | None) -> None:
-        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+    def _fit(self, batch_size: int, n_tokens: int, lowest: int | None, n_trained: int) -> None:
         n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
         self.streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
         self.streaming.stream.set_slots(self.plan.slots)
 
-    def _lowest_trained(self, given: dict[str, Any]) -> int | None:
+    def _trained(self) -> dict[int | None, list[nn.Parameter]]:
+        """The trained parameters of each layer that has some; None: of all that is outside them.
+
+        Looked up once a pass: in a deep model with adapters a look at every module takes long.
+        """
+        layers = {layer.module for layer in self.streamed_layers}
+        trained = {layer.number: layer.weights.find_parameters() for layer in self.streamed_layers}
+        trained[None] = find_parameters(self, without=layers)
+        trained = {n: [p for p in found if p.requires_grad] for n, found in trained.items()}
+        return {number: found for number, found in trained.items() if found}
+
+    def _lowest_trained(
+        self, trained: dict[int | None, list[nn.Parameter]], given: dict[str, Any]
+    ) -> int | None:
         """The lowest layer that backward reaches: below what is trained, or None."""
         embeds = given.get("inputs_embeds")
         head = self.get_output_embeddings()
-        above = {
-            id(p) for part in (*self._layer_modules(), head) if part for p in part.parameters()
-        }
-        below = any(p.requires_grad and id(p) not in above for p in self.parameters())
+        of_head = {id(p) for p in head.parameters()} if head else set()
+        below = any(id(p) not in of_head for p in trained.get(None, ()))
         if below or embeds is not None and embeds.requires_grad:  # or a norm after the layers
             return 0
-        for layer in self.streamed_layers:
-            if any(parameter.requires_grad for parameter in layer.module.parameters()):
-                return layer.number
-        return None
+        return min((number for number in trained if number is not None), default=None)
 
-    def _layer_modules(self) -> list[nn.Module]:
-        return [layer.module for layer in self.streamed_layers]
-
-    def _check_trained(self) -> None:
+    def _check_trained(self, trained: dict[int | None, list[nn.Parameter]]) -> None:
         """ConfigError if a trained parameter was made from weights that were not there."""
-        visited = {id(p) for layer in self.streamed_layers for p in layer.module.parameters()}
+        if all(id(p) in self._checked for p in chain.from_iterable(trained.values())):
+            return
+        visited = {id(p) for number, found in trained.items() if number is not None for p in found}
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad or id(parameter) in self._checked:
                 continue

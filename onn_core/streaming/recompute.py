@@ -95,7 +95,7 @@ class Call:
                 weights.begin_micro_batch(rows is self.slices[-1])
                 self.random_states.append(_random_state(self.streaming.device))
                 if inputs and reserves:
-                    graph = self.build_graph(number, inputs)
+                    graph = self.build_graph(number, inputs, reserves)
                     planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
                     self.graphs.append(graph)
                     part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
@@ -144,7 +144,9 @@ class Call:
         remaining = iter(tensors)
         return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
 
-    def build_graph(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
+    def build_graph(
+        self, number: int, inputs: Sequence[torch.Tensor], reserves: bool = False
+    ) -> "Graph":
         """Run a micro-batch with a graph; `inputs` (B, ...) may need gradients."""
         remaining, rows = iter(inputs), self.slices[number]
         leaves, roots = [], []
@@ -157,7 +159,7 @@ class Call:
             else:
                 leaf = cut(leaf, place, rows)
             leaves.append(leaf)
-        saved = SavedTensors(self.weights, filter(is_tensor, leaves))
+        saved = SavedTensors(self.weights, filter(is_tensor, leaves), counts=reserves)
         by_weight = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
         with torch.enable_grad(), torch.autocast(**self.autocast), by_weight:
             return Graph(saved, roots, self.run(leaves, rows))
@@ -205,11 +207,12 @@ class SavedTensors:
     The graph refers to this, so this must not refer to the graph: nobody would collect the two.
     """
 
-    def __init__(self, weights: LayerWeights, inputs: Iterable[torch.Tensor]):
+    def __init__(self, weights: LayerWeights, inputs: Iterable[torch.Tensor], counts: bool):
         self.weights = weights
         self.drops = False  # each weight after its last use
+        self.counts = counts
         self.n_bytes = 0  # that the graph holds, without its inputs and what is always there
-        known = [*inputs, *weights.module.parameters()]
+        known = [*inputs, *weights.parameters] if counts else ()
         self._known = {x.untyped_storage().data_ptr() for x in known}
         self._uses_left: Counter = Counter()
         self._previous: StreamedWeight | None = None
@@ -218,8 +221,9 @@ class SavedTensors:
         memory = tensor.untyped_storage()
         weight = self.weights.at_address.get(memory.data_ptr())
         if weight is None:
-            self.n_bytes += memory.nbytes() if memory.data_ptr() not in self._known else 0
-            self._known.add(memory.data_ptr())
+            if self.counts and memory.data_ptr() not in self._known:
+                self.n_bytes += memory.nbytes()
+                self._known.add(memory.data_ptr())
             return tensor, tensor._version
         self._uses_left[weight] += 1
         offset = tensor.storage_offset() - weight.tensor.storage_offset()

@@ -173,14 +173,14 @@ class Staging:
         self,
         target: torch.Tensor,
         values: torch.Tensor,
-        free_event: "torch.cuda.Event | None" = None,
+        used: "torch.cuda.Event | None" = None,
     ) -> None:
-        """target <- values, with a cast if they differ, once `free_event` has passed."""
+        """target <- values, with a cast if they differ, once the event `used` has passed."""
         if self._copy_stream is None:
             target.copy_(values)
             return
         with torch.cuda.stream(self._copy_stream):
-            if free_event is not None:
-                self._copy_stream.wait_event(free_event)
+            if used is not None:
+                self._copy_stream.wait_event(used)
             target.copy_(values, non_blocking=True)
             self._copied[self._turn] = self._copy_stream.record_event()

@@ -153,7 +153,8 @@ class Schedule:
             made.append(self._new_slot(size))
             return made[-1]
         idle = [slot for slot in made if slot.weight.is_idle]
-        return max(idle, key=lambda slot: _next_visit(self._next_visits, slot.weight), default=None)
+        later = self._next_visits
+        return max(idle, key=lambda slot: later.get(slot.weight.unit, math.inf), default=None)
 
 
 class _SizeClass:
@@ -208,9 +209,12 @@ class _SizeClass:
             if self._n_free:
                 self._n_free -= 1
             else:
-                idle = (one for one in self._resident if one not in waiting)
-                evicts = max(idle, key=lambda one: _next_visit(next_visits, one), default=None)
-                if evicts is None or _next_visit(next_visits, evicts) <= self._visit:
+                latest = self._visit
+                for one in self._resident:
+                    visit_of_one = next_visits.get(one.unit, math.inf)
+                    if visit_of_one > latest and one not in waiting:
+                        evicts, latest = one, visit_of_one
+                if evicts is None:
                     return
                 del self._resident[evicts]
             self._resident[weight] = None
@@ -225,8 +229,3 @@ class _SizeClass:
                 self._place += 1
             self._visit, self._place = self._visit + 1, 0
         return None
-
-
-def _next_visit(next_visits: dict[int, int], weight: StreamedWeight) -> float:
-    """The number of the visit that uses an idle weight again."""
-    return next_visits.get(weight.unit, math.inf)

@@ -29,7 +29,6 @@ class StreamedWeight:
     host: torch.Tensor | None = None  # (shape) in the host store, once it has been read
     in_use: bool = False
     reads_left: int = 0
-    ready_event: "torch.cuda.Event | None" = None
 
     @property
     def is_idle(self) -> bool:
@@ -79,11 +78,12 @@ class StreamedWeight:
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """Memory that holds one weight at a time."""
+    """Memory that holds one weight at a time; on a device, with two events that order its use."""
 
     memory: torch.Tensor  # (slot_bytes,) uint8
     weight: StreamedWeight | None = None
-    free_event: "torch.cuda.Event | None" = None  # after the last compute that used it
+    filled: "torch.cuda.Event | None" = None  # on the copy stream
+    used: "torch.cuda.Event | None" = None  # on the compute's, after the last use
 
 
 def prefetched(weights: Sequence[StreamedWeight]) -> list[StreamedWeight]:

@@ -70,6 +70,7 @@ class WeightStream:
         self.files = DirectFiles(cached)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         every = [weight for unit in self.units for weight in unit]
+        self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
         self.store = HostStore(device, every, host_budget if device.type == "cuda" else 0)
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
         self._reads: deque[tuple[StreamedWeight, int, int]] = deque()
@@ -92,6 +93,8 @@ class WeightStream:
         future: the units that will be visited, this one first. request: all its weights at once.
         """
         self.check()
+        if self.copy_stream is not None:  # asked once a visit: it takes a while
+            self._compute_stream = torch.cuda.current_stream(self.device)
         weights = self.units[future[0].unit]
         with self._ready:
             for weight in self._entered:  # left behind by a visit that was interrupted
@@ -129,8 +132,8 @@ class WeightStream:
                 self.counts.wait_s += time.perf_counter() - started
                 if self._error is not None:
                     raise self._error
-        if weight.ready_event is not None:
-            torch.cuda.current_stream(self.device).wait_event(weight.ready_event)
+        if self.copy_stream is not None:
+            self._compute_stream.wait_event(weight.slot.filled)
         return weight.tensor
 
     def release(self, weight: StreamedWeight) -> None:
@@ -138,7 +141,7 @@ class WeightStream:
         if not weight.in_use:
             return
         if self.copy_stream is not None and weight.slot is not None:
-            weight.slot.free_event = torch.cuda.current_stream(self.device).record_event()
+            weight.slot.used.record(self._compute_stream)
         with self._ready:
             weight.in_use = False
             self._fetch()
@@ -212,12 +215,12 @@ class WeightStream:
 
     def _copy(self, weight: StreamedWeight) -> None:
         """Queue the copy of a weight of the host store into its slot."""
-        weight.tensor = weight.view(weight.slot.memory)
+        slot = weight.slot
+        weight.tensor = weight.view(slot.memory)
+        self.copy_stream.wait_event(slot.used)
         with torch.cuda.stream(self.copy_stream):
-            if weight.slot.free_event is not None:
-                self.copy_stream.wait_event(weight.slot.free_event)
             weight.tensor.copy_(weight.host, non_blocking=True)
-            weight.ready_event = self.copy_stream.record_event()
+        slot.filled.record(self.copy_stream)
 
     def _fail(self, error: Exception) -> None:
         self._error = self._error or error
@@ -228,9 +231,10 @@ class WeightStream:
         if self.copy_stream is None:
             return Slot(host_buffer(n_bytes))
         memory = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        slot = Slot(memory, filled=torch.cuda.Event(), used=torch.cuda.Event())
         # Kernels that are still queued may use what the allocator hands out again.
-        event = torch.cuda.current_stream(self.device).record_event()
-        return Slot(memory, free_event=event)
+        slot.used.record(torch.cuda.current_stream(self.device))
+        return slot
 
     def _start_readers(self) -> None:
         self._closed = False
@@ -278,7 +282,7 @@ class WeightStream:
                 self._copy(weight)
             else:
                 if self.copy_stream is not None:
-                    weight.ready_event = self.copy_stream.record_event()
+                    weight.slot.filled.record(self.copy_stream)
                 weight.tensor = weight.view(weight.slot.memory)
             self._ready.notify_all()
             self._fetch()  # what evicts this weight may have waited for it
@@ -287,11 +291,11 @@ class WeightStream:
         """Read bytes start:stop of the weight's file to where it goes; returns the bytes read."""
         source, in_store = weight.source, self.store.holds(weight)
         memory = self.store.memory(weight) if in_store else weight.slot.memory
-        free_event = None if in_store else weight.slot.free_event
+        used = None if in_store else weight.slot.used
         if not source.direct:
             values = source.read(self.model_folder)
             self._verify(source.entry, 0, values)
-            staging.copy(weight.view(memory), values, free_event)
+            staging.copy(weight.view(memory), values, used)
             return source.n_bytes
         entry = source.entry
         if weight.in_place and memory.device.type == "cpu":
@@ -306,7 +310,7 @@ class WeightStream:
         values = buffer[begin - start : stop - start].view(entry.dtype)
         first = (begin - entry.offset) // entry.dtype.itemsize
         target = weight.view(memory).view(-1)[first : first + len(values)]
-        staging.copy(target, values, free_event)
+        staging.copy(target, values, used)
         return n_read
 
     def _verify(self, entry: TensorEntry, start: int, values: torch.Tensor) -> None:
