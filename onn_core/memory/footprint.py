@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from onn_core.ops.lora import fuse_lora
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside, while something refers to them."""
@@ -65,6 +67,7 @@ def visit_bytes(
         with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             base = peft.get_peft_model(model, lora).train().base_model.model.base_model
+        fuse_lora(base)
         size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
         mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)

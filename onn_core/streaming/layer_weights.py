@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from onn_core.errors import ConfigError
+from onn_core.ops.lora import fuse_lora
 from onn_core.streaming.lazy import StreamedParameter, find_parameters
 from onn_core.streaming.passes import Pass
 from onn_core.streaming.visits import Streaming
@@ -90,6 +91,7 @@ class LayerWeights:
         if len(self.parameters) != self._n_parameters:  # adapters came or went: learn calls anew
             self._n_parameters = len(self.parameters)
             self._usual_calls.clear()
+            fuse_lora(self.module)
         with self.streaming.visit(phase, self.number, of, wait=False):
             self._previous = None
             try:
