@@ -21,6 +21,7 @@ FAMILIES = {"llama": list(FORMATS)} | {
     for family in ("qwen2", "phi3", "mixtral")
 }
 KINDS = [(family, kind) for family in FAMILIES for kind in FAMILIES[family]]
+QWEN_MOE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT_OSS = GROUPED | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -35,6 +36,17 @@ def test_gradients_are_those_of_the_dense_weights_in_memory(family, kind, tmp_pa
     want = step(with_lora(in_memory(dense)), toy_batch())
     got = step(with_lora(streamed(packed)), toy_batch())
     assert_same(got, want, CLOSE if kind == "llm-int8" else None)
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "fp8-block", "ct-int4-zeros", "gptq4", "awq"])
+def test_qwen3_with_experts(kind, tmp_path):
+    config = transformers.Qwen3MoeConfig(**QWEN_MOE, head_dim=8, mlp_only_layers=[0])
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    packed, dense = quantised(tmp_path / "base", kind, tmp_path)
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want)
 
 
 @pytest.mark.parametrize("kind", ["nf4-nested", "fp8-ragged", "gptq4", "awq"])
@@ -67,6 +79,17 @@ def test_a_block_of_rows_is_that_part_of_the_matrix(tmp_path, monkeypatch):
             parts = [model_folder.read(entry.name) for entry in one.entries]
             assert one.dense(parts, torch.bfloat16, out=scratch) is scratch
             assert torch.equal(scratch, one.dense(parts, torch.float32).bfloat16())
+
+
+@pytest.mark.cuda
+def test_a_cuda_device_makes_the_same_values(tmp_path):
+    for kind in FORMATS:
+        model_folder = ModelFolder.open(both("llama", kind, tmp_path)[0])
+        for one in model_folder.quantised.values():
+            parts = [model_folder.read(entry.name) for entry in one.entries]
+            want = one.dense(parts, torch.bfloat16)
+            got = one.dense([part.cuda() for part in parts], torch.bfloat16)
+            assert torch.equal(got.cpu(), want), (kind, one.name)
 
 
 def test_old_gptq_has_its_settings_in_a_file_of_their_own(tmp_path):
@@ -152,6 +175,7 @@ REFUSED = [
     ("gptq4", replaced("qzeros", lambda t: t[:, :1].clone()), "has shape"),
     ("awq", without("qweight"), "lacks its other parts"),
     ("awq", settings(version="gemv"), "version 'gemv'"),
+    ("ct-int8", settings(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
 ]
 
 

@@ -74,6 +74,9 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
             f"{', '.join(METHODS)}: use another version of the model."
         )
     settings = settings | {"quant_method": method}
+    sparse = settings.get("sparsity_config")
+    if isinstance(sparse, dict) and sparse.get("format") in (None, "dense"):
+        settings["sparsity_config"] = None
     for name, known in _known_settings(method).items():
         value = settings.get(name)
         if value not in known:
@@ -98,7 +101,7 @@ def _known_settings(method: str) -> dict[str, tuple[Any, ...]]:
     if method == "awq":
         return {"version": (None, "gemm", "GEMM")}
     if method == "compressed-tensors":
-        return {"transform_config": (None, {}), "sparsity_config": (None, {})}
+        return {"transform_config": (None, {}), "sparsity_config": (None,)}
     return {}
 
 
