@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from quantise import quantised
 from small import trainer, write_small
 from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
 
@@ -252,6 +253,12 @@ def configuration(folder):
     return [folder / "config.json", folder / "generation_config.json"], load
 
 
+def quantised_folder(folder):
+    """The headers are what says how a matrix is decoded, so they are mutated twice as often."""
+    paths, load = configuration(folder)
+    return [paths[0], folder / "model.safetensors", folder / "model.safetensors"], load
+
+
 def adapter_folder(folder):
     return [
         folder / "adapter_config.json",
@@ -321,21 +328,29 @@ def fuzz(folder, attack, n_inputs):
 
 TARGETS = ("index", "llama", "adapter", "checkpoint", "text", "tokens")
 FAMILIES = ("phi3", "gemma2", "mixtral", "gpt2")
+FORMATS = ("nf4-nested", "fp8-ragged", "ct-int4-order", "ct-nvfp4", "gptq4-order", "awq")
 TIERS = [
     *((target, 40) for target in TARGETS),
     *((family, 15) for family in FAMILIES),
+    *((kind, 30) for kind in FORMATS),
     *(pytest.param(target, 1800, marks=pytest.mark.faults) for target in TARGETS),
     *(pytest.param(family, 600, marks=pytest.mark.faults) for family in FAMILIES),
+    *(pytest.param(kind, 600, marks=pytest.mark.faults) for kind in FORMATS),
 ]
 
 
 @pytest.mark.parametrize(("target", "n_inputs"), TIERS)
-def test_mutated_files_are_read_or_refused(target, n_inputs, request, monkeypatch, record_property):
+def test_mutated_files_are_read_or_refused(
+    target, n_inputs, request, monkeypatch, record_property, tmp_path_factory
+):
     small = request.getfixturevalue("small")
     if target == "index":
         folder, attack = base_dir("llama", "20KB"), index_and_headers
     elif target in ("llama", *FAMILIES):
         folder, attack = base_dir(target), configuration
+    elif target in FORMATS:
+        folder = quantised(base_dir("llama"), target, tmp_path_factory.mktemp("quantised"))[0]
+        attack = quantised_folder
     elif target == "adapter":
         folder, attack = request.getfixturevalue("adapter_dir"), adapter_folder
     elif target == "checkpoint":

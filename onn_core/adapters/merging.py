@@ -2,10 +2,13 @@
 
 PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
 `merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
-module at a time: its matrix, and the float32 results of PEFT's matmuls.
+module at a time: its matrix, and the float32 results of PEFT's matmuls. A quantised matrix is
+written dense, in the dtype of the model.
 """
 
 import functools
+import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +29,7 @@ from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
 from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources
+from onn_core.weights.quantised import BESIDE, OLD_GPTQ_NAME, without_settings
 from onn_core.weights.shards import TensorEntry, write_tensors
 
 COPY_BYTES = 8 << 20  # read and written at a time
@@ -37,34 +41,38 @@ def merge(
 ) -> Path:
     """Write `model_dir` with the adapter merged into it as the new folder `out_dir`.
 
-    It has the same shards, tensors and dtypes, and loads in plain transformers. `out_dir` appears
-    only once it is complete. A leading ~ in any of the three is the home. ConfigError if `out_dir`
-    exists already, the disk is too full, or the adapter does not fit or cannot be merged;
-    ModelFolderError if `model_dir` cannot be read.
+    It has the same shards, tensors and dtypes, but nothing is quantised, and it loads in plain
+    transformers. `out_dir` appears only once it is complete. A leading ~ in any of the three is
+    the home. ConfigError if `out_dir` exists already, the disk is too full, or the adapter does
+    not fit or cannot be merged; ModelFolderError if `model_dir` cannot be read.
     """
     out_dir = Path(expand_home(out_dir))
     if out_dir.exists() or out_dir.is_symlink():
         raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
     model_folder = ModelFolder.open(model_dir)
     merged = _Merged(model_folder, adapter_dir)
-    n_bytes = sum(entry.n_bytes for entry in model_folder.tensors.values())
+    layout = _layout(model_folder, merged)
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout.values())
     with new_folder(out_dir) as temporary:
         if n_bytes > shutil.disk_usage(temporary).free:
             raise ConfigError(
                 f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
                 f"{out_dir} has free: free some space or choose another folder."
             )
-        shards: dict[Path, list[TensorEntry]] = {}
-        for entry in sorted(model_folder.tensors.values(), key=lambda entry: entry.offset):
-            shards.setdefault(entry.path, []).append(entry)
-        for path, entries in shards.items():
-            _write_shard(temporary / path.name, entries, merged, model_folder)
+        shards: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
+        for name, (shard, dtype, shape) in layout.items():
+            shards.setdefault(shard, {})[name] = dtype, shape
+        for shard, own in shards.items():
+            write_tensors(temporary / shard, own, merged.pieces)
         for path in sorted(model_folder.model_dir.iterdir()):
-            wanted = path.suffix not in NOT_COPIED and path.name != INDEX_NAME
+            wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, OLD_GPTQ_NAME)
             if wanted and path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, temporary / path.name)
-        if [path.name for path in shards] != [WEIGHTS_NAME]:
-            weight_map = {entry.name: entry.path.name for entry in model_folder.tensors.values()}
+        if model_folder.quantised:
+            config = json.loads((temporary / "config.json").read_bytes())
+            write_json(temporary / "config.json", without_settings(config))
+        if list(shards) != [WEIGHTS_NAME]:
+            weight_map = {name: shard for name, (shard, _, _) in layout.items()}
             index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
             write_json(temporary / INDEX_NAME, index)
         model_folder.check_unchanged()
@@ -76,7 +84,7 @@ class _Merged:
 
     def __init__(self, model_folder: ModelFolder, adapter_dir: str | os.PathLike):
         self.model_folder = model_folder
-        model = skeleton(model_folder, _stored_dtype(model_folder), torch.device("cpu"))
+        model = skeleton(model_folder, model_folder.stored_dtype, torch.device("cpu"))
         self.sources = find_sources(model, model_folder)
         names = {module: name for name, module in model.named_modules()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -112,12 +120,23 @@ class _Merged:
                         f"the adapter changes {full_name}, which shares its values with another "
                         "part of the model: only an adapter without it can be merged."
                     )
-                if source.convert is not None:
+                if source.convert is not None and source.quantised is None:
                     raise ConfigError(
                         f"the adapter changes {full_name}, which transformers makes from other "
                         "tensors of the folder: merge it in memory with PEFT."
                     )
-                self.makers[source.entry.name] = parameter.dtype, make
+                name_there = (source.quantised or source.entry).name
+                self.makers[name_there] = parameter.dtype, make
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        """The bytes of a tensor of the merged model."""
+        if name in self.makers:
+            values = self.makers[name][1]()
+        elif name in self.model_folder.quantised:
+            values = self.model_folder.read_dense(name)
+        else:
+            return self.model_folder.read_blocks(name, COPY_BYTES)
+        return iter([values.contiguous().view(-1).view(torch.uint8).numpy()])
 
     def _merge(self, module: nn.Module, module_name: str, name: str) -> torch.Tensor:
         """A parameter of `module` after PEFT merged its adapters into it."""
@@ -145,13 +164,6 @@ class _Merged:
                 for tuner in self._tuners[module]:
                     tuner.merged_adapters.clear()
         return self._last[1][name].detach()
-
-
-def _stored_dtype(model_folder: ModelFolder) -> torch.dtype:
-    """What `from_pretrained(dtype="auto")` of transformers takes."""
-    dtypes = (entry.dtype for entry in model_folder.tensors.values())
-    floating = (dtype for dtype in dtypes if dtype.is_floating_point)
-    return model_folder.config.dtype or next(floating, torch.float32)
 
 
 def _make_placeholders(model: PreTrainedModel, in_full_names: Sequence[str]) -> None:
@@ -185,19 +197,19 @@ def _is_absent(parameter: torch.Tensor) -> bool:
     return bool(parameter.isnan().all())
 
 
-def _write_shard(
-    path: Path, entries: list[TensorEntry], merged: _Merged, model_folder: ModelFolder
-) -> None:
-    """One safetensors file of `entries`, in their order: merged tensors, and copies of the rest."""
-
-    def pieces(name: str) -> Iterator[Any]:
-        if name not in merged.makers:
-            return model_folder.read_blocks(name, COPY_BYTES)
-        values = merged.makers[name][1]().contiguous()
-        return iter([values.view(-1).view(torch.uint8).numpy()])
-
-    layout = {}
-    for entry in entries:
-        dtype, _ = merged.makers.get(entry.name, (entry.dtype, None))
-        layout[entry.name] = dtype, entry.shape
-    write_tensors(path, layout, pieces)
+def _layout(
+    model_folder: ModelFolder, merged: _Merged
+) -> dict[str, tuple[str, torch.dtype, Sequence[int]]]:
+    """Shard, dtype and shape of each tensor of the merged model, in the order of their bytes."""
+    kinds: dict[str, tuple[TensorEntry, torch.dtype, Sequence[int]]] = {}
+    for name in model_folder.parameter_names():
+        one = model_folder.quantised.get(name)
+        if one is not None:
+            kinds[name] = one.entries[0], model_folder.stored_dtype, one.shape
+        elif not (model_folder.quantised and BESIDE.search(name)):
+            entry = model_folder.tensors[name]
+            kinds[name] = entry, entry.dtype, entry.shape
+    return {
+        name: (entry.path.name, merged.makers.get(name, (dtype, None))[0], shape)
+        for name, (entry, dtype, shape) in sorted(kinds.items(), key=lambda item: item[1][0].offset)
+    }

@@ -279,8 +279,6 @@ def _skeleton(
             f"{model_folder.model_dir.name} holds {', '.join(named)[:200] or config.model_type}, "
             "which is not a causal language model: choose a decoder-only model."
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError("quantised checkpoints are not supported: use the unquantised model.")
     _require_modest(model_class, model_folder)
     with init_empty_weights(include_buffers=False):
         dtype = _resolve_dtype(dtype, model_folder, device)
@@ -313,11 +311,8 @@ def _require_modest(model_class: type[PreTrainedModel], model_folder: ModelFolde
 def _resolve_dtype(
     dtype: str | torch.dtype, model_folder: ModelFolder, device: torch.device
 ) -> torch.dtype:
-    stored = (
-        entry.dtype for entry in model_folder.tensors.values() if entry.dtype.is_floating_point
-    )
     if dtype == "auto":
-        dtype = model_folder.config.dtype or next(stored, torch.float32)
+        dtype = model_folder.stored_dtype
         if device.type == "cpu" and not has_fast_matmul(dtype):
             dtype = torch.float32
     if isinstance(dtype, str):
@@ -369,6 +364,11 @@ def _fill(
                 continue
             source, number = source_of[id(parameter)], number_of.get(module)
             if module in ends and name == "weight":
+                if source.convert is not None:
+                    raise ModelFolderError(
+                        f"{module_name} is quantised or stored in parts, but its rows are read as "
+                        "they are stored: use a version of the model that leaves it as it was."
+                    )
                 end_sources[module] = source
             if id(parameter) not in made:
                 in_float32 = any(re.search(rule, f"{module_name}.{name}") for rule in plan)

@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from onn_core.config import expand_home
-from onn_core.errors import ModelFolderError
+from onn_core.errors import ModelFolderError, OnnError
+from onn_core.weights.dequantise import Quantised
+from onn_core.weights.quantised import find_quantised, take_settings
 from onn_core.weights.shards import (
     TensorEntry,
     damaged,
@@ -33,14 +35,18 @@ MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a
 class ModelFolder:
     """The configuration and the tensor index of a model folder; made by `ModelFolder.open`.
 
+    tensors: all that is stored, by name. quantised: the matrices of which several tensors are
+    stored, by the name of their parameter. config: as of an unquantised folder.
+
     A shard is open only while something is read from it, so any number of shards needs one file
     handle, and a shard that was changed since is never read.
     """
 
-    def __init__(self, model_dir: Path, config: transformers.PreTrainedConfig):
+    def __init__(self, model_dir: Path):
         self.model_dir = model_dir
-        self.config = config
+        self.config, self.quantisation = _read_config(model_dir)
         self.tensors: dict[str, TensorEntry] = {}
+        self.quantised: dict[str, Quantised] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}  # of each shard at `open`
 
     @classmethod
@@ -56,7 +62,7 @@ class ModelFolder:
                 f"{model_dir} is not a folder: give that of a downloaded model "
                 "(hf download NAME --local-dir FOLDER)."
             )
-        model_folder = cls(model_dir, _read_config(model_dir))
+        model_folder = cls(model_dir)
         weight_map = _read_weight_map(model_dir)
         for shard in dict.fromkeys(weight_map.values()) or [WEIGHTS_NAME]:
             model_folder._add_shard(model_dir / shard)
@@ -64,7 +70,24 @@ class ModelFolder:
             entry = model_folder.tensors.get(name)
             if entry is None or entry.path.name != shard:
                 raise damaged(model_dir / INDEX_NAME, f"{shard} has no tensor {short(name)}")
+        if model_folder.quantisation is not None:
+            model_folder.quantised = find_quantised(
+                model_folder.tensors, model_folder.quantisation, model_folder.read
+            )
         return model_folder
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What `from_pretrained(dtype="auto")` of transformers takes."""
+        if self.config.dtype or self.quantised:
+            return self.config.dtype or torch.bfloat16
+        dtypes = (entry.dtype for entry in self.tensors.values())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    def parameter_names(self) -> list[str]:
+        """The names of the tensors that this folder would have if nothing was quantised."""
+        parts = {entry.name for one in self.quantised.values() for entry in one.entries}
+        return [name for name in self.tensors if name not in parts] + list(self.quantised)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in fresh CPU memory; ModelFolderError if its file cannot be read."""
@@ -73,6 +96,11 @@ class ModelFolder:
         with self._opened(entry.path) as descriptor:
             _read_into(descriptor, entry.path, buffer.numpy(), entry.offset)
         return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def read_dense(self, name: str) -> torch.Tensor:
+        """The quantised matrix `name` made dense, in the dtype of the model."""
+        one = self.quantised[name]
+        return one.dense([self.read(entry.name) for entry in one.entries], self.stored_dtype)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows `rows` (U,) int64, in any order, of the tensor `name` (V, C), as (U, C) on the CPU.
@@ -133,15 +161,19 @@ def _require_stamp(path: Path, now: tuple[int, int], at_open: tuple[int, int]) -
         raise ModelFolderError(f"{path} was changed while it was in use: load the model again.")
 
 
-def _read_config(model_dir: Path) -> transformers.PreTrainedConfig:
+def _read_config(model_dir: Path) -> tuple[transformers.PreTrainedConfig, dict[str, Any] | None]:
+    """The configuration, and what it says of quantisation, which is taken out of it."""
     path = model_dir / "config.json"
     if not os.path.isfile(path):
         raise ModelFolderError(f"{model_dir} has no config.json: give a Hugging Face model folder.")
     try:
         json.loads(path.read_bytes(), parse_int=np.int64)  # a larger number would fail in torch
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             model_dir, trust_remote_code=False, local_files_only=True
         )
+        return config, take_settings(model_dir, config)
+    except OnnError:
+        raise
     except Exception as error:  # what a bad file raises differs from family to family
         if "trust_remote_code" in str(error):
             raise ModelFolderError(

@@ -1,11 +1,14 @@
 """Where a parameter's values lie: one tensor of the model folder, or several that are converted.
 
 transformers renames, merges and splits tensors when it loads a model folder (merged experts, split
-projections). Its own conversion mapping is asked, so that no family needs code here.
+projections). Its own conversion mapping is asked, so that no family needs code here. What is
+quantised goes through it under the name, and with the values, of the dense matrix.
 """
 
 import copy
 import dataclasses
+import functools
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from onn_core.errors import ModelFolderError
+from onn_core.weights.dequantise import Quantised
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.shards import TensorEntry
 
@@ -29,15 +33,25 @@ COMPARED_BYTES = 8 << 20  # of two tensors at a time
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """The tensors of the model folder that one parameter is made of."""
+    """The tensors of the model folder that one parameter is made of.
+
+    convert: makes it of them, on the device that they are on. quantised: set if they are one
+    quantised matrix and `convert` does no more than make it dense.
+    """
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
     converted_shape: torch.Size | None = None
+    quantised: Quantised | None = None
 
     @property
     def entry(self) -> TensorEntry:
         return self.entries[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        return self.converted_shape or self.entry.shape
 
     @property
     def direct(self) -> bool:
@@ -50,7 +64,10 @@ class Source:
 
     def read(self, model_folder: ModelFolder) -> torch.Tensor:
         """The parameter's values, in the model folder's dtype and in fresh memory."""
-        tensors = [model_folder.read(entry.name) for entry in self.entries]
+        return self.made_of([model_folder.read(entry.name) for entry in self.entries])
+
+    def made_of(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The parameter's values, of the stored tensors."""
         return self.convert(tensors) if self.convert else tensors[0]
 
     def same_bytes(self, other: "Source") -> bool:
@@ -91,7 +108,8 @@ def find_sources(model: PreTrainedModel, model_folder: ModelFolder) -> dict[str,
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     sources: dict[str, Source] = {}
     groups: dict[str, tuple[WeightConverter, list[tuple[str, str]]]] = {}
-    for key in sorted(model_folder.tensors, key=dot_natural_key):
+    plan = [re.compile(rule) for rule in model._get_dtype_plan(model.dtype)]
+    for key in sorted(model_folder.parameter_names(), key=dot_natural_key):
         prefix = model.base_model_prefix
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
@@ -99,13 +117,24 @@ def find_sources(model: PreTrainedModel, model_folder: ModelFolder) -> dict[str,
         if name not in wanted:
             continue
         if pattern is None:
-            sources[name] = Source((model_folder.tensors[key],))
+            in_float32 = any(rule.search(name) for rule in plan)
+            dtype = torch.float32 if in_float32 else wanted[name].dtype
+            sources[name] = _source(model_folder, key, dtype)
         else:
             groups.setdefault(name, (by_pattern[pattern], []))[1].append((pattern, key))
     for name, (converter, members) in groups.items():
         sources.update(_converted(model, model_folder, name, converter, members))
     _check(model, sources, wanted)
     return sources
+
+
+def _source(model_folder: ModelFolder, key: str, dtype: torch.dtype) -> Source:
+    """What the tensor `key` of an unquantised folder is made of; dense in `dtype`."""
+    one = model_folder.quantised.get(key)
+    if one is None:
+        return Source((model_folder.tensors[key],))
+    dense = functools.partial(one.dense, dtype=dtype)
+    return Source(one.entries, dense, torch.Size(one.shape), one)
 
 
 def _converted(
@@ -116,7 +145,8 @@ def _converted(
     members: list[tuple[str, str]],
 ) -> dict[str, Source]:
     """The sources of all parameters that one conversion makes; tried on meta tensors first."""
-    entries = tuple(model_folder.tensors[key] for _, key in members)
+    before = [_source(model_folder, key, model.dtype) for _, key in members]
+    entries = tuple(entry for source in before for entry in source.entries)
     owner = weakref.ref(model)  # which must not live as long as its stream
 
     def run(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,10 +157,15 @@ def _converted(
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
     def maker(target: str) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-        return lambda tensors: run(tensors)[target]
+        def convert(tensors: list[torch.Tensor]) -> torch.Tensor:
+            parts = iter(tensors)
+            each = [itertools.islice(parts, len(source.entries)) for source in before]
+            return run([s.made_of(list(own)) for s, own in zip(before, each, strict=True)])[target]
+
+        return convert
 
     try:
-        made = run([torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries])
+        made = run([torch.empty(s.shape, dtype=s.entry.dtype, device="meta") for s in before])
     except Exception as error:
         raise ModelFolderError(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
@@ -152,7 +187,7 @@ def _check(
                 f"the model needs {name}, which no shard has: "
                 "download the folder again or save it with save_pretrained."
             )
-        shape = sources[name].converted_shape or sources[name].entry.shape
+        shape = sources[name].shape
         if shape != tensor.shape:
             raise ModelFolderError(
                 f"{sources[name].entry.name} has shape {list(shape)}, but config.json asks for "

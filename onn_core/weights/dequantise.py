@@ -1,0 +1,265 @@
+"""How each format stores a matrix, and how its rows become dense: a class a format.
+
+A class names the stored tensors of one matrix and checks them against the header of their file;
+nothing is read and nothing allocated for it. Its arithmetic is torch's, on the device of the
+stored tensors: in float32, and rounded once to the dtype that is asked for.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from onn_core.weights.shards import TensorEntry
+
+# Dense elements that are made at a time: on a CPU they stay in the cache.
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantised:
+    """One matrix as it is stored.
+
+    name: of the parameter in an unquantised folder. entries: what is stored, in the order of the
+    `parts` that the methods take. shape: of the dense matrix.
+    """
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def row_step(self) -> int:
+        """Rows begin at a multiple of this in `rows`."""
+        return 1
+
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
+        raise NotImplementedError
+
+    def dense(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=parts[0].device)
+        fit = BLOCK_ELEMENTS[out.device.type] // max(1, math.prod(self.shape[1:]))
+        size = max(1, fit // self.row_step) * self.row_step
+        for start in range(0, self.shape[0], size):
+            stop = min(start + size, self.shape[0])
+            out[start:stop] = self.rows(parts, start, stop)
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FourBit(Quantised):
+    """NF4 and FP4 of bitsandbytes.
+
+    parts: weight (n/2) bytes, the first of two values in the high half; absmax (n/block), floats
+    or, doubly quantised, bytes; quant_map (16,); then nested_absmax (n/block/nested_block) and
+    nested_quant_map (256,): absmax = nested_quant_map[byte] * nested_absmax + offset.
+    """
+
+    block: int  # elements that share an absmax, across rows
+    nested_block: int = 0
+    offset: float = 0.0
+
+    @property
+    def row_step(self) -> int:
+        return self.block // math.gcd(self.block, math.prod(self.shape[1:]))
+
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        weight, absmax, code, *nested = parts
+        width = math.prod(self.shape[1:])
+        first, n = start * width, (stop - start) * width
+        code = code.float()
+        table = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # (256, 2)
+        packed = weight.view(torch.uint8).flatten()[first // 2 : (first + n + 1) // 2]
+        values = _look_up(table, packed)[:n]
+        blocks = slice(first // self.block, -(-(first + n) // self.block))
+        absmax = absmax.flatten()[blocks]
+        if nested:
+            numbers = torch.arange(blocks.start, blocks.stop, device=absmax.device)
+            outer = nested[0].float()[numbers // self.nested_block]
+            absmax = nested[1].float()[absmax.int()].mul_(outer).add_(self.offset)
+        if n % self.block:
+            values *= absmax.float().repeat_interleave(self.block)[:n]
+        else:
+            values.view(-1, self.block).mul_(absmax.float()[:, None])
+        return values.view(stop - start, *self.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(Quantised):
+    """fp8 and int8 with a scale per tensor, row, group or block; LLM.int8 of bitsandbytes.
+
+    parts: weight (shape), its scale (grid), perhaps the zero (grid): (weight - zero) * scale.
+    grid has an extent of each dimension of the weight: 1, or one for each block of it.
+    """
+
+    grid: tuple[int, ...]
+    blocks: tuple[int, ...]
+    factor: float = 1.0  # LLM.int8 stores the largest value of a row, not a 127th of it
+
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        weight, *grids = parts
+        values = _floats(weight[start:stop])
+        if len(grids) > 1:
+            values -= self._spread(grids[1], start, stop)
+        values *= self._spread(grids[0], start, stop)
+        return values if self.factor == 1 else values.mul_(self.factor)
+
+    def _spread(self, grid: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The values of a grid for rows start:stop, in a shape that broadcasts over them."""
+        grid = _floats(grid).view(self.grid)
+        if self.grid[0] > 1:
+            first, last = start // self.blocks[0], (stop - 1) // self.blocks[0] + 1
+            grid = grid[first:last].repeat_interleave(self.blocks[0], 0)
+            grid = grid[start - first * self.blocks[0] :][: stop - start]
+        for dim in range(1, len(self.grid)):
+            if self.grid[dim] > 1:
+                grid = grid.repeat_interleave(self.blocks[dim], dim)
+                grid = grid.narrow(dim, 0, self.shape[dim])
+        return grid
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FloatFour(Quantised):
+    """MXFP4 and NVFP4: two e2m1 values a byte, the first in the low half, scaled by group.
+
+    parts: packed, (E, out, groups, 16) of gpt-oss or (out, in/2); scale, (E, out, groups) or
+    (out, groups), a byte s for 2^(s - 127) or e4m3; perhaps a divisor of every scale (1,).
+    """
+
+    turned: bool = False  # gpt-oss's parameter is (E, in, out)
+
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        packed, scale, *divisor = parts
+        device = packed.device
+        half = torch.tensor(FP4_VALUES, device=device)
+        code = torch.cat([half, -half])
+        table = torch.stack([code.repeat(16), code.repeat_interleave(16)], 1)  # (256, 2)
+        scale = _floats(scale[start:stop])
+        if divisor:
+            scale = scale / divisor[0].float()
+        values = _look_up(table, packed[start:stop]).view(*scale.shape, -1).mul_(scale[..., None])
+        values = values.flatten(-2)
+        if not self.turned:
+            return values
+        exact = values.bfloat16()  # holds every product of e2m1 and a power of two
+        return torch.stack([expert.t().contiguous() for expert in exact])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grouped(Quantised):
+    """Whole numbers of a few bits in words of 32: (number - zero) * scale, by groups of a row.
+
+    compressed-tensors stores parts: packed (out, in/pack), scale (out, groups), then zero
+    (out/pack, groups) and the group of each column (in,), where there are.
+    """
+
+    bits: int
+    has_zero: bool
+    has_groups: bool
+
+    @property
+    def row_step(self) -> int:
+        return 32 // self.bits
+
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        values, scale, zero = self.unpacked(parts, start, stop)
+        if self.has_groups:
+            of_column = parts[-1].int()
+            values.sub_(zero.index_select(1, of_column))
+            return values.mul_(scale.index_select(1, of_column))
+        by_group = values.view(*scale.shape, -1)
+        return by_group.sub_(zero[..., None]).mul_(scale[..., None]).view(values.shape)
+
+    def unpacked(
+        self, parts: Sequence[torch.Tensor], start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Numbers (rows, in), scales and zeros (rows, groups), all in float32."""
+        n_columns = self.shape[1]
+        values = _unpack(parts[0][start:stop], self.bits)[:, :n_columns].contiguous()
+        scale = parts[1][start:stop].float()
+        if not self.has_zero:
+            return values, scale, torch.full_like(scale, 1 << (self.bits - 1))
+        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
+        zero = _unpack(parts[2][words].t(), self.bits).t()[: stop - start]
+        return values, scale, zero
+
+
+class Gptq(Grouped):
+    """GPTQ: qweight (in/pack, out), scales (groups, out), qzeros (groups, out/pack), g_idx (in,).
+
+    Version 1 stores each zero less one.
+    """
+
+    def unpacked(
+        self, parts: Sequence[torch.Tensor], start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = _unpack(parts[0][:, start:stop].t(), self.bits)
+        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
+        zero = _unpack(parts[2][:, words], self.bits)[:, : stop - start].t()
+        return values, parts[1][:, start:stop].t().float(), self.shifted(zero)
+
+    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
+        """The zeros that are meant, of those that are stored."""
+        return (zero + 1) % (1 << self.bits)
+
+
+class GptqVersion2(Gptq):
+    """GPTQ whose zeros are stored as they are."""
+
+    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
+        return zero
+
+
+class Awq(Grouped):
+    """AWQ: qweight (in, out/8), scales (groups, out), qzeros (groups, out/8).
+
+    Of eight columns of a word, the first lies in place 0, the others in 4, 1, 5, 2, 6, 3 and 7.
+    """
+
+    def unpacked(
+        self, parts: Sequence[torch.Tensor], start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        words = slice(start // 8, -(-stop // 8))
+        values, zero = (
+            _unpack(part[:, words], 4).view(len(part), -1, 2, 4).mT.flatten(1).t()
+            for part in (parts[0], parts[2])
+        )
+        return values.contiguous(), parts[1][:, start:stop].t().float(), zero
+
+
+def _floats(stored: torch.Tensor) -> torch.Tensor:
+    """Numbers or scales in float32, in fresh memory; a byte is the exponent of e8m0."""
+    if stored.dtype == torch.uint8:
+        stored = stored.view(torch.float8_e8m0fnu)
+    if stored.device.type == "cpu" and stored.dtype.is_floating_point and stored.itemsize == 1:
+        table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float()  # 4 times as fast
+        return _look_up(table[:, None], stored.view(torch.uint8))
+    return stored.to(torch.float32, copy=True)
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """words (..., w) int32 -> (..., w * 32 / bits) float32; the lowest bits are the first."""
+    packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return packed.float()
+    shifts = torch.arange(0, 8, bits, device=words.device)
+    numbers = torch.arange(256, device=words.device)[:, None] >> shifts
+    return _look_up((numbers & ((1 << bits) - 1)).float(), packed)
+
+
+def _look_up(table: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """table (256, m) float32, packed (..., w) uint8 -> (..., w * m): the rows of the table.
+
+    A row is looked up as one number of its width.
+    """
+    wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}[table.shape[1]]
+    found = table.view(wide).flatten().index_select(0, packed.flatten().int())
+    shape = (*packed.shape[:-1], packed.shape[-1] * table.shape[1]) if packed.ndim else ()
+    return found.view(torch.float32).view(shape)

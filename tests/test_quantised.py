@@ -1,0 +1,201 @@
+"""A quantised folder trains with exactly the weights that its format means."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from quantise import FORMATS, quantised
+from safetensors.torch import load_file, save_file
+from toy import GROUPED, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+
+import onn_core
+from onn_core.errors import ModelFolderError
+from onn_core.weights.folder import ModelFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CLOSE = 1e-5  # LLM.int8 multiplies by a 127th, the reference divides by 127
+FAMILIES = {"llama": list(FORMATS)} | {
+    family: ["nf4-nested", "llm-int8", "fp8-block", "ct-int4-zeros", "gptq4-order", "awq"]
+    for family in ("qwen2", "phi3", "mixtral")
+}
+KINDS = [(family, kind) for family in FAMILIES for kind in FAMILIES[family]]
+QWEN_MOE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GPT_OSS = GROUPED | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def both(family, kind, folder, dtype=torch.float32):
+    """The folders of a toy model: quantised, and with the dense weights that are meant."""
+    return quantised(toy_dir(family, n_layers=2), kind, folder, dtype)
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_gradients_are_those_of_the_dense_weights_in_memory(family, kind, tmp_path):
+    packed, dense = both(family, kind, tmp_path)
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    got = step(with_lora(streamed(packed)), toy_batch())
+    assert_same(got, want, CLOSE if kind == "llm-int8" else None)
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "fp8-block", "ct-int4-zeros", "gptq4", "awq"])
+def test_qwen3_with_experts(kind, tmp_path):
+    config = transformers.Qwen3MoeConfig(**QWEN_MOE, head_dim=8, mlp_only_layers=[0])
+    config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    packed, dense = quantised(tmp_path / "base", kind, tmp_path)
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want)
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "fp8-ragged", "gptq4", "awq"])
+def test_in_bfloat16_every_weight_is_rounded_once(kind, tmp_path):
+    packed, dense = both("llama", kind, tmp_path, torch.bfloat16)
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_mxfp4_experts_of_gpt_oss(experts, tmp_path):
+    config = transformers.GptOssConfig(**GPT_OSS, head_dim=8, experts_implementation=experts)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    packed, dense = quantised(tmp_path / "base", "mxfp4", tmp_path)
+    settings = {"attn_implementation": "eager"}
+    want = step(with_lora(in_memory(dense, **settings)), toy_batch())
+    assert_same(step(with_lora(streamed(packed, **settings)), toy_batch()), want)
+
+
+def test_a_block_of_rows_is_that_part_of_the_matrix(tmp_path, monkeypatch):
+    """Few rows at a time, so that no matrix ends with a whole block."""
+    monkeypatch.setitem(onn_core.weights.dequantise.BLOCK_ELEMENTS, "cpu", 5 * 32)
+    for kind in FORMATS:
+        packed, dense = both("llama", kind, tmp_path)
+        model_folder, want = ModelFolder.open(packed), load_file(dense / "model.safetensors")
+        for name, one in model_folder.quantised.items():
+            torch.testing.assert_close(model_folder.read_dense(name), want[name], rtol=1e-6, atol=0)
+            scratch = torch.empty(one.shape, dtype=torch.bfloat16)
+            parts = [model_folder.read(entry.name) for entry in one.entries]
+            assert one.dense(parts, torch.bfloat16, out=scratch) is scratch
+            assert torch.equal(scratch, one.dense(parts, torch.float32).bfloat16())
+
+
+@pytest.mark.cuda
+def test_a_cuda_device_makes_the_same_values(tmp_path):
+    for kind in FORMATS:
+        model_folder = ModelFolder.open(both("llama", kind, tmp_path)[0])
+        for one in model_folder.quantised.values():
+            parts = [model_folder.read(entry.name) for entry in one.entries]
+            want = one.dense(parts, torch.bfloat16)
+            got = one.dense([part.cuda() for part in parts], torch.bfloat16)
+            assert torch.equal(got.cpu(), want), (kind, one.name)
+
+
+def test_old_gptq_has_its_settings_in_a_file_of_their_own(tmp_path):
+    packed, dense = both("llama", "gptq4", tmp_path)
+    config = json.loads((packed / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (packed / "config.json").write_text(json.dumps(config))
+    (packed / "quantize_config.json").write_text(json.dumps(settings))
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "nf4-nested"), ("phi3", "gptq4-order"), ("mixtral", "fp8-block")]
+)
+def test_merge_into_a_quantised_base_is_dense_and_equal_to_peft(family, kind, tmp_path):
+    packed, dense = both(family, kind, tmp_path, torch.bfloat16)
+    with_lora(streamed(packed)).save_pretrained(tmp_path / "adapter")
+    merged = in_memory(onn_core.merge(packed, tmp_path / "adapter", tmp_path / "merged"))
+    assert merged.dtype == torch.bfloat16
+    assert "quantization_config" not in (tmp_path / "merged/config.json").read_text()
+    adapted = peft.PeftModel.from_pretrained(in_memory(dense), tmp_path / "adapter")
+    want = adapted.merge_and_unload().state_dict()
+    got = merged.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# ---- what is refused, before a matrix is read
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def without(name):
+    return lambda tensors, settings: tensors.pop(f"{Q}.{name}")
+
+
+def replaced(name, make):
+    def change(tensors, settings):
+        tensors[f"{Q}.{name}"] = make(tensors[f"{Q}.{name}"])
+
+    return change
+
+
+def state(**changes):
+    def change(old):
+        text = json.dumps(json.loads(bytes(old.tolist())) | changes)
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    return replaced("weight.quant_state.bitsandbytes__nf4", change)
+
+
+def settings(**changes):
+    return lambda tensors, settings: settings.update(changes)
+
+
+REFUSED = [
+    ("nf4", settings(quant_method="hqq"), "quantised with 'hqq', which is none of"),
+    ("nf4", settings(quant_method=["nf4"]), "which is none of"),
+    ("nf4", without("weight.absmax"), "absmax' is missing"),
+    ("nf4", without("weight.quant_state.bitsandbytes__nf4"), "lacks its other parts"),
+    ("nf4", replaced("weight.absmax", lambda t: t[1:].clone()), "has shape"),
+    ("nf4", state(shape=[2**30, 2**30]), "values of half a byte"),
+    ("nf4", state(shape=[-1, -64]), "states the shape"),
+    ("nf4", state(shape="x"), "states the shape"),
+    ("nf4", state(blocksize=0), "has a blocksize of 0"),
+    ("nf4", state(blocksize=True), "has a blocksize of True"),
+    ("nf4-nested", state(nested_offset=float("nan")), "has a nested_offset of nan"),
+    ("nf4-nested", state(nested_blocksize=None), "has a nested_blocksize of None"),
+    ("llm-int8", without("SCB"), "lacks its other parts"),
+    ("llm-int8", replaced("weight_format", lambda t: t + 1), "layout of one processor"),
+    ("fp8-block", without("weight_scale_inv"), "lacks its other parts"),
+    ("fp8-block", replaced("weight_scale_inv", lambda t: t[:, :3].clone()), "has shape"),
+    ("fp8-block", replaced("weight_scale_inv", torch.Tensor.long), "has dtype int64"),
+    ("ct-int4", without("weight_scale"), "weight_scale' is missing"),
+    ("ct-int4", replaced("weight_shape", lambda t: t * 2**20), "for .33554432, 33554432."),
+    ("ct-int4", settings(transform_config={"a": {}}), "transform_config"),
+    ("ct-int4-order", replaced("weight_g_idx", lambda t: t + 9), "names groups that are not"),
+    ("gptq4", without("scales"), "scales' is missing"),
+    ("gptq4", settings(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    ("gptq4-order", replaced("g_idx", lambda t: t - 1), "names groups that are not"),
+    ("gptq4", replaced("qzeros", lambda t: t[:, :1].clone()), "has shape"),
+    ("awq", without("qweight"), "lacks its other parts"),
+    ("awq", settings(version="gemv"), "version 'gemv'"),
+    ("ct-int8", settings(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "match"), REFUSED)
+def test_what_cannot_be_decoded_is_refused(kind, change, match, tmp_path):
+    packed, _ = both("llama", kind, tmp_path)
+    tensors = load_file(packed / "model.safetensors")
+    config = json.loads((packed / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, packed / "model.safetensors")
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match=match):
+        streamed(packed)
+
+
+def test_a_quantised_head_is_refused(tmp_path):
+    packed, _ = both("llama", "fp8-block", tmp_path)
+    tensors = load_file(packed / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    tensors["lm_head.weight_scale_inv"] = torch.ones(1)
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(ModelFolderError, match="lm_head is quantised"):
+        streamed(packed)
