@@ -78,7 +78,8 @@ class ChunkedLoraTrainer:
         if config.packing:
             require_packing(self.base)
         corpus = prepare(config, self.tokenizer, len(self.base.get_input_embeddings().weight))
-        config = self.config = with_steps(config, len(corpus.train))
+        config, self.n_samples = with_steps(config, len(corpus.train))
+        self.config = config
         self.train_set, self.held_out = corpus.train, corpus.held_out
         if config.eval_every and not self.held_out:
             raise ConfigError(
@@ -270,7 +271,8 @@ class ChunkedLoraTrainer:
         """The batches of each step after `n_done`; number i depends on the seed and i alone."""
         config, n_parts = self.config, self.config.gradient_accumulation_steps
         first = n_done * n_parts
-        examples = data.batches(self.train_set, config.batch_size, config.seed, start_step=first)
+        order = {"start_step": first, "n_samples": self.n_samples}
+        examples = data.batches(self.train_set, config.batch_size, config.seed, **order)
         while parts := list(islice(examples, n_parts)):
             yield [data.collate(part, self.tokenizer.pad_token_id) for part in parts]
 

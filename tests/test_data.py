@@ -90,6 +90,8 @@ def test_paragraphs_of_a_text_file(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("One line,\nand another.\n\n \n\nSecond.\r\n")
     assert data.load_rows(str(path)) == [{"text": "One line,\nand another."}, {"text": "Second."}]
+    path.write_text("\n  def f():\n    x\u2028y\x0b \r\n", newline="", encoding="utf-8")
+    assert data.load_rows(str(path)) == [{"text": "  def f():\n    x\u2028y\x0b "}]
 
 
 def test_unusable_files_are_refused(tmp_path):
@@ -151,9 +153,15 @@ def test_long_conversations_are_cut_and_counted(byte_tokenizer):
 def test_long_text_becomes_windows(byte_tokenizer):
     made = data.tokenize([{"text": "abcdefg"}, {"text": "abc"}], byte_tokenizer, 3)
     texts = [byte_tokenizer.decode(example.input_ids) for example in made.examples]
-    assert texts == ["abc", "def", "g<end>", "abc"]  # a lone end token has nothing to learn
+    assert texts == ["abc", "def", "g<end>", "abc", "c<end>"]  # no end token is alone
     assert (made.truncated, made.dropped) == (0, 0)
-    assert [counted_text(e, byte_tokenizer) for e in made.examples] == ["bc", "ef", "<end>", "bc"]
+    assert [counted_text(e, byte_tokenizer) for e in made.examples] == [
+        "bc",
+        "ef",
+        "<end>",
+        "bc",
+        "<end>",
+    ]
 
 
 def test_template_that_refuses_roles_is_explained(byte_tokenizer, chat_tokenizer):
@@ -200,6 +208,30 @@ def test_every_example_once_an_epoch():
     epochs = [seen[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == [e.input_ids[0] for e in examples] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_epochs_end_after_their_samples():
+    seen = list(data.batches(numbered(7), 4, seed=0, n_samples=14))
+    assert [len(batch) for batch in seen] == [4, 4, 4, 2]
+    assert Counter(e.input_ids[0] for batch in seen for e in batch) == dict.fromkeys(
+        range(0, 21, 3), 2
+    )
+    assert list(data.batches(numbered(7), 4, seed=0, start_step=3, n_samples=14)) == seen[3:]
+
+
+def test_a_long_text_has_the_tokens_of_the_whole(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("onn_core.data.examples.WINDOW", 2**13)
+    for text in (" ".join(str(n * n) for n in range(9000)), "a b\n" * 9000):
+        (example,) = data.tokenize([{"text": text}], chat_tokenizer, 10**6).examples
+        assert example.input_ids[:-1] == chat_tokenizer(text, verbose=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"text": " "}], [{"messages": [TALK[0], TALK[1] | {"weight": 0}]}]]
+)
+def test_rows_that_hold_nothing_are_told_from_long_ones(rows, chat_tokenizer):
+    with pytest.raises(DataError, match="weight is not 0"):
+        data.tokenize(rows, chat_tokenizer, 64)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 16])

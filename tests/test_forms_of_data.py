@@ -58,11 +58,50 @@ def test_what_stands_beside_the_messages_is_learned():
         ({"messages": [USER | {"content": [{"type": "image"}]}]}, "of type 'image'"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight"),
         ({"prompt": "a", "answer": 4}, "answer is not text"),
+        ({"text": "a", "images": ["x.png"]}, '"images"'),
+        ({"text": "a", "tools": [CALL]}, '"tools"'),
+        ({"text": "a", "system": "S"}, '"system"'),
+        ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, '"value" of a'),
+        (PAIR | {"tools": [{"function": {"description": "d"}}]}, "must have a name"),
     ],
 )
 def test_what_is_not_understood_is_named(row, reason):
     with pytest.raises(DataError, match=reason):
         data.load_rows([row])
+
+
+def test_an_input_alone_is_the_prompt():
+    (made,) = data.load_rows([{"instruction": "", "input": "b", "output": "c"}])
+    assert made["messages"][0]["content"] == "b"
+
+
+def test_arrays_and_data_frames():
+    numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    assert data.load_rows([{"messages": numpy.array([USER, ANSWER], dtype=object)}]) == [PAIR]
+    frame = pandas.DataFrame([FORMS["questions"] | {"system": None}, FORMS["questions"]])
+    assert data.load_rows(frame) == [PAIR] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.json", '{"version": "1, [", "data": [{"question": "a", "answer": "NA"}], "n": [1]}'),
+        ("x.csv", "question;answer\na;NA\n"),
+        ("x.csv", "question\tanswer\na\tNA\n"),
+    ],
+)
+def test_objects_with_data_and_other_separators(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert data.load_rows(tmp_path / name) == [PAIR]
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    write(tmp_path / "x.json", [FORMS["questions"]])
+    for name in ("notes.docx", "LICENSE", "dataset_info.json", ".hidden.py"):
+        (tmp_path / name).write_text("x")
+    unused = set()
+    assert list(data.read_rows(tmp_path, unused)) == [PAIR]
+    assert unused == {"file notes.docx"}
 
 
 def write(path, rows):
@@ -131,7 +170,10 @@ def test_epochs_and_steps(tmp_path):
     assert made().max_steps == 100 and made(max_steps=100, num_train_epochs=2).max_steps == 100
     epochs = made(num_train_epochs=1.5, batch_size=4, gradient_accumulation_steps=2)
     assert epochs.max_steps is None
-    assert with_steps(epochs, 17).max_steps == 4  # 25.5 samples of 8 a step
+    steps, n_samples = with_steps(epochs, 17)
+    assert (steps.max_steps, n_samples) == (4, 26)  # 25.5 samples of 8 a step
+    assert with_steps(made(num_train_epochs=1.1, batch_size=1), 10)[1] == 11  # 11.000000000000002
+    assert with_steps(made(max_steps=3, num_train_epochs=2), 10)[1] is None
     assert made(max_steps=None, num_train_epochs=1).max_steps is None
     assert made(max_steps=None).max_steps == 100
 
@@ -144,7 +186,7 @@ def test_what_is_cut_is_said(smollm2_dir, capfd):
         prepare(onn_core.TrainConfig(**given), data.load_tokenizer(smollm2_dir))
         said = capfd.readouterr().err
         assert "of 41 rows were cut at max_length 80" in said and "would keep 95 % whole" in said
-        assert "1 of 41 rows were dropped" in said and "columns not used: source" in said
+        assert "1 of 41 rows were dropped" in said and "not used: column source" in said
 
 
 def test_a_big_group_does_not_swallow_the_split():
@@ -169,6 +211,7 @@ def test_importing_brings_no_datasets_and_no_pyarrow():
         ("x.csv", "prompt,response\nhi,yes, sure\n", "more cells than the header"),
         ("x.csv", "prompt,response,response\nhi,yes,no\n", "twice"),
         ("x.json", '[{"prompt": "a", "response": "b"}]\n[]', "goes on after its array"),
+        ("x.json", '{\n "prompt": "a",\n "response": "b"\n}', "is one object"),
         (
             "x.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}]}]}',

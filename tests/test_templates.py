@@ -140,8 +140,46 @@ def test_template_that_drops_something_is_refused(tokenizer, monkeypatch):
         DataError, match="row 1 does not fit .* in turn 1 is not in what it renders"
     ):
         data.tokenize([ROWS["one turn"]], tokenizer, 99)
-    with pytest.raises(DataError, match="does not take a prompt"):
+    with pytest.raises(DataError, match="the prompt .* does not fit"):
         data.prompt_ids("Where?", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chat_template_kwargs": {"continue_final_message": True}}, "continue_final_message"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
+        ({"messages": [USER | {"name": "Ann"}, ANSWER]}, "the name in turn 1"),
+    ],
+)
+def test_what_the_template_does_not_use_is_named(changes, reason, tokenizer):
+    with pytest.raises(DataError, match=f"row 1 does not fit .*{reason}"):
+        data.tokenize([ROWS["one turn"] | changes], tokenizer, 99)
+
+
+@pytest.mark.parametrize("word", ["", "{# developer #}"])
+def test_a_developer_is_one_where_the_template_knows_it(word, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", word + tokenizer.chat_template)
+    rows = data.load_rows([{"messages": [USER | {"role": "developer"}, USER, ANSWER]}])
+    text = tokenizer.decode(data.tokenize(rows, tokenizer, 99).examples[0].input_ids)
+    assert ("developer" if word else "system") + "\nWhere?" in text
+
+
+def test_a_text_that_begins_with_bos_gets_no_other(tokenizer, monkeypatch):
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    both = [(bos, tokenizer.bos_token_id)]
+    adding = TemplateProcessing(single=f"{bos} $A", special_tokens=both)
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", adding)
+    plain, rendered = data.tokenize([{"text": "Hi."}, {"text": bos + "Hi."}], tokenizer, 9).examples
+    assert plain == rendered and plain.input_ids[:2].count(tokenizer.bos_token_id) == 1
+
+
+def test_reasoning_that_is_left_out_of_what_is_not_learned_is_counted(tokenizer):
+    row = ROWS["reasoning"]["messages"]
+    turns = [row[0], row[1] | {"weight": 0}, USER, ANSWER]
+    assert data.tokenize([{"messages": turns}], tokenizer, 99).reasoning_left_out == 1
 
 
 def table(tokenizer):

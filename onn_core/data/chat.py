@@ -7,6 +7,7 @@ last one (they drop its reasoning, or close it with another token); there a seco
 a mark in place of the answer, shows which part of the whole text is the answer's.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from onn_core.data.rows import Message, Row
+from onn_core.data.rows import SYSTEM_ROLES, Message, Row
 from onn_core.data.tokenizer import explained
 from onn_core.errors import DataError
 
@@ -25,6 +26,7 @@ GENERATION = re.compile(r"\{%-?\+?\s*generation\s*[-+]?%\}")
 MARK = "Zq0answer0qZ"  # in place of an answer; no template changes letters and digits
 END_OF_TURN = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[A-Z_/]{2,30}\])")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+RENDER_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt"}
 MIN_HEADER = 4  # characters of a generation prompt that are enough to know it by
 
 
@@ -38,11 +40,12 @@ class Rendered:
     reasoning_left_out: int = 0  # earlier answers whose reasoning the template does not repeat
 
 
-def render(row: Row, tokenizer: Any, train_on: str = "all") -> Rendered:
+def render(row: Row, tokenizer: Any, train_on: str = "all", for_answer: bool = False) -> Rendered:
     """The text of a conversation, with the answers that are learned: "all" of them or the "last".
 
     A turn of weight 0 is not learned. Without a chat template turns are joined by newlines.
-    Raises DataError if the template does not take the row, or leaves out something of it.
+    for_answer: with the beginning of one more answer. Raises DataError if the template does not
+    take the row, or leaves out something of it.
     """
     messages = row["messages"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -56,7 +59,7 @@ def render(row: Row, tokenizer: Any, train_on: str = "all") -> Rendered:
         chat = _Chat(row, tokenizer, content_in_parts, arguments_as_text)
         try:
             with explained("it cannot be rendered"):
-                return chat.rendered(answers, learned)
+                return chat.rendered(answers, learned, for_answer)
         except DataError as error:  # of several shapes, the reason of the one that got farthest
             if chat.stage > got_to:
                 problem, got_to = error, chat.stage
@@ -70,23 +73,12 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
     Raises DataError if the chat template does not render a user's turn.
     """
     row: Row = {"messages": [{"role": "user", "content": prompt}]}
-    with explained("the prompt cannot be tokenized"):
-        if not tokenizer.chat_template:
-            return _ids(_joined(row, tokenizer, [], set()).text, tokenizer)
-        problem: Exception = DataError("its text is not in what it renders")
-        for content_in_parts in (False, True):
-            try:
-                chat = _Chat(row, tokenizer, content_in_parts, False)
-                text = chat.text(row["messages"], for_answer=True)
-                if _is_in(prompt, text):
-                    return _ids(text, tokenizer)
-            except Exception as error:
-                problem = error if not content_in_parts else problem
-        raise DataError(f"the chat template does not take a prompt ({problem}).") from problem
-
-
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        with explained("cannot be tokenized"):
+            text = render(row, tokenizer, for_answer=True).text
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except DataError as error:
+        raise DataError(f"the prompt {prompt!r:.60} {error}.") from error
 
 
 def _shapes(messages: list[Message]) -> Iterator[tuple[bool, bool]]:
@@ -104,7 +96,7 @@ class _Chat:
     def __init__(self, row: Row, tokenizer: Any, content_in_parts: bool, arguments_as_text: bool):
         self.tokenizer = tokenizer
         self.tools = row.get("tools")
-        self.settings = tokenizer.special_tokens_map | row.get("chat_template_kwargs", {})
+        self.given = row.get("chat_template_kwargs", {})
         with explained("the tokenizer's chat template cannot be taken"):
             self.template = tokenizer.get_chat_template(tools=self.tools)
             self.marked = bool(GENERATION.search(self.template))
@@ -112,6 +104,9 @@ class _Chat:
         self.as_text = arguments_as_text
         self.messages = row["messages"]
         self.stage = 0  # 1: it can be rendered, 2: the answers are found in it
+
+    def _mentions(self, word: str) -> bool:
+        return re.search(rf"\b{re.escape(word)}\b", self.template) is not None
 
     def rendering(
         self, messages: list[Message], for_answer: bool = False
@@ -125,7 +120,7 @@ class _Chat:
             chat_template=self.template,
             return_assistant_tokens_mask=self.marked,
             add_generation_prompt=for_answer,
-            **self.settings,
+            **self.tokenizer.special_tokens_map | self.given,
         )
         return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
 
@@ -134,6 +129,8 @@ class _Chat:
 
     def _shaped(self, message: Message) -> Message:
         message = {key: value for key, value in message.items() if key != "weight"}
+        if message["role"] == "developer" and not self._mentions("developer"):
+            message["role"] = "system"
         if self.in_parts:
             message["content"] = [{"type": "text", "text": message["content"]}]
         if message.get("tool_calls"):
@@ -151,8 +148,11 @@ class _Chat:
             arguments = json.loads(arguments)
         return call | {"arguments": arguments}
 
-    def rendered(self, answers: list[int], learned: set[int]) -> Rendered:
-        whole, marks = self.rendering(self.messages)
+    def rendered(self, answers: list[int], learned: set[int], for_answer: bool) -> Rendered:
+        for name in self.given:
+            if name in RENDER_ARGUMENTS or not self._mentions(name):
+                raise DataError(f"it has no use for {name} of chat_template_kwargs")
+        whole, marks = self.rendering(self.messages, for_answer)
         self.stage = 1
         spans: dict[int, list[Span]] = {}
         end = 0
@@ -243,7 +243,7 @@ class _Chat:
         for i, message in enumerate(self.messages):
             following = [a for j in spans if j > i for a, b in spans[j] if a < b]
             until = min(following, default=len(whole))
-            first = 0 if message["role"] == "system" else before
+            first = 0 if message["role"] in SYSTEM_ROLES else before
             texts[i] = "".join(whole[a:b] for a, b in spans.get(i, [(first, until)]))
             before = max([before, *(b for _, b in spans.get(i, []))])
         for i, message in enumerate(self.messages):
@@ -260,29 +260,40 @@ class _Chat:
             thoughts = [message[name] for name in REASONING if message.get(name)]
             if "</think>" in message["content"]:
                 thoughts += re.split("</?think>", message["content"])[:-1]
-            if i in learned and not _is_in(thoughts, texts[i]):
+            if not _is_in(thoughts, texts[i]):
                 last = i == len(self.messages) - 1
-                if last or not _is_in(thoughts, self.text(self.messages[: i + 1])):
+                if i in learned and (
+                    last or not _is_in(thoughts, self.text(self.messages[: i + 1]))
+                ):
                     raise DataError(f"the reasoning in turn {i + 1} is not in what it renders")
                 left_out += 1
+            if "name" in message and message["role"] != "tool":  # a tool's is in the call, too
+                unnamed = {key: value for key, value in message.items() if key != "name"}
+                others = [*self.messages[:i], unnamed, *self.messages[i + 1 :]]
+                self._require_difference(whole, f"the name in turn {i + 1} is", messages=others)
         if self.tools:
-            given, self.tools = self.tools, None
-            try:
-                without = self.text(self.messages)
-            except Exception:
-                without = None
-            self.tools = given
-            if without == whole:
-                raise DataError("the tools are not in what it renders")
+            self._require_difference(whole, "the tools are", tools=None)
         return left_out
+
+    def _require_difference(self, whole: str, what: str, **changes: Any) -> None:
+        """DataError if the conversation without `what` is rendered to the same text."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        try:
+            without = other.text(other.messages)
+        except Exception:  # the template insists on it
+            return
+        if without == whole:
+            raise DataError(f"{what} not in what it renders")
 
 
 def _joined(row: Row, tokenizer: Any, answers: list[int], learned: set[int]) -> Rendered:
     """Without a template: each turn ends with a newline, an answer with the end-of-text token."""
-    if row.get("tools") or any(
-        message.keys() & {"tool_calls", *REASONING} for message in row["messages"]
-    ):
-        raise DataError("holds tools or reasoning, for which the tokenizer has no chat template")
+    beyond = row.keys() - {"messages"}
+    for message in row["messages"]:
+        beyond |= message.keys() & {"name", "tool_calls", *REASONING}
+    if beyond:
+        raise DataError(f"has {min(beyond)}, for which the tokenizer has no chat template")
     text, spans = "", {}
     if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = tokenizer.bos_token

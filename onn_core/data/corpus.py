@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ TOKENIZER_FILES = (
     "added*",
     "*.tiktoken",
 )
-FORMAT = 2  # of a file of the cache
+FORMAT = 3  # of a file of the cache, or of what is in it
+MAX_NAMED = 9  # columns and files that are not used
 # What such a file says of a Dataset apart from its tokens.
 FACTS = ("rows", "truncated", "dropped", "unanswered", "length_95", "reasoning_left_out", "unused")
 SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
@@ -97,13 +99,16 @@ def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None
     return Corpus(train, held_out, facts | ({"packed_rows": n_rows} if config.packing else {}))
 
 
-def with_steps(config: TrainConfig, n_train: int) -> TrainConfig:
-    """The settings with `max_steps` in place of `num_train_epochs` over `n_train` samples."""
+def with_steps(config: TrainConfig, n_train: int) -> tuple[TrainConfig, int | None]:
+    """The settings with `max_steps` in place of `num_train_epochs` over `n_train` samples.
+
+    And how many samples these epochs are, or None where `max_steps` was given.
+    """
     if config.max_steps is not None:
-        return config
-    samples = config.num_train_epochs * n_train
-    steps = samples / (config.batch_size * config.gradient_accumulation_steps)
-    return dataclasses.replace(config, max_steps=max(1, math.ceil(steps)))
+        return config, None
+    n_samples = math.ceil(Fraction(str(config.num_train_epochs)) * n_train)  # 1.1 as it is written
+    steps = math.ceil(n_samples / (config.batch_size * config.gradient_accumulation_steps))
+    return dataclasses.replace(config, max_steps=steps), n_samples
 
 
 def say_what_is_lost(dataset: Dataset, max_length: int) -> None:
@@ -115,16 +120,14 @@ def say_what_is_lost(dataset: Dataset, max_length: int) -> None:
         said.insert(0, f"{dataset.truncated} of {rows} rows were cut at max_length {max_length}")
         said.append(f"max_length {dataset.length_95} would keep 95 % whole")
     if dataset.unanswered:
-        said.append(
-            f"{dataset.unanswered} of {rows} rows were dropped: they hold no answer to learn"
-        )
+        said.append(f"{dataset.unanswered} of {rows} rows were dropped: they hold nothing to learn")
     if dataset.reasoning_left_out:
         said.append(
-            f"the chat template leaves out the reasoning of {dataset.reasoning_left_out} earlier "
-            "answers"
+            f"the chat template leaves out the reasoning of {dataset.reasoning_left_out} answers"
         )
     if dataset.unused:
-        said.append(f"columns not used: {', '.join(dataset.unused)}")
+        more = f" and {len(dataset.unused) - MAX_NAMED} more" * (len(dataset.unused) > MAX_NAMED)
+        said.append(f"not used: {', '.join(dataset.unused[:MAX_NAMED])}{more}")
     if said:
         print(f"data: {'; '.join(said)}.", file=sys.stderr)
 
@@ -155,7 +158,7 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
         train_on=config.train_on,
         folder=folder,
     )
-    dataset = dataclasses.replace(dataset, unused=sorted(map(str, unused)))
+    dataset = dataclasses.replace(dataset, unused=sorted(unused))
     if not once:
         with contextlib.suppress(OSError):
             write_tokens(path, dataset)

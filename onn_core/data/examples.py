@@ -30,7 +30,9 @@ from onn_core.ops.cross_entropy import IGNORED
 
 SMALL_BYTES = 2**22  # of tokens that are read into memory at once
 COUNTS = ("rows", "truncated", "dropped", "unanswered", "reasoning_left_out")
-BATCH_ROWS, BATCH_CHARACTERS = 256, 2**19  # that are tokenized at once
+BATCH_ROWS, BATCH_CHARACTERS = 256, 2**18  # that are tokenized at once
+WINDOW, OVERLAP = 2**17, 2**12  # characters of a longer text that are tokenized at once
+ANCHOR = 64  # tokens on which two windows must agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Dataset:
 
     truncated: rows that were cut. dropped: rows that were left out, `unanswered` of them because
     nothing in them is to be learned. length_95: the tokens that 95 % of the conversations fit in.
-    reasoning_left_out: earlier answers whose reasoning the chat template does not repeat.
-    unused: columns of the rows. tokens: the file that the examples are read from.
+    reasoning_left_out: answers whose reasoning the chat template does not repeat.
+    unused: columns of the rows and files of the folder. tokens: the file of the examples.
     """
 
     examples: Examples
@@ -180,30 +182,30 @@ def tokenize(
     tokens = TokenFile(_temporary_file(folder))
     full_lengths, counts = array.array("i"), dict.fromkeys(COUNTS, 0)
 
-    def add(ids: np.ndarray, counted: np.ndarray) -> bool:
-        counted[:1] = False
-        if counted.any():
-            tokens.append(ids, counted)
-        return bool(counted.any())
-
     for text, ids, offsets in _tokenized(rows, tokenizer, train_on):
         counts["rows"] += 1
         if isinstance(text, str):
-            pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            made = [add(piece, np.ones(len(piece), bool)) for piece in pieces]
+            counted = np.full(len(ids), bool(text.strip()))
+            starts = range(0, len(ids), max_length)
         else:
             counts["reasoning_left_out"] += text.reasoning_left_out
             ids, counted = _counted(text, ids, offsets, completion_only)
-            counts["unanswered"] += not counted[1:].any()
             counts["truncated"] += len(ids) > max_length
             full_lengths.append(len(ids))
-            made = [add(ids[:max_length], counted[:max_length])]
-        counts["dropped"] += not any(made)
+            starts = range(1)
+        counts["unanswered"] += not counted[1:].any()
+        n_before = len(tokens.lengths)
+        for start in starts:  # a last piece of one token begins earlier, to learn that one, too
+            piece = slice(min(start, max(0, len(ids) - 2)), start + max_length)
+            counted[piece][:1] = False
+            if counted[piece].any():
+                tokens.append(ids[piece], counted[piece])
+        counts["dropped"] += len(tokens.lengths) == n_before
     if not tokens.lengths:
-        raise DataError(
-            f"none of {counts['rows']} rows has a token to learn within max_length {max_length}: "
-            "raise max_length or check the rows."
-        )
+        n_rows, advice = counts["rows"], f"within max_length {max_length}: raise it"
+        if counts["unanswered"] == n_rows:
+            advice = "at all: give text, or answers of the assistant whose weight is not 0"
+        raise DataError(f"none of {n_rows} rows has a token to learn {advice}.")
     lengths = np.array(full_lengths or [0])
     length_95 = int(np.quantile(lengths, 0.95, method="higher"))
     return Dataset(tokens.examples(), length_95=length_95, tokens=tokens, **counts)
@@ -273,22 +275,31 @@ def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Ex
 
 
 def batches(
-    examples: Sequence[Example], batch_size: int, seed: int, *, start_step: int = 0
+    examples: Sequence[Example],
+    batch_size: int,
+    seed: int,
+    *,
+    start_step: int = 0,
+    n_samples: int | None = None,
 ) -> Iterator[list[Example]]:
-    """Batches without end, from number `start_step` on; number i depends on the seed and i alone.
+    """Batches from number `start_step` on; number i depends on the seed and i alone.
 
     Every epoch is a new permutation, and a batch may span two: each has exactly `batch_size`
-    examples, and every example is seen once an epoch.
+    examples, and every example is seen once an epoch. They have no end, or end when `n_samples`
+    were seen from the first batch on, with a batch of what is left.
     """
     epoch, order = -1, array.array("q")
-    for step in count(start_step):
+    for first in count(start_step * batch_size, batch_size):
+        end = first + batch_size if n_samples is None else min(first + batch_size, n_samples)
         batch = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
+        for position in range(first, end):
             if position // len(examples) != epoch:
                 epoch = position // len(examples)
                 order = array.array("q", range(len(examples)))
                 random.Random(f"epoch {seed} {epoch}").shuffle(order)
             batch.append(examples[order[position % len(examples)]])
+        if not batch:
+            return
         yield batch
 
 
@@ -397,22 +408,45 @@ def _tokenized(
 def _encoded(
     batch: list[str | Rendered], tokenizer: Any, first: int
 ) -> Iterator[tuple[str | Rendered, np.ndarray, Any]]:
-    end = tokenizer.eos_token_id
+    bos, end = tokenizer.bos_token, tokenizer.eos_token_id
+    # What a template has rendered, here or before, holds its special tokens already.
+    plain = [isinstance(made, str) and not (bos and made.startswith(bos)) for made in batch]
     encoded: list[Any] = [None] * len(batch)
     with explained(f"rows {first} to {first + len(batch) - 1} cannot be tokenized"):
-        for is_text in (True, False):
-            which = [i for i, made in enumerate(batch) if isinstance(made, str) == is_text]
-            texts = [batch[i] if is_text else batch[i].text for i in which]
-            offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-            given = {} if is_text else {"add_special_tokens": False} | offsets
-            found = tokenizer(texts, verbose=False, **given) if texts else {"input_ids": []}
+        for special in (True, False):
+            which = [i for i in range(len(batch)) if plain[i] == special]
+            texts = [made if isinstance(made := batch[i], str) else made.text for i in which]
+            if special and max(map(len, texts), default=0) > WINDOW:
+                found = {"input_ids": [_long_ids(text, tokenizer) for text in texts]}
+            else:
+                offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+                given = {} if special else {"add_special_tokens": False} | offsets
+                found = tokenizer(texts, verbose=False, **given) if texts else {"input_ids": []}
             for i, ids in zip(which, found["input_ids"], strict=True):
-                if is_text and end is not None and ids[-1:] != [end]:
+                if isinstance(batch[i], str) and end is not None and ids[-1:] != [end]:
                     ids = [*ids, end]
                 encoded[i] = (batch[i], np.array(ids, np.int64), tokenizer)
             for i, mapping in zip(which, found.get("offset_mapping", []), strict=False):
                 encoded[i] = (*encoded[i][:2], np.array(mapping, np.int64).reshape(-1, 2))
     yield from encoded
+
+
+def _long_ids(text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text, a window at a time: a tokenizer takes hundreds of bytes a character.
+
+    Two windows overlap and are joined where they agree; where they do not, all is done at once.
+    """
+    ids = tokenizer(text[:WINDOW], verbose=False)["input_ids"]
+    for start in range(WINDOW, len(text), WINDOW):
+        window = text[start - OVERLAP : start + WINDOW]
+        more = tokenizer(window, add_special_tokens=False, verbose=False)["input_ids"]
+        anchor = ids[-2 * ANCHOR : -ANCHOR]
+        ends = range(ANCHOR, min(len(more), OVERLAP) + 1)
+        ends = [end for end in ends if more[end - ANCHOR : end] == anchor]
+        if len(ends) != 1:
+            return tokenizer(text, verbose=False)["input_ids"]
+        ids[-ANCHOR:] = more[ends[0] :]
+    return ids
 
 
 def _counted(

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,23 +23,30 @@ from onn_core.errors import DataError
 Message = dict[str, Any]  # role, content, and what else MESSAGE_FIELDS names
 Row = dict[str, Any]  # {"messages": [Message, ...], "tools": [...]} or {"text": str}
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+SYSTEM_ROLES = ("system", "developer")
+ROLES = {role: role for role in (*SYSTEM_ROLES, "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-ROLES |= {"chatgpt": "assistant", "developer": "system", "observation": "tool", "ipython": "tool"}
+ROLES |= {"chatgpt": "assistant", "observation": "tool", "ipython": "tool"}
 MESSAGE_FIELDS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id")
 MESSAGE_FIELDS += ("reasoning_content", "reasoning", "thinking")
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query")
 INPUTS = ("input", "context")  # what a prompt is about, written after it
 ANSWERS = ("response", "completion", "answer", "output")
-# These would change what is learned, and no rule says how.
+BESIDE = ("system", "tools", "chat_template_kwargs")  # what goes along with messages
+# These would change what is learned, and no rule says how; of a text, a label would not.
 REFUSED_FIELDS = ("history", "documents", "functions", "function_call", "reasoning", "thinking")
 REFUSED_FIELDS += ("reasoning_content", "image", "images", "video", "videos", "audio", "audios")
-REFUSED_FIELDS += ("weight", "label", "labels", "system_prompt")
+REFUSED_FIELDS += ("weight", "system_prompt", "continue_final_message")
+LABELS = ("label", "labels")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNREADABLE = (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 MAX_PARAGRAPH = 2**18  # characters; a longer one of a text file ends at the next line
 BLOCK = 2**20  # characters of a JSON array that are read at once
+# The beginning of a JSON file that is an array, or an object with an array as its "data".
+ARRAY = re.compile(
+    r'(\{(\s*"[^"\\]*"\s*:\s*("([^"\\]|\\.)*"|[^\s\[\]{}",]+)\s*,)*\s*"data"\s*:\s*)?\['
+)
 FORMS = "messages (role, content), prompt and response, or text"
 
 
@@ -52,20 +60,21 @@ def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
 
     A file is .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt or .md, or one of these compressed
     (.gz, .bz2, .xz); of a text file each paragraph is a row. A folder may also be what
-    `datasets.Dataset.save_to_disk` wrote. Rows in memory are a `datasets.Dataset`, or any iterable
-    of dicts.
+    `datasets.Dataset.save_to_disk` wrote. Rows in memory are a `datasets.Dataset`, a pandas
+    DataFrame, or any iterable of dicts.
 
     A row holds messages (or ShareGPT's conversations), a prompt (or instruction, question) and a
     response (or completion, answer, output), or text; with these system, tools, and the input of
     a prompt. What is yielded is {"messages": [...]}, perhaps with "tools" and
-    "chat_template_kwargs", or {"text": ...}. Columns that are left out are added to `unused`.
+    "chat_template_kwargs", or {"text": ...}. What is left out, columns of the rows and files of the
+    folder, is added to `unused`.
 
     Raises DataError, with the row's place where there is one, for what cannot be read.
     """
-    empty = True
-    for where, raw in _raw_rows(data):
-        row = _row(raw, where, unused if unused is not None else set())
+    unused, empty = set() if unused is None else unused, True
+    for where, raw in _raw_rows(data, unused):
         try:
+            row = _row(_plain(raw), where, unused)
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise DataError(
@@ -80,13 +89,17 @@ def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
         raise DataError(f"{name} is empty (or a generator was read before): give at least one row.")
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that `path` stands for; DataError if there is none that can be read."""
-    if path.is_file():
-        files = [path] if _kind(path) in READERS else []
-    else:
-        files = [file for file in sorted(path.rglob("*")) if _is_data(file.relative_to(path))]
-        files = [file for file in files if file.is_file()]
+def files_of(path: Path, unused: set[str] | None = None) -> list[Path]:
+    """The files that `path` stands for; DataError if there is none that can be read.
+
+    Files of a folder that no reader takes are added to `unused`, but for what describes the others.
+    """
+    found = [path]
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        found = [file for file in found if not _is_about(file.relative_to(path))]
+    files = [file for file in found if _kind(file) in READERS]
+    if path.is_dir():
         held_out = [file for file in files if re.match(r"(test|valid|dev|eval)", file.stem.lower())]
         if held_out and any(file.stem.lower().startswith("train") for file in files):
             raise DataError(
@@ -99,6 +112,8 @@ def files_of(path: Path) -> list[Path]:
             f'data "{path}" is not known: give "chatterbot", or a file ({known}, also compressed '
             f"as {', '.join(OPENERS)}) or a folder of them."
         )
+    if unused is not None:
+        unused |= {f"file {file.relative_to(path)}" for file in set(found) - set(files)}
     return files
 
 
@@ -107,22 +122,22 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _raw_rows(data: Any) -> Iterator[tuple[str, Any]]:
+def _raw_rows(data: Any, unused: set[str]) -> Iterator[tuple[str, Any]]:
     """(where it is, the row as it is written)."""
     if isinstance(data, Mapping):
         raise DataError('data holds several datasets: choose a split such as dataset["train"].')
     if not isinstance(data, str | os.PathLike):
         if not isinstance(data, Iterable) or isinstance(data, bytes):
             raise DataError(f"data must be a path or rows, not {type(data).__name__}.")
-        arrow = hasattr(data, "features")  # a datasets.Dataset
-        for number, row in enumerate(data, start=1):
-            yield f"row {number} of data", _without_none(row) if arrow else row
+        table = hasattr(data, "features") or hasattr(data, "itertuples")  # with a cell everywhere
+        for number, row in enumerate(_rows_of_frame(data), start=1):
+            yield f"row {number} of data", _plain(row, drop_none=table)
         return
     if data == "chatterbot":
         yield from (("chatterbot", row) for row in _chatterbot_rows())
         return
     path = Path(data).expanduser()
-    if not path.exists():
+    if not str(data) or not path.exists():
         raise DataError(
             f'data "{data}" cannot be read: it is no file or folder here, and not "chatterbot". '
             "Datasets are never fetched: load one with datasets.load_dataset and give that."
@@ -131,9 +146,9 @@ def _raw_rows(data: Any) -> Iterator[tuple[str, Any]]:
         import datasets
 
         saved = datasets.load_from_disk(str(path))
-        yield from _raw_rows(saved)
+        yield from _raw_rows(saved, unused)
         return
-    for file in files_of(path):
+    for file in files_of(path, unused):
         try:
             yield from READERS[_kind(file)](file)
         except UNREADABLE as error:
@@ -151,11 +166,26 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _is_data(path: Path) -> bool:
-    """Whether a file of a folder holds rows: not what describes them, as folders of the Hub do."""
-    about = path.stem.lower() in ("readme", "license", "licence", "dataset_info", "dataset_infos")
+def _is_about(path: Path) -> bool:
+    """Whether a file of a folder describes the others, as in folders of the Hub, or is hidden."""
+    names = ("readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict")
     hidden = any(part.startswith(".") for part in path.parts)
-    return _kind(path) in READERS and not about and not hidden
+    return hidden or path.stem.lower() in (*names, "state")
+
+
+def _rows_of_frame(data: Any) -> Iterable[Any]:
+    """The rows of a pandas DataFrame, None where a value is missing; other rows as they are."""
+    if not hasattr(data, "itertuples"):
+        return data
+    _require_once(list(data), "data")
+    values = data.astype(object).where(data.notna(), None).itertuples(index=False, name=None)
+    return (dict(zip(data, row, strict=True)) for row in values)
+
+
+def _require_once(names: list[Any], where: Any) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{where} has the column {name!r} twice: rename one of them.")
 
 
 def _open(path: Path, newline: str | None = None) -> IO[str]:
@@ -177,14 +207,24 @@ def _json(text: str, where: str) -> Any:
 
 
 def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """The items of an array, read block by block; or JSON lines, as many .json files hold."""
+    """The items of an array, read block by block; or JSON lines, as many .json files hold.
+
+    The array may be the "data" of an object.
+    """
     with _open(path) as file:
         text = file.read(BLOCK).lstrip()
-        if not text.startswith("["):
+        array = ARRAY.match(text)
+        if not array:
+            first, more, _ = text.partition("\n")
+            if more and first.startswith("{") and not first.rstrip().endswith("}"):
+                raise DataError(
+                    f"{path} is one object and not a list of rows: write a list of them, or each "
+                    "in a line."
+                )
             yield from _json_lines(path)
             return
         decode, number = json.JSONDecoder().raw_decode, 1
-        text = text[1:]
+        before, text = text[: array.end() - 1], text[array.end() :]
         while not (text := text.lstrip().removeprefix(",").lstrip()).startswith("]"):
             try:
                 item, end = decode(text)
@@ -200,22 +240,25 @@ def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
                 text += more
             else:
                 raise DataError(f"{path} row {number} is not JSON ({problem}): fix the file.")
-        if text[1:].strip() or file.read().strip():
-            raise DataError(f"{path} goes on after its array: fix the file.")
+        try:
+            json.loads(f"{before}0{text[1:]}{file.read()}")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} goes on after its array: fix the file.") from error
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a table; what stands most often in the header separates its cells."""
     csv.field_size_limit(2**31 - 1)
     with _open(path, newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
-        names = rows.fieldnames or []
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path} has the column {twice[0]!r} twice: rename one of them.")
+        header = file.readline()
+        separator = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
+        rows = csv.DictReader(chain([header], file), delimiter=separator, strict=True)
+        _require_once(list(rows.fieldnames or []), path)
         for number, row in enumerate(rows, start=1):
             if None in row:
                 raise DataError(
                     f"{path} row {number} has more cells than the header: put quotes around a "
-                    "cell that holds a comma."
+                    f"cell that holds a {separator!r}."
                 )
             yield f"{path} row {number}", row
 
@@ -230,26 +273,26 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", _without_none(row)
+                    yield f"{path} row {number}", _plain(row, drop_none=True)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
+    """Lines up to an empty one, as they are: \\n and \\r\\n alone end a line."""
+    with _open(path, newline="\n") as file:
         lines: list[str] = []
         size = number = 0
         while True:
-            piece = file.readline(MAX_PARAGRAPH)
-            for line in piece.splitlines() or [""]:
-                lines.append(line.rstrip())
+            line = file.readline(MAX_PARAGRAPH)
+            if line.strip():
+                lines.append(line.removesuffix("\n").removesuffix("\r"))
                 size += len(line)
-                if not line.strip() or size >= MAX_PARAGRAPH:
-                    if text := "\n".join(lines).strip():
-                        number += 1
-                        yield f"{path} paragraph {number}", {"text": text}
-                    lines, size = [], 0
-            if not piece:
+            if lines and (not line.strip() or size >= MAX_PARAGRAPH):
+                number += 1
+                yield f"{path} paragraph {number}", {"text": "\n".join(lines)}
+                lines, size = [], 0
+            if not line:
                 return
 
 
@@ -281,7 +324,7 @@ def _chatterbot_rows() -> list[Row]:
 
 def _row(raw: Any, where: str, unused: set[str]) -> Row:
     """The one form of a row, whatever it was written in."""
-    fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, Mapping) else {}
+    fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, dict) else {}
     if "chosen" in fields or "rejected" in fields:
         raise DataError(
             f"{where} is a preference pair (chosen, rejected): TRL's DPOTrainer takes these, with "
@@ -293,26 +336,28 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
     prompt = next((name for name in PROMPTS if name in fields), None)
     answer = next((name for name in ANSWERS if name in fields), None)
     turns = next((name for name in TURNS if name in fields), None)
+    messages, used, refused = [], {*BESIDE}, {*REFUSED_FIELDS, *INPUTS, *LABELS}
     if prompt and answer:
         messages = _pair(fields, prompt, answer, where)
-        used = {prompt, answer, *INPUTS}
-    elif turns and isinstance(fields[turns], list | tuple) and fields[turns]:
-        messages, used = [_message(turn, where) for turn in fields[turns]], {turns}
+        used |= {prompt, answer, *INPUTS}
+    elif turns and isinstance(fields[turns], list) and fields[turns]:
+        messages = [_message(turn, where) for turn in fields[turns]]
+        used |= {turns}
     elif isinstance(fields.get("text"), str):
-        unused |= fields.keys() - {"text"}
-        return {"text": fields["text"]}
+        used, refused = {"text"}, refused.union(BESIDE).difference(LABELS)
     else:
         raise DataError(f"{where} needs {FORMS}.")
-    used |= {"system", "tools", "chat_template_kwargs"}
-    for name in fields.keys() - used:
-        if name in REFUSED_FIELDS + INPUTS and not _is_empty(fields[name]):
+    for name in sorted(fields.keys() - used, key=str):
+        if name in refused and not _is_empty(fields[name]):
             raise DataError(
                 f'{where}: the field "{name}" would change what is learned and is not '
                 "understood here: write it into the messages, or remove it."
             )
-    unused |= fields.keys() - used
+        unused.add(f"column {name}")
+    if not messages:
+        return {"text": fields["text"]}
     if not _is_empty(fields.get("system")):
-        if messages[0]["role"] == "system":
+        if messages[0]["role"] in SYSTEM_ROLES:
             raise DataError(f"{where} has a system field and a system turn: keep one of them.")
         messages.insert(0, _message({"role": "system", "content": fields["system"]}, where))
     row: Row = {"messages": messages}
@@ -321,6 +366,7 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
             if not isinstance(fields[name], kind):
                 raise DataError(f"{where}: {name} must be a {kind.__name__}.")
             row[name] = fields[name]
+    _require_names(row.get("tools", []), where, "tool")
     return row
 
 
@@ -334,7 +380,7 @@ def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[
         value = fields[name]
         if isinstance(value, str):
             value = [{"role": role, "content": value}]
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list) or not value:
             raise DataError(f"{where} needs {FORMS}: its {name} is not text.")
         sides.append([_message(turn, where) for turn in value])
     for message in sides[0]:
@@ -344,16 +390,17 @@ def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[
         if not _is_empty(fields.get(name)):
             if not isinstance(fields[name], str):
                 raise DataError(f'{where}: its field "{name}" is not text.')
-            sides[0][-1]["content"] += "\n\n" + fields[name]
+            parts = sides[0][-1]["content"], fields[name]
+            sides[0][-1]["content"] = "\n\n".join(filter(None, parts))
     return [*sides[0], *sides[1]]
 
 
 def _message(turn: Any, where: str) -> Message:
-    turn = turn if isinstance(turn, Mapping) else {}
+    turn = turn if isinstance(turn, dict) else {}
     fields = {key: value for key, value in turn.items() if value is not None}
-    if "from" in fields and "role" not in fields:  # ShareGPT
-        fields["role"] = fields.pop("from")
-        fields["content"] = fields.pop("value", None)
+    for theirs, ours in (("from", "role"), ("value", "content")):  # ShareGPT
+        if theirs in fields and not fields.get(ours):
+            fields[ours] = fields.pop(theirs)
     if fields.get("content") is None and not fields.get("tool_calls"):
         raise DataError(f"{where} needs {FORMS}.")
     role = fields.get("role")
@@ -367,17 +414,16 @@ def _message(turn: Any, where: str) -> Message:
     weight = message.pop("weight", 1)
     if weight not in (0, 1):
         raise DataError(f"{where}: the weight of a message is 0 or 1, not {weight!r}.")
-    if not isinstance(message.get("tool_calls", []), list):
-        raise DataError(f"{where}: tool_calls must be a list.")
+    _require_names(message.get("tool_calls", []), where, "tool call")
     return message if weight else message | {"weight": 0}
 
 
 def _text(content: Any, where: str) -> str:
     """A message's content as text; it may be None with tool calls, or a list of parts."""
-    parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = []
     for part in parts:
-        part = part if isinstance(part, Mapping) else {"type": "text", "text": part}
+        part = part if isinstance(part, dict) else {"type": "text", "text": part}
         if part.get("type", "text") != "text":
             raise DataError(f"{where} has content of type {part['type']!r}: only text is trained.")
         if content is not None and part.get("text") is None:
@@ -388,12 +434,25 @@ def _text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _without_none(value: Any) -> Any:
-    """`value` without what is None: Arrow gives every dict the keys of all others."""
+def _require_names(functions: Any, where: str, what: str) -> None:
+    """DataError unless `functions` is a list of tools, or of calls of them, that have a name."""
+    for function in functions if isinstance(functions, list) else [None]:
+        inside = function.get("function", function) if isinstance(function, dict) else None
+        if not isinstance(inside, dict) or not isinstance(inside.get("name"), str):
+            raise DataError(f"{where}: each {what} in a list of them must have a name.")
+
+
+def _plain(value: Any, drop_none: bool = False) -> Any:
+    """`value` made of dicts and lists, for what may also be other mappings, tuples and arrays.
+
+    drop_none: leave out what is None, because a table gives every dict the keys of all others.
+    """
     if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
+        kept = ((key, x) for key, x in value.items() if not drop_none or x is not None)
+        return {key: _plain(x, drop_none) for key, x in kept}
+    value = value.tolist() if hasattr(value, "tolist") else value  # a numpy array or number
+    return [_plain(x, drop_none) for x in value] if isinstance(value, list | tuple) else value
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or isinstance(value, str | list | tuple | dict) and not value
+    return value is None or isinstance(value, str | list | dict) and not value
