@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import onn_core
 from onn_core.run.checkpoints import Checkpoints
@@ -45,7 +45,9 @@ def rows() -> list[dict[str, str]]:
     ]
 
 
-def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple[Path, Path]:
+def write_small(
+    folder: Path, n_layers: int = 3, hidden_size: int = 32, family: str = "llama", **own: int
+) -> tuple[Path, Path]:
     """The folder of a random model with a tokenizer, and a .jsonl file."""
     model_dir, data = folder / "model", folder / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -60,7 +62,8 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
     ).save_pretrained(model_dir)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -68,6 +71,7 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
         num_attention_heads=4,
         pad_token_id=0,
         eos_token_id=0,
+        **own,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(model_dir, max_shard_size="50KB")

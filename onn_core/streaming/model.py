@@ -269,8 +269,12 @@ class StreamedModel:
     def _fit(self, batch_size: int, n_tokens: int, lowest: int | None) -> None:
         n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
-        self.streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        self.streaming.stream.set_slots(self.plan.slots)
+        streaming = self.streaming
+        if streaming.member is not None:
+            streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
+            return
+        streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
+        streaming.stream.set_slots(self.plan.slots)
 
     def _lowest_trained(self, given: dict[str, Any]) -> int | None:
         """The lowest layer that backward reaches: below what is trained, or None."""

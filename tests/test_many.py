@@ -1,0 +1,206 @@
+"""Several runs in one pass over the weights: each is equal, bit for bit, to the run alone."""
+
+import dataclasses
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from small import EVERYTHING, require_equal, write_small
+
+import onn_core
+from onn_core import many
+from onn_core.errors import ConfigError, NonFiniteError, TooManyRunsError
+from onn_core.run.checkpoints import Checkpoints
+from onn_core.streaming.together import Together
+from onn_core.weights.reader import DirectFiles
+
+# Each differs from EVERYTHING in what a run may have of its own.
+DIFFERENT = {
+    "everything": {},
+    "seed": {"seed": 4, "lora_rank": 3, "learning_rate": 1e-3, "batch_size": 5},
+    "last": {"sparse_layers": "last:1", "lora_dropout": 0.0, "max_steps": 4, "eval_every": 3},
+    "short": {"max_length": 40, "micro_batch_size": None, "gradient_accumulation_steps": 3},
+    "plain": {"loss_scale": None, "lr_schedule": "constant", "eval_every": 0, "max_steps": 9},
+    "targets": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 4, "eval_batch_size": 9},
+    "packed": {"packing": True, "held_out_fraction": 0.2, "max_grad_norm": None},
+    "shuffled": {"shuffle_targets": 3, "batch_size": 1, "micro_batch_size": 1, "weight_decay": 0},
+}
+MIXTRAL = {"num_local_experts": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("small"))
+
+
+def settings(small, output_dir, **changes):
+    paths = {"model_dir": str(small[0]), "data": str(small[1]), "output_dir": str(output_dir)}
+    return onn_core.TrainConfig(**EVERYTHING | paths | changes)
+
+
+def together(small, folder, runs, resume=False, **changes):
+    configs = [settings(small, folder / n, **changes | own) for n, own in runs.items()]
+    return onn_core.train_many(configs, resume)
+
+
+def alone(small, folder, runs, **changes):
+    for name, own in runs.items():
+        onn_core.ChunkedLoraTrainer(settings(small, folder / name, **changes | own)).train()
+
+
+def test_eight_different_runs_are_equal_to_each_alone(small, tmp_path):
+    records = together(small, tmp_path / "many", DIFFERENT)
+    alone(small, tmp_path / "alone", DIFFERENT)
+    for name, record in zip(DIFFERENT, records, strict=True):
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+        assert record == onn_core.RunRecord.load(tmp_path / "many" / name / "record.json")
+    assert [len(record.steps) for record in records] == [7, 7, 4, 7, 9, 7, 7, 7]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("onn", "Thread"))]
+
+
+@pytest.mark.parametrize(
+    ("family", "own"), [("mixtral", MIXTRAL), ("gpt2", {}), ("gemma2", {"sliding_window": 4})]
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT sets it for GPT-2
+def test_families(family, own, tmp_path):
+    """A mixture of experts, and a family with dropout of its own."""
+    model = write_small(tmp_path, family=family, **own)
+    names, quick = ("everything", "seed", "last", "short"), {"max_steps": 2, "eval_samples": 2}
+    runs = {name: DIFFERENT[name] | quick for name in names}
+    together(model, tmp_path / "many", runs)
+    alone(model, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def test_the_order_of_runs_and_their_neighbours_change_nothing(small, tmp_path):
+    runs = {name: DIFFERENT[name] for name in ("short", "everything", "last")}
+    together(small, tmp_path / "a", runs)
+    together(small, tmp_path / "b", dict(reversed(runs.items())))
+    for name in runs:
+        require_equal(tmp_path / "a" / name, tmp_path / "b" / name)
+
+
+def test_a_run_that_fails_leaves_the_others_going(small, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": \n')
+    steep = {"learning_rate": 1e30, "max_grad_norm": None, "loss_scale": None}
+    runs = {"steep": steep, "good": {}, "bad": {"data": str(bad)}}
+    records = together(small, tmp_path / "many", runs)
+    alone(small, tmp_path / "alone", {"good": {}})
+    require_equal(tmp_path / "many/good", tmp_path / "alone/good")
+    assert records[0].status.startswith("stopped: step 2: ") and len(records[0].steps) == 1
+    assert "line 1 is not JSON" in records[2].status and not records[2].steps
+    assert (tmp_path / "many/steep/adapter/adapter_model.safetensors").exists()
+    with pytest.raises(NonFiniteError, match="step 2"):
+        together(small, tmp_path / "all", {"steep": steep})
+
+
+def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, tmp_path):
+    def fail(record):
+        if len(record.steps) == 2 and record.config["seed"] == 4:
+            raise RuntimeError("planted")
+
+    names = ("everything", "seed")
+    configs = [settings(small, tmp_path / "many" / name, **DIFFERENT[name]) for name in names]
+    with pytest.raises(RuntimeError, match="planted"):
+        onn_core.train_many(configs, on_step=fail)
+    alone(small, tmp_path / "alone", {name: DIFFERENT[name] for name in names})
+    require_equal(tmp_path / "many/everything", tmp_path / "alone/everything")
+    onn_core.train_many(configs, resume=True)  # from step 2, and from its end
+    require_equal(tmp_path / "many/seed", tmp_path / "alone/seed")
+
+
+def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path):
+    runs = {name: DIFFERENT[name] for name in ("everything", "last", "short")}
+
+    def interrupt(record):
+        if len(record.steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    configs = [settings(small, tmp_path / "many" / name, **own) for name, own in runs.items()]
+    with pytest.raises(KeyboardInterrupt, match="stopped after step .*resume=True"):
+        onn_core.train_many(configs, on_step=interrupt)
+    for config in configs:
+        assert Checkpoints(tmp_path / "many" / config.output_dir, 9).paths()
+    onn_core.train_many(configs, resume=True)
+    alone(small, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monkeypatch):
+    names = ("everything", "last", "short", "shuffled")
+    runs = {name: DIFFERENT[name] | {"max_steps": 5} for name in names}
+    read, n_bytes = DirectFiles.read, 0
+
+    def counted(*arguments):
+        nonlocal n_bytes
+        n_bytes += (n_read := read(*arguments))
+        return n_read
+
+    monkeypatch.setattr(DirectFiles, "read", counted)
+    each = []
+    for name, own in runs.items():
+        n_bytes = 0
+        alone(small, tmp_path / "alone", {name: own})
+        each.append(n_bytes)
+    n_bytes = 0
+    together(small, tmp_path / "many", runs)
+    assert n_bytes <= 1.1 * max(each) < 0.6 * sum(each)
+
+
+@pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
+def test_what_runs_must_share_is_named(name, small, tmp_path):
+    other = {"dtype": "bfloat16", "memory_budget": "4GB", "output_dir": str(tmp_path / "a")}
+    first = settings(small, tmp_path / "a")
+    second = dataclasses.replace(first, output_dir=str(tmp_path / "b"))
+    configs = [first, dataclasses.replace(second, **{name: other.get(name, str(tmp_path))})]
+    with pytest.raises(ConfigError, match=f"{name}.* (train these runs apart|its own)"):
+        onn_core.train_many(configs)
+    with pytest.raises(ConfigError, match="at least one"):
+        onn_core.train_many([])
+
+
+def test_the_random_state_of_the_caller_is_what_it_was(small, tmp_path):
+    before = torch.get_rng_state()
+    together(small, tmp_path, {"a": {"max_steps": 1}, "b": {"max_steps": 1, "seed": 1}})
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_more_runs_than_fit_go_one_group_after_another(small, tmp_path, monkeypatch):
+    """The sum that has no room is said; alone, each run would have it."""
+    groups, refused = [], []
+    plan, run_group = Together.plan, many._run_group
+
+    def noted(group, resume):
+        terms = group[0].trainer.base.plan.terms
+        groups.append((len(group), terms.adapters, terms.total * 1.05))
+        run_group(group, resume)
+
+    def refusing(self):
+        try:
+            plan(self)
+        except TooManyRunsError as error:
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(many, "_run_group", noted)
+    monkeypatch.setattr(Together, "plan", refusing)
+    large = {"lora_rank": 512, "max_steps": 2, "memory_budget": 100_000_000}
+    large["micro_batch_size"] = None  # the plan's
+    runs = {"a": {}, "b": {"batch_size": 6}, "c": {"eval_batch_size": 13}, "d": {"seed": 1}}
+    together(small, tmp_path / "many", runs, **large)
+    (n, adapters, total), (rest, of_one, _) = groups
+    assert (n, rest) == (3, 1) and adapters == 3 * of_one and total <= 100_000_000
+    assert "4 runs in one pass need" in refused[0] and "at most 3 fit" in refused[0]
+    alone(small, tmp_path / "alone", runs, **large)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def test_a_run_that_fits_by_no_plan_says_so(small, tmp_path):
+    with pytest.raises(ConfigError, match="memory_budget of 1 MiB is too small"):
+        together(small, tmp_path, {"a": {}, "b": {}}, memory_budget="1MiB")
