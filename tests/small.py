@@ -30,6 +30,17 @@ EVERYTHING = {
     "device": "cpu",
     "progress": False,
 }
+# Each differs from EVERYTHING in what a run may have of its own.
+DIFFERENT = {
+    "everything": {},
+    "seed": {"seed": 4, "lora_rank": 3, "learning_rate": 1e-3, "batch_size": 5},
+    "last": {"sparse_layers": "last:1", "lora_dropout": 0.0, "max_steps": 4, "eval_every": 3},
+    "short": {"max_length": 40, "micro_batch_size": None, "gradient_accumulation_steps": 3},
+    "plain": {"loss_scale": None, "lr_schedule": "constant", "eval_every": 0, "max_steps": 9},
+    "targets": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 4, "eval_batch_size": 9},
+    "packed": {"packing": True, "held_out_fraction": 0.2, "max_grad_norm": None},
+    "shuffled": {"shuffle_targets": 3, "batch_size": 1, "micro_batch_size": 1, "weight_decay": 0},
+}
 TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
 TIMES += ("bytes_read", "layer_loads", "wall_s")
 
@@ -87,10 +98,14 @@ class OverflowingTrainer(onn_core.ChunkedLoraTrainer):
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": 2.0**127})
 
 
-def trainer(small, output_dir, **changes):
+def config(small, output_dir, **changes):
     model_dir, data = small
     paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
-    return OverflowingTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
+    return onn_core.TrainConfig(**EVERYTHING | paths | changes)
+
+
+def trainer(small, output_dir, **changes):
+    return OverflowingTrainer(config(small, output_dir, **changes))
 
 
 def adapter(folder):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from small import EVERYTHING, require_equal, write_small
+from small import DIFFERENT, config, require_equal, write_small
 
 import onn_core
 from onn_core import many
@@ -16,17 +16,6 @@ from onn_core.run.checkpoints import Checkpoints
 from onn_core.streaming.together import Together
 from onn_core.weights.reader import DirectFiles
 
-# Each differs from EVERYTHING in what a run may have of its own.
-DIFFERENT = {
-    "everything": {},
-    "seed": {"seed": 4, "lora_rank": 3, "learning_rate": 1e-3, "batch_size": 5},
-    "last": {"sparse_layers": "last:1", "lora_dropout": 0.0, "max_steps": 4, "eval_every": 3},
-    "short": {"max_length": 40, "micro_batch_size": None, "gradient_accumulation_steps": 3},
-    "plain": {"loss_scale": None, "lr_schedule": "constant", "eval_every": 0, "max_steps": 9},
-    "targets": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 4, "eval_batch_size": 9},
-    "packed": {"packing": True, "held_out_fraction": 0.2, "max_grad_norm": None},
-    "shuffled": {"shuffle_targets": 3, "batch_size": 1, "micro_batch_size": 1, "weight_decay": 0},
-}
 MIXTRAL = {"num_local_experts": 4, "num_key_value_heads": 2}
 
 
@@ -35,19 +24,14 @@ def small(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("small"))
 
 
-def settings(small, output_dir, **changes):
-    paths = {"model_dir": str(small[0]), "data": str(small[1]), "output_dir": str(output_dir)}
-    return onn_core.TrainConfig(**EVERYTHING | paths | changes)
-
-
 def together(small, folder, runs, resume=False, **changes):
-    configs = [settings(small, folder / n, **changes | own) for n, own in runs.items()]
+    configs = [config(small, folder / n, **changes | own) for n, own in runs.items()]
     return onn_core.train_many(configs, resume)
 
 
 def alone(small, folder, runs, **changes):
     for name, own in runs.items():
-        onn_core.ChunkedLoraTrainer(settings(small, folder / name, **changes | own)).train()
+        onn_core.ChunkedLoraTrainer(config(small, folder / name, **changes | own)).train()
 
 
 def test_eight_different_runs_are_equal_to_each_alone(small, tmp_path):
@@ -104,7 +88,7 @@ def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, tmp_path):
             raise RuntimeError("planted")
 
     names = ("everything", "seed")
-    configs = [settings(small, tmp_path / "many" / name, **DIFFERENT[name]) for name in names]
+    configs = [config(small, tmp_path / "many" / name, **DIFFERENT[name]) for name in names]
     with pytest.raises(RuntimeError, match="planted"):
         onn_core.train_many(configs, on_step=fail)
     alone(small, tmp_path / "alone", {name: DIFFERENT[name] for name in names})
@@ -120,11 +104,11 @@ def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path):
         if len(record.steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    configs = [settings(small, tmp_path / "many" / name, **own) for name, own in runs.items()]
+    configs = [config(small, tmp_path / "many" / name, **own) for name, own in runs.items()]
     with pytest.raises(KeyboardInterrupt, match="stopped after step .*resume=True"):
         onn_core.train_many(configs, on_step=interrupt)
-    for config in configs:
-        assert Checkpoints(tmp_path / "many" / config.output_dir, 9).paths()
+    for name in runs:
+        assert Checkpoints(tmp_path / "many" / name, 9).paths()
     onn_core.train_many(configs, resume=True)
     alone(small, tmp_path / "alone", runs)
     for name in runs:
@@ -155,7 +139,7 @@ def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monk
 @pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
 def test_what_runs_must_share_is_named(name, small, tmp_path):
     other = {"dtype": "bfloat16", "memory_budget": "4GB", "output_dir": str(tmp_path / "a")}
-    first = settings(small, tmp_path / "a")
+    first = config(small, tmp_path / "a")
     second = dataclasses.replace(first, output_dir=str(tmp_path / "b"))
     configs = [first, dataclasses.replace(second, **{name: other.get(name, str(tmp_path))})]
     with pytest.raises(ConfigError, match=f"{name}.* (train these runs apart|its own)"):
