@@ -114,9 +114,10 @@ def _set_up(
         trainer.stop = stop
         try:
             trainer.setup()
-            if run.config.eval_every:
-                size = run.config.eval_batch_size or run.config.batch_size
-                trainer.base.streaming.member.expect(size, run.config.max_length)
+            member, config = trainer.base.streaming.member, trainer.config
+            member.n_passes = config.max_steps * config.gradient_accumulation_steps
+            if config.eval_every:
+                member.expect(config.eval_batch_size or config.batch_size, config.max_length)
             run.trainer, run.random = trainer, random_state(device)
             group.append(run)
             continue

@@ -76,7 +76,8 @@ class Member:
     """The stream as one of several models sees it.
 
     place: where its next visit is: the number of the pass, the visit in the pass, the member.
-    lowest: the lowest layer that its pass trains, None if it trains none.
+    lowest: the lowest layer that its pass trains, None if it trains none. n_passes: that train, in
+    the whole run; only the number of reads depends on it.
     """
 
     def __init__(self, together: Together, part: Part, number: int):
@@ -84,6 +85,7 @@ class Member:
         self.part = part
         self.place = (0, -1, number)
         self.lowest: int | None = None
+        self.n_passes = 0
         self.turn = threading.Semaphore(0)
         self.check: Callable[[], None] = lambda: None
         self._is_last = True  # of those that visit a unit
@@ -126,13 +128,28 @@ class Member:
         n_passes, last, number = self.place
         self.place = (n_passes + (visit <= last), visit, number)
         self.lowest = lowest
-        if min(member.place for member in together.members) != self.place:
-            before = random_state(self.device)
-            together.next()
-            self.turn.acquire()
-            set_random_state(before, self.device)
+        self._wait_for_turn()
+        while visit == 0 and self._gives_way():
+            self.place = (self.place[0] + 1, visit, number)
+            self._wait_for_turn()
         trained = [m.lowest for m in together.members if m.lowest is not None]
         return min(trained, default=None)
+
+    def _wait_for_turn(self) -> None:
+        if min(member.place for member in self.together.members) != self.place:
+            before = random_state(self.device)
+            self.together.next()
+            self.turn.acquire()
+            set_random_state(before, self.device)
+
+    def _gives_way(self) -> bool:
+        """Whether to train in the next pass: in this one the run with most passes evaluates.
+
+        Else all would read the weights of a backward pass that it does not need.
+        """
+        longest = max(self.together.members, key=lambda member: member.n_passes)
+        here = longest.place[0] == self.place[0]
+        return here and longest.lowest is None and self.lowest is not None
 
     # --- the stream ---------------------------------------------------------------------------
 
