@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 
 import pytest
 import torch
+import yaml
 from small import DIFFERENT, config, require_equal, write_small
 
 import onn_core
 from onn_core import many
+from onn_core.__main__ import main
 from onn_core.errors import ConfigError, NonFiniteError, TooManyRunsError
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.streaming.together import Together
@@ -32,6 +35,24 @@ def together(small, folder, runs, resume=False, **changes):
 def alone(small, folder, runs, **changes):
     for name, own in runs.items():
         onn_core.ChunkedLoraTrainer(config(small, folder / name, **changes | own)).train()
+
+
+def count_reads(monkeypatch):
+    """A function that says how many bytes of weights were read since it was last called."""
+    read, n_bytes = DirectFiles.read, 0
+
+    def counted(*arguments):
+        nonlocal n_bytes
+        n_bytes += (n_read := read(*arguments))
+        return n_read
+
+    def taken():
+        nonlocal n_bytes
+        found, n_bytes = n_bytes, 0
+        return found
+
+    monkeypatch.setattr(DirectFiles, "read", counted)
+    return taken
 
 
 def test_eight_different_runs_are_equal_to_each_alone(small, tmp_path):
@@ -118,22 +139,12 @@ def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path):
 def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monkeypatch):
     names = ("everything", "last", "short", "shuffled")
     runs = {name: DIFFERENT[name] | {"max_steps": 5} for name in names}
-    read, n_bytes = DirectFiles.read, 0
-
-    def counted(*arguments):
-        nonlocal n_bytes
-        n_bytes += (n_read := read(*arguments))
-        return n_read
-
-    monkeypatch.setattr(DirectFiles, "read", counted)
-    each = []
+    n_bytes, each = count_reads(monkeypatch), []
     for name, own in runs.items():
-        n_bytes = 0
         alone(small, tmp_path / "alone", {name: own})
-        each.append(n_bytes)
-    n_bytes = 0
+        each.append(n_bytes())
     together(small, tmp_path / "many", runs)
-    assert n_bytes <= 1.1 * max(each) < 0.6 * sum(each)
+    assert n_bytes() <= 1.1 * max(each) < 0.6 * sum(each)
 
 
 @pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
@@ -188,3 +199,49 @@ def test_more_runs_than_fit_go_one_group_after_another(small, tmp_path, monkeypa
 def test_a_run_that_fits_by_no_plan_says_so(small, tmp_path):
     with pytest.raises(ConfigError, match="memory_budget of 1 MiB is too small"):
         together(small, tmp_path, {"a": {}, "b": {}}, memory_budget="1MiB")
+
+
+def test_a_grid_in_a_file_of_settings(small, tmp_path, capsys):
+    quick = {"max_steps": 1, "max_length": 80, "device": "cpu", "progress": False}
+    paths = {"model_dir": str(small[0]), "data": str(small[1]), "output_dir": str(tmp_path / "out")}
+    grid = {"learning_rate": [1e-3, 1e-2], "sparse_layers": ["last:1", [0, 2]]}
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(quick | paths | {"grid": grid}))
+    main(["train", str(file), "batch_size=3"])
+    shown = capsys.readouterr().out.splitlines()
+    rates, layers = ("0.001", "0.01"), ("last-1", "0,2")
+    names = [f"learning_rate={r},sparse_layers={n}" for r in rates for n in layers]
+    assert shown[1::2] == [str(tmp_path / "out" / name / "adapter") for name in names]
+    assert all(line.startswith("finished after 1 steps, loss") for line in shown[::2])
+    for wrong in ("grid={lora_rank: 4}", "grid={rank: [4]}", "grid={seed: []}"):
+        with pytest.raises(SystemExit):
+            main(["train", str(file), wrong])
+        assert re.search("grid must map|rank is no setting", capsys.readouterr().err)
+
+
+@pytest.mark.heavy
+def test_eight_runs_of_smollm2_are_equal_to_each_alone(smollm2_dir, tmp_path, monkeypatch):
+    """The real model, and what the pass reads of it against the hungriest run alone."""
+    n_bytes = count_reads(monkeypatch)
+    fixed = {"batch_size": 4, "max_steps": 3, "max_length": 48, "learning_rate": 1e-3}
+    fixed |= {"eval_every": 3, "eval_samples": 4, "gradient_accumulation_steps": 1}
+    changes = [
+        {"micro_batch_size": None, "lora_dropout": 0.0},
+        {"seed": 1, "lora_rank": 4, "batch_size": 3},
+        {"sparse_layers": "ends:4", "lora_dropout": 0.1},
+        {"sparse_layers": "last:8", "max_length": 64, "max_steps": 2},
+        {"gradient_accumulation_steps": 2, "batch_size": 3},
+        {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 32},
+        {"loss_scale": None, "lr_schedule": "constant"},
+        {"packing": True, "shuffle_targets": 1, "eval_every": 0},
+    ]
+    runs = {str(number): fixed | own for number, own in enumerate(changes)}
+    model = smollm2_dir, "chatterbot"
+    together(model, tmp_path / "many", runs)
+    in_pass, each = n_bytes(), []
+    for name, own in runs.items():
+        alone(model, tmp_path / "alone", {name: own})
+        each.append(n_bytes())
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+    print(f"{in_pass / 1e9:.2f} GB in one pass, {sum(each) / 1e9:.2f} GB one after another")
+    assert in_pass <= 1.1 * max(each)
