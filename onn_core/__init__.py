@@ -5,6 +5,7 @@ from onn_core.adapters.merging import merge
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
 from onn_core.evaluate import answers, perplexity
+from onn_core.many import train_many
 from onn_core.record import RunRecord
 from onn_core.streaming.loading import from_pretrained
 from onn_core.trainer import ChunkedLoraTrainer
@@ -21,4 +22,5 @@ __all__ = [
     "merge",
     "perplexity",
     "prepare_default_model",
+    "train_many",
 ]

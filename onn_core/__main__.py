@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from onn_core.config import TrainConfig
+from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError, OnnError
 from onn_core.weights.geometry import GEOMETRIES
 
@@ -30,7 +30,9 @@ def read_settings(path: Path | None, changes: Sequence[str]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"the settings cannot be read ({error}): correct them.") from error
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(map(str, settings.keys() - known)):
+    grid = settings.get("grid")
+    named = settings.keys() - {"grid"} | (grid.keys() if isinstance(grid, dict) else set())
+    if unknown := sorted(map(str, named - known)):
         raise ConfigError(
             f"{', '.join(unknown)} is no setting of a run: choose among {', '.join(sorted(known))}."
         )
@@ -40,13 +42,20 @@ def read_settings(path: Path | None, changes: Sequence[str]) -> dict[str, Any]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train a LoRA with the settings of a YAML file."""
+    """Train a LoRA with the settings of a YAML file, or one for each combination of its grid."""
+    from onn_core.many import train_many
     from onn_core.trainer import ChunkedLoraTrainer
 
-    config = TrainConfig(**read_settings(arguments.config, arguments.changes))
-    record = ChunkedLoraTrainer(config).train(resume=arguments.resume)
-    print(f"{record.status} after {len(record.steps)} steps, loss {record.steps[-1].loss:.4f}")
-    print(Path(config.output_dir) / "adapter")
+    settings = read_settings(arguments.config, arguments.changes)
+    configs = [TrainConfig(**own) for own in expand_grid(settings)]
+    if "grid" in settings:
+        records = train_many(configs, resume=arguments.resume)
+    else:
+        records = [ChunkedLoraTrainer(configs[0]).train(resume=arguments.resume)]
+    for config, record in zip(configs, records, strict=True):
+        loss = f", loss {record.steps[-1].loss:.4f}" if record.steps else ""
+        print(f"{record.status} after {len(record.steps)} steps{loss}")
+        print(Path(config.output_dir) / "adapter")
 
 
 def merge(arguments: argparse.Namespace) -> None:

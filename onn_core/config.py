@@ -1,6 +1,7 @@
 """`TrainConfig`: every setting of a run, as plain values that papermill can set."""
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -234,6 +235,27 @@ class TrainConfig:
         if "{" not in (values["chat_template"] or ""):
             names.append("chat_template")
         return values | {name: Path(values[name]).name for name in names if values[name]}
+
+
+def expand_grid(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of every run that `settings` means: of each combination of its grid.
+
+    settings: of TrainConfig; beside them "grid" may hold settings with a list of values each. A
+    run's output_dir is then a folder of the common one, named for its values.
+    """
+    common = dict(settings)
+    grid = common.pop("grid", None)
+    if grid is None:
+        return [common]
+    if not isinstance(grid, Mapping) or not all(isinstance(x, list) and x for x in grid.values()):
+        raise ConfigError(f"grid must map settings to lists of values, not {grid!r}.")
+    runs = []
+    for values in itertools.product(*grid.values()):
+        own = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{key}={value}" for key, value in own.items())
+        folder = re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[\[\]' ]", "", name))
+        runs.append(common | own | {"output_dir": str(Path(common["output_dir"]) / folder)})
+    return runs
 
 
 def _is_dataset(value: Any) -> bool:

@@ -13,6 +13,10 @@ class ConfigError(OnnError):
     """A setting is out of range or does not fit the model."""
 
 
+class TooManyRunsError(ConfigError):
+    """More runs than the memory budget has room for in one pass."""
+
+
 class DataError(OnnError):
     """The text cannot be used as it is."""
 

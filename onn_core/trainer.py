@@ -28,7 +28,8 @@ from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop
-from onn_core.streaming.loading import from_pretrained
+from onn_core.streaming.loading import open_streamed
+from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
 
 MAX_SKIPS = 20  # steps in a row that loss scaling may skip; from 2^16 it has then tried 2^-3
@@ -38,16 +39,21 @@ class ChunkedLoraTrainer:
     """Trains a LoRA on a streamed model.
 
     config: all settings. on_step: called after each optimizer step with the record so far.
+    together: what the run has in common with others of `onn_core.train_many`.
 
     Files in `config.output_dir`: `adapter/`, a standard PEFT folder, `record.json`, and
     `checkpoints/`, from which `train(resume=True)` continues.
     """
 
     def __init__(
-        self, config: TrainConfig, on_step: Callable[[RunRecord], None] = lambda record: None
+        self,
+        config: TrainConfig,
+        on_step: Callable[[RunRecord], None] = lambda record: None,
+        together: Together | None = None,
     ):
         self.config = config
         self.on_step = on_step
+        self.together = together
         self.output_dir = Path(config.output_dir)
         self.stop = Stop()
 
@@ -57,7 +63,7 @@ class ChunkedLoraTrainer:
         require_one_process()
         require_writable(self.output_dir)
         memory_before = memory_bytes()
-        self.base = from_pretrained(
+        self.base = open_streamed(
             config.model_dir,
             chunk_size=config.chunk_size,
             micro_batch_size=config.micro_batch_size,
@@ -65,6 +71,7 @@ class ChunkedLoraTrainer:
             host_budget=config.host_budget,
             device=config.device,
             dtype=config.dtype,
+            together=self.together,
         )
         digests = self.base.keep_digests() if config.verify_weights else None
         self.device = self.base.device
@@ -133,11 +140,15 @@ class ChunkedLoraTrainer:
         at once. NonFiniteError names the layer.
         """
         self.setup()
+        return self.run(resume)
+
+    def run(self, resume: bool = False) -> RunRecord:
+        """`train`, once `setup` is done."""
         record = self.record = self.saver.begin(self.record, resume)
         reset_peak_memory(self.device)
         with self.stop:
             try:
-                self._run(record)
+                self._steps(record)
                 record.status = "finished"
                 self.saver.save(record)
             except BaseException as error:
@@ -150,12 +161,13 @@ class ChunkedLoraTrainer:
                 self.base.close(0 if self.stop.at_once else CLOSE_S)
         return record
 
-    def _run(self, record: RunRecord) -> None:
+    def _steps(self, record: RunRecord) -> None:
         """The steps that are left, each with its evaluation and its checkpoint."""
         config, n_done = self.config, len(record.steps)
         started = time.perf_counter() - record.wall_s
         batches = self._batches(n_done)
-        bar = step_bar(self.base, config.max_steps, config.progress)
+        name = self.output_dir.name if self.together else ""
+        bar = step_bar(self.base, config.max_steps, config.progress, name)
         with self.base.stoppable(self.stop.check), bar as bar:
             bar.update(n_done)
             for step in range(n_done, config.max_steps + 1):

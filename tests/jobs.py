@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import torch
-from small import trainer
+from small import DIFFERENT, config, trainer
 
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
@@ -29,6 +29,12 @@ PHASES = {
 
 def run(small: list[str], output_dir: str, resume: bool = False, **changes: object) -> None:
     trainer(small, output_dir, **changes).train(resume=resume)
+
+
+def run_many(small: list[str], output_dir: str, names: list[str], resume: bool = False) -> None:
+    """The runs of these names in one pass, each in a folder of its own."""
+    configs = [config(small, Path(output_dir, name), **DIFFERENT[name]) for name in names]
+    onn_core.train_many(configs, resume=resume)
 
 
 def run_hanging(small: list[str], output_dir: str, close_s: float, **changes: object) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import onn_core
 from onn_core.run.checkpoints import Checkpoints
@@ -30,6 +30,17 @@ EVERYTHING = {
     "device": "cpu",
     "progress": False,
 }
+# Each differs from EVERYTHING in what a run may have of its own.
+DIFFERENT = {
+    "everything": {},
+    "seed": {"seed": 4, "lora_rank": 3, "learning_rate": 1e-3, "batch_size": 5},
+    "last": {"sparse_layers": "last:1", "lora_dropout": 0.0, "max_steps": 4, "eval_every": 3},
+    "short": {"max_length": 40, "micro_batch_size": None, "gradient_accumulation_steps": 3},
+    "plain": {"loss_scale": None, "lr_schedule": "constant", "eval_every": 0, "max_steps": 9},
+    "targets": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 4, "eval_batch_size": 9},
+    "packed": {"packing": True, "held_out_fraction": 0.2, "max_grad_norm": None},
+    "shuffled": {"shuffle_targets": 3, "batch_size": 1, "micro_batch_size": 1, "weight_decay": 0},
+}
 TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
 TIMES += ("bytes_read", "layer_loads", "wall_s")
 
@@ -45,7 +56,9 @@ def rows() -> list[dict[str, str]]:
     ]
 
 
-def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple[Path, Path]:
+def write_small(
+    folder: Path, n_layers: int = 3, hidden_size: int = 32, family: str = "llama", **own: int
+) -> tuple[Path, Path]:
     """The folder of a random model with a tokenizer, and a .jsonl file."""
     model_dir, data = folder / "model", folder / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -60,7 +73,8 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
     ).save_pretrained(model_dir)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -68,6 +82,7 @@ def write_small(folder: Path, n_layers: int = 3, hidden_size: int = 32) -> tuple
         num_attention_heads=4,
         pad_token_id=0,
         eos_token_id=0,
+        **own,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(model_dir, max_shard_size="50KB")
@@ -83,10 +98,14 @@ class OverflowingTrainer(onn_core.ChunkedLoraTrainer):
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": 2.0**127})
 
 
-def trainer(small, output_dir, **changes):
+def config(small, output_dir, **changes):
     model_dir, data = small
     paths = {"model_dir": str(model_dir), "data": str(data), "output_dir": str(output_dir)}
-    return OverflowingTrainer(onn_core.TrainConfig(**EVERYTHING | paths | changes))
+    return onn_core.TrainConfig(**EVERYTHING | paths | changes)
+
+
+def trainer(small, output_dir, **changes):
+    return OverflowingTrainer(config(small, output_dir, **changes))
 
 
 def adapter(folder):

@@ -136,6 +136,35 @@ def test_killed_at_random_times(forks, small, whole, tmp_path, record_property):
     record_property("kills, at random times", n_kills)
 
 
+def test_many_runs_killed_at_random_times(forks, small, tmp_path, record_property):
+    """All of them continue, each from its own newest checkpoint."""
+    names, chance, n_kills = ["everything", "seed", "last", "plain"], random.Random(SEED), 0
+    arguments = {"small": small, "names": names}
+    run(forks, "run_many", output_dir=tmp_path / "whole", **arguments)
+    for number in range(6):
+        output_dir, code = tmp_path / str(number), -9
+        for attempt in range(20):
+            again = {"output_dir": output_dir, "resume": attempt > 0}
+            pid = forks.start("run_many", tmp_path / "errors", **arguments, **again)
+            if attempt < 3:
+                time.sleep(chance.uniform(1, 6))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            code = forks.wait()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, (tmp_path / "errors").read_text()[-3000:]
+            n_kills += 1
+            for folder in output_dir.glob("*"):
+                require_nothing_half_written(folder)
+        assert code == 0
+        for name in names:
+            require_equal(output_dir / name, tmp_path / "whole" / name)
+            require_tidy(output_dir / name)
+    assert n_kills > 6
+    record_property("kills, many runs", n_kills)
+
+
 # --- the disk that is written to ------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A package, or a module at the top, imports only from the rows below its own.
 FLOORS = (
+    ("many",),
     ("trainer",),
     ("run",),
     ("adapters", "evaluate"),

@@ -13,8 +13,13 @@ UPDATE_S = 0.5  # between two updates within a step: one of a large model can ta
 
 
 @contextlib.contextmanager
-def step_bar(model: StreamedModel, n_steps: int, enabled: bool = True) -> Iterator[tqdm]:
-    """A bar of `n_steps` on standard error that the visits of `model` keep alive within a step."""
+def step_bar(
+    model: StreamedModel, n_steps: int, enabled: bool = True, name: str = ""
+) -> Iterator[tqdm]:
+    """A bar of `n_steps` on standard error that the visits of `model` keep alive within a step.
+
+    name: of the run, where several have a bar each.
+    """
     bar = tqdm(total=n_steps, disable=not enabled, file=sys.stderr, unit="step", dynamic_ncols=True)
     n_layers = len(model.streamed_layers)
     began = shown = time.perf_counter()
@@ -31,7 +36,8 @@ def step_bar(model: StreamedModel, n_steps: int, enabled: bool = True) -> Iterat
         place = f"layer {unit + 1}/{n_layers}" if unit < n_layers else "head"
         rate = (n_bytes - shown_bytes) / (now - shown) / 1e9
         left_s = (now - began) / n_visits * max(0, model.n_visits_in_step() - n_visits)
-        bar.set_description_str(f"{phase} {place} {rate:.2f} GB/s, {left_s:.0f} s left in pass")
+        what = f"{name} {phase} {place}".lstrip()
+        bar.set_description_str(f"{what} {rate:.2f} GB/s, {left_s:.0f} s left in pass")
         shown, shown_bytes = now, n_bytes
 
     handle = model.on_visit(show)

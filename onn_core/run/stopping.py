@@ -11,13 +11,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """While it is entered, the first SIGINT or SIGTERM is a request; a second acts at once.
 
-    Signals reach Python's main thread only: in another thread, `request` is the way.
+    Signals reach Python's main thread only: in another thread, `request` is the way. Runs of one
+    pass enter the one that their caller has entered: it asks all of them.
     """
 
     def __init__(self):
         self.requested = False
         self.at_once = False
         self._signal: int | None = None
+        self._n_inside = 0
         self._before: dict[int, object] = {}
 
     def request(self) -> None:
@@ -30,6 +32,9 @@ class Stop:
             raise KeyboardInterrupt
 
     def __enter__(self) -> "Stop":
+        self._n_inside += 1
+        if self._n_inside > 1:
+            return self
         self.requested = self.at_once = False
         self._signal = None
         if threading.current_thread() is threading.main_thread():
@@ -39,6 +44,9 @@ class Stop:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._n_inside -= 1
+        if self._n_inside:
+            return
         self._give_back()
         if self._signal == signal.SIGTERM and not self.at_once:
             print(error, file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
+from onn_core.memory.together import Part
 from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.streaming.batching import Batching
@@ -36,6 +37,7 @@ from onn_core.streaming.layer_weights import Binding, LayerWeights
 from onn_core.streaming.lazy import LazyWeight, StreamedParameter
 from onn_core.streaming.model import streamed_class
 from onn_core.streaming.passes import Passes
+from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming, Visits
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
@@ -119,13 +121,17 @@ def open_streamed(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     stream_class: type[WeightStream] = WeightStream,
+    together: Together | None = None,
 ) -> PreTrainedModel:
-    """`from_pretrained` with another stream: a benchmark has one that reserves nothing."""
+    """`from_pretrained` with another stream: a benchmark has one that reserves nothing.
+
+    together: what this model has in common with others of the same folder.
+    """
     model_folder = ModelFolder.open(model_dir)
     if attn_implementation is not None:
         model_folder.config._attn_implementation = attn_implementation
     device = resolve_device(device)
-    memory_before = memory_bytes()
+    memory_before = memory_bytes() if together is None else together.memory_before
     try:
         model = skeleton(model_folder, dtype, device, streamed_class)
     except ModelFolderError as error:
@@ -148,12 +154,14 @@ def open_streamed(
     ends = [end for end, is_streamed in ((embedding, by_rows), (head, in_blocks)) if is_streamed]
     bindings, end_sources = _fill(model, layers, ends, sources, model_folder, device)
 
-    units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     blocks = []
     if in_blocks:
         stored, in_memory = end_sources[head].entry.dtype, head.weight.dtype
         in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
         blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory, device)
+    if together is not None:
+        blocks = together.same_weights(bindings, blocks)
+    units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     head_units = [[weight] for _, weight in blocks]
     sizes = Sizes(
         layers=units,
@@ -169,14 +177,19 @@ def open_streamed(
     if device.type == "cpu":
         hold_freed_memory(budget is not None)  # whose plan says when to trim
     host_bytes = _host_bytes(host_budget) if device.type == "cuda" else 0
-    slots = planner.plan.slots
-    stream = stream_class(model_folder, units + head_units, slots, device, host_bytes)
+    member = None
+    of_stream = (model_folder, units + head_units, planner.plan.slots, device, host_bytes)
+    make_stream = functools.partial(stream_class, *of_stream)
+    if together is None:
+        stream = make_stream()
+    else:
+        stream = member = together.join(model, make_stream, Part(planner, chunk_size))
     visits = Visits(
         stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
     )
     host_memory = HostMemory(device)
     boundaries = HostBoundaries(host_memory, device)
-    streaming = Streaming(stream, planner, visits, Passes(), Batching(), boundaries, device)
+    streaming = Streaming(stream, planner, visits, Passes(), Batching(), boundaries, device, member)
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)

@@ -272,8 +272,12 @@ class StreamedModel:
 
     def _fit(self, batch_size: int, n_tokens: int, lowest: int | None, n_trained: int) -> None:
         n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
-        self.streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        self.streaming.stream.set_slots(self.plan.slots)
+        streaming = self.streaming
+        if streaming.member is not None:
+            streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
+            return
+        streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
+        streaming.stream.set_slots(self.plan.slots)
 
     def _trained(self) -> dict[int | None, list[nn.Parameter]]:
         """The trained parameters of each layer that has some; None: of all that is outside them.

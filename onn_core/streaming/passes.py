@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Called around each micro-batch in a layer with (layer, rows, args, kwargs); it yields the args and
@@ -78,3 +79,16 @@ class Passes:
         """The forward pass that `owner` began has ended; its backward has what it needs."""
         if self.running is not None and owner is self.latest.owner:
             self.latest.run, self.latest.args, self.latest.kwargs = None, (), {}
+
+
+def random_state(device: torch.device) -> Any:
+    """The state of the generators that layers draw from, on the host and on the device."""
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_device
+
+
+def set_random_state(state: Any, device: torch.device) -> None:
+    """Draw from here on what was drawn after `random_state` gave `state`."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

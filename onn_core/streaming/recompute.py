@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from onn_core.errors import ConfigError
 from onn_core.streaming.batching import CANNOT_CUT, Rows
 from onn_core.streaming.layer_weights import LayerWeights
+from onn_core.streaming.passes import random_state, set_random_state
 from onn_core.weights.slots import StreamedWeight
 
 
@@ -93,7 +94,7 @@ class Call:
             whole: list[Any] = []
             for number, rows in enumerate(self.slices):
                 weights.begin_micro_batch(rows is self.slices[-1])
-                self.random_states.append(_random_state(self.streaming.device))
+                self.random_states.append(random_state(self.streaming.device))
                 if inputs and reserves:
                     graph = self.build_graph(number, inputs, reserves)
                     planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
@@ -180,7 +181,7 @@ class Call:
                 return graph
         device = self.streaming.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _set_random_state(self.random_states[number], device)
+            set_random_state(self.random_states[number], device)
             return self.build_graph(number, inputs)
 
 
@@ -317,14 +318,3 @@ def _add(totals: list[torch.Tensor | None], index: int, grad: torch.Tensor | Non
     if grad is not None:
         total = totals[index]
         totals[index] = grad if total is None else total.add_(grad)
-
-
-def _random_state(device: torch.device) -> Any:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_device
-
-
-def _set_random_state(state: Any, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -16,6 +16,7 @@ from onn_core.memory.planner import Planner
 from onn_core.memory.process import memory_bytes
 from onn_core.streaming.batching import Batching
 from onn_core.streaming.passes import Pass, Passes
+from onn_core.streaming.together import Member
 from onn_core.weights.reader import give_back_memory
 from onn_core.weights.schedule import Use
 from onn_core.weights.stream import WeightStream
@@ -149,6 +150,7 @@ class Streaming:
     batching: Batching
     host_boundaries: HostBoundaries
     device: torch.device
+    member: Member | None = None  # of several models that run together; its stream then
 
     def __deepcopy__(self, memo: Any) -> None:
         raise ConfigError(
@@ -159,8 +161,11 @@ class Streaming:
     @contextlib.contextmanager
     def visit(self, phase: str, unit: int, of: Pass, wait: bool = True) -> Iterator[None]:
         """Enter a unit in the course of a pass."""
+        lowest = of.lowest
+        if self.member is not None:
+            lowest = self.member.meet(phase, unit, lowest)
         by_matrix = self.planner.plan.by_matrix and phase == "backward"
         # Matrix by matrix, all room is for what this layer needs again: recompute, then gradient.
-        future = [Use(unit)] if by_matrix else self.visits.uses_from(phase, unit, of.lowest)
+        future = [Use(unit)] if by_matrix else self.visits.uses_from(phase, unit, lowest)
         with self.visits.visit(phase, unit, future, wait):
             yield

@@ -1,0 +1,104 @@
+"""One plan for several models that run together: their weights are shared, all else adds up."""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+
+from onn_core.errors import ConfigError, TooManyRunsError
+from onn_core.memory.plan import Plan, make_plan
+from onn_core.memory.planner import Planner
+
+# What a model holds while it waits for another between two layers, in boundary activations: its
+# present one with its gradient, and at a head of several blocks two float32 sums.
+WAITING = 6
+
+
+@dataclasses.dataclass
+class Part:
+    """What one of the models asks for, at most; its micro-batch is the one it would have alone."""
+
+    planner: Planner
+    chunk_size: int
+    batch_size: int = 1
+    n_tokens: int = 1  # of a sample
+    micro_batch_size: int = 1
+    n_trained: int = 0  # parameters
+    activations: int = 0  # bytes, of its largest visit
+
+    def batch_bytes(self) -> int:
+        """A boundary activation of the whole batch."""
+        return self.batch_size * self.n_tokens * self.planner.sizes.hidden_bytes
+
+    def ask(self, batch_size: int, n_tokens: int, n_trained: int, plan: Plan) -> None:
+        """Alone, the model would have `plan` for batches (B, T)."""
+        self.n_trained = n_trained
+        if self.planner.budget is not None and plan.terms.activations > self.activations:
+            self.batch_size, self.n_tokens = batch_size, n_tokens
+            self.micro_batch_size = plan.micro_batch_size
+            self.activations = plan.terms.activations
+
+
+def plan_together(parts: Sequence[Part]) -> list[Plan]:
+    """The plan of each model, with the slots of all; no graph is reserved.
+
+    TooManyRunsError, with the sum and how many would fit, if the budget has no room for all.
+    """
+    budget = parts[0].planner.budget
+    if budget is None:
+        slots = functools.reduce(operator.or_, (part.planner.plan.slots for part in parts))
+        n_resident = max(part.planner.plan.n_resident for part in parts)
+        changes = {"slots": slots, "n_resident": n_resident}
+        return [dataclasses.replace(part.planner.plan, **changes) for part in parts]
+    away = "disk" if parts[0].planner.sizes.on_cpu else "host"
+    for place in ("memory", away):
+        try:
+            whole = _plan_sum(parts, place, budget)
+        except ConfigError as error:
+            if place == "memory":
+                continue
+            if len(parts) == 1:
+                raise
+            fits = next(n for n in range(len(parts) - 1, 0, -1) if n == 1 or _fits(parts[:n]))
+            raise TooManyRunsError(
+                f"{len(parts)} runs in one pass need {_plan_sum(parts, place, None).terms}, which "
+                f"a memory_budget of {budget / 2**20:.0f} MiB has no room for: at most {fits} fit."
+            ) from error
+        changes = {"slots": whole.slots, "n_resident": whole.n_resident, "n_reserved": 0}
+        return [
+            part.planner.plan.with_terms(whole.terms, boundaries=place, **changes) for part in parts
+        ]
+    raise AssertionError("the last place returns or raises")
+
+
+def _fits(parts: Sequence[Part]) -> bool:
+    try:
+        return bool(plan_together(parts))
+    except ConfigError:
+        return False
+
+
+def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
+    """The plan of the part with the largest visit, beside all that the others hold."""
+    largest = max(parts, key=lambda part: part.activations)
+    n_layers = len(largest.planner.sizes.layers)
+    others = [part for part in parts if part is not largest]
+    saved = sum(n_layers * part.batch_bytes() for part in others) if place == "memory" else 0
+    held = sum(part.planner.sizes.held_bytes + WAITING * part.batch_bytes() for part in others)
+    sizes = dataclasses.replace(
+        largest.planner.sizes,
+        held_bytes=largest.planner.sizes.held_bytes + held + saved,
+        n_trained=sum(part.n_trained for part in parts),
+        n_back=0,
+    )
+    plan = make_plan(
+        sizes,
+        largest.batch_size,
+        largest.n_tokens,
+        budget,
+        max(part.chunk_size for part in parts),
+        largest.micro_batch_size,
+    )
+    terms = plan.terms
+    there, boundaries = terms.always_there - saved, terms.boundaries + saved
+    return plan.with_terms(dataclasses.replace(terms, always_there=there, boundaries=boundaries))
