@@ -160,9 +160,9 @@ def open_system(
     if system in ("onn", "cached", "baseline"):
         budget = None if system == "baseline" else room_bytes
         stream = NothingResident if system == "baseline" else WeightStream
-        model = open_streamed(
-            model_dir, device=device, memory_budget=budget, stream_class=stream, **settings
-        )
+        settings |= {"memory_budget": budget, "stream_class": stream}
+        settings |= {"host_budget": "auto" if system == "cached" else 0}
+        model = open_streamed(model_dir, device=device, **settings)
         if model.reads_page_cache:  # what a stream counts may come from there
             return model, _disk_bytes
         return model, lambda: model.counts().bytes_read
