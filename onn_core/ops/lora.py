@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onn_core.ops.matmul import in_float32
 
-BLOCK_BYTES = 2 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
+BLOCK_BYTES = 1 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
 CUDA_BLOCK_BYTES = 64 << 20  # there fewer launches count
 SPLIT_TOKENS = 1024  # on CUDA, below that, launches are the limit
 MAX_RANK = 128  # above, MKL's sums in one step are rounded elsewhere
@@ -65,18 +65,18 @@ def _plain_adapter(
         active = active[0]
     if module._disable_adapters or module.merged_adapters or active in module.lora_variant:
         return None
-    layers = module.lora_A, module.lora_B
-    if active not in layers[0] or active not in layers[1]:
-        return None
-    down, up = (layer[active] for layer in layers)
+    parts = module._modules  # not by attribute: this runs at every call
+    down, up, dropout = (
+        parts[x]._modules.get(active) for x in ("lora_A", "lora_B", "lora_dropout")
+    )
     for layer in (down, up):
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        if type(layer) is not nn.Linear or layer.bias is not None or hooks:
+        if type(layer) is not nn.Linear or layer._parameters["bias"] is not None:
             return None
-    dropout = module.lora_dropout[active]
-    if type(dropout) is not nn.Identity and (dropout.training and getattr(dropout, "p", 1) > 0):
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            return None
+    if type(dropout) is not nn.Identity and dropout.training and getattr(dropout, "p", 1) > 0:
         return None
-    a, b = down.weight, up.weight
+    a, b = down._parameters["weight"], up._parameters["weight"]
     if a.dtype != b.dtype or not (module.cast_input_dtype_enabled or a.dtype == x.dtype):
         return None
     compute, kind = a.dtype, x.device.type
@@ -110,7 +110,9 @@ class LoraAdd(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         with _without_autocast(x.device.type):
             add = _add_split if _splits(flat, total, compute) else _add
-            h = add(total.view(-1, total.shape[-1]), flat, a.to(compute), b.to(compute), scaling)
+            if a.dtype != compute:
+                a, b = a.to(compute), b.to(compute)
+            h = add(total.view(-1, total.shape[-1]), flat, a, b, scaling)
         return total, h
 
     @staticmethod
