@@ -80,7 +80,7 @@ def test_what_is_left_of_a_budget_keeps_single_matrices():
 
 def test_on_cuda_a_micro_batch_is_worth_more_than_reading_ahead():
     sizes = geometry_of(geometry("phi-4", 8), on_cpu=False).sizes
-    budget = int(1.53 * 2**30)
+    budget = int(1.44 * 2**30)
     small, large = (make_plan(sizes, batch_size, 128, budget) for batch_size in (32, 128))
     ahead = count_slots(sizes.layers, 1)
     assert not ahead - small.slots and ahead - large.slots
@@ -157,10 +157,10 @@ def test_live_bytes_are_those_of_tensors_that_are_referred_to():
 
 
 def test_activations_of_phi4_are_counted_without_memory_for_them():
-    """260 MiB at 512 tokens: gate_up's adapter alone makes two tensors (512, 35840) in float32."""
+    """195 MiB at 512 tokens, and no float32 copy of gate_up's output (512, 35840)."""
     _, found, kept = visit_bytes(geometry("phi-4"), 32, 16, torch.bfloat16)
-    assert found / 2**20 == pytest.approx(261, abs=15)
-    assert kept / 2**20 == pytest.approx(172, abs=10)
+    assert found / 2**20 == pytest.approx(195, abs=12)
+    assert kept / 2**20 == pytest.approx(140, abs=8)
 
 
 def test_a_geometry_without_files_is_that_of_the_loaded_model():

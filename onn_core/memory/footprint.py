@@ -85,18 +85,24 @@ def visit_bytes(
 
 
 class Footprint:
-    """`visit_bytes` of a model for any batch: linear in its samples, traced once a length."""
+    """`visit_bytes` of a model for any batch, traced at few sizes of each length.
+
+    A peak is the largest of several moments, each about linear in the samples, so it lies below
+    the line between two sizes; above the largest one moment has long been the peak.
+    """
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced: dict[int, list[tuple[int, ...]]] = {}  # T -> of one sample, of two
+        self._traced: dict[tuple[int, int], tuple[int, ...]] = {}  # (B, T)
 
     def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
-        if n_tokens not in self._traced:
-            traces = (self._trace(size, n_tokens) for size in (1, 2))
-            self._traced[n_tokens] = list(zip(*traces, strict=True))
-        pairs = self._traced[n_tokens]
-        return tuple(one + (batch_size - 1) * (two - one) for one, two in pairs)
+        few, many = (1, 32) if batch_size <= 32 else (32, 64)
+        for size in (few, many):
+            if (size, n_tokens) not in self._traced:
+                self._traced[size, n_tokens] = self._trace(size, n_tokens)
+        ends = zip(self._traced[few, n_tokens], self._traced[many, n_tokens], strict=True)
+        part = (batch_size - few) / (many - few)
+        return tuple(round(one + part * (other - one)) for one, other in ends)
 
     def _trace(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         try:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onn_core.ops.matmul import in_float32
 
-BLOCK_BYTES = 2 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
+BLOCK_BYTES = 1 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
 CUDA_BLOCK_BYTES = 64 << 20  # there fewer launches count
 SPLIT_TOKENS = 4096  # on CUDA, below that, launches are the limit
 MAX_RANK = 128  # above, MKL's sums in one step are rounded elsewhere
@@ -49,6 +49,8 @@ def _forward(module: lora.Linear, x: torch.Tensor, *args: Any, **kwargs: Any) ->
     fresh = type(base) in (nn.Linear, Conv1D) and not base._forward_hooks
     if not fresh or not out.is_contiguous():
         out = out.clone(memory_format=torch.contiguous_format)
+    if not torch.is_grad_enabled():
+        return LoraAdd.add(out, x, a, b, scaling, compute)[0]
     return LoraAdd.apply(out, x, a, b, scaling, compute)
 
 
@@ -63,18 +65,18 @@ def _plain_adapter(
         active = active[0]
     if module._disable_adapters or module.merged_adapters or active in module.lora_variant:
         return None
-    layers = module.lora_A, module.lora_B
-    if active not in layers[0] or active not in layers[1]:
-        return None
-    down, up = (layer[active] for layer in layers)
+    parts = module._modules  # not by attribute: this runs at every call
+    down, up, dropout = (
+        parts[x]._modules.get(active) for x in ("lora_A", "lora_B", "lora_dropout")
+    )
     for layer in (down, up):
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        if type(layer) is not nn.Linear or layer.bias is not None or hooks:
+        if type(layer) is not nn.Linear or layer._parameters["bias"] is not None:
             return None
-    dropout = module.lora_dropout[active]
-    if type(dropout) is not nn.Identity and (dropout.training and getattr(dropout, "p", 1) > 0):
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+            return None
+    if type(dropout) is not nn.Identity and dropout.training and getattr(dropout, "p", 1) > 0:
         return None
-    a, b = down.weight, up.weight
+    a, b = down._parameters["weight"], up._parameters["weight"]
     if a.dtype != b.dtype or not (module.cast_input_dtype_enabled or a.dtype == x.dtype):
         return None
     compute, kind = a.dtype, x.device.type
@@ -95,6 +97,25 @@ class LoraAdd(torch.autograd.Function):
     """
 
     @staticmethod
+    def add(
+        out: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        compute: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and h = x A^T (n, r)."""
+        total = out.data  # the same memory, but no view: what comes next may change it in place
+        flat = x.reshape(-1, x.shape[-1])
+        with _without_autocast(x.device.type):
+            add = _add_split if _splits(flat, total, compute) else _add
+            if a.dtype != compute:
+                a, b = a.to(compute), b.to(compute)
+            h = add(total.view(-1, total.shape[-1]), flat, a, b, scaling)
+        return total, h
+
+    @staticmethod
     def forward(
         ctx: Any,
         out: torch.Tensor,
@@ -104,11 +125,7 @@ class LoraAdd(torch.autograd.Function):
         scaling: float,
         compute: torch.dtype,
     ) -> torch.Tensor:
-        total = out.data  # the same memory, but no view: what comes next may change it in place
-        flat = x.reshape(-1, x.shape[-1])
-        with _without_autocast(x.device.type):
-            add = _add_split if _splits(flat, total, compute) else _add
-            h = add(total.view(-1, total.shape[-1]), flat, a.to(compute), b.to(compute), scaling)
+        total, h = LoraAdd.add(out, x, a, b, scaling, compute)
         ctx.save_for_backward(x, a, b, h)
         ctx.scaling = scaling
         return total
@@ -139,17 +156,25 @@ def _add(
     out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Add to out (n, V) in place -> h = x A^T (n, r); the roundings are PEFT's."""
+    if len(x) <= _rows_at_once(x, len(b), a.dtype):
+        h = torch.mm(x.to(a.dtype), a.t())
+        _add_product(out, h, b, scaling)
+        return h
     h = a.new_empty(len(x), len(a))
     for rows in _row_blocks(x, len(b), a.dtype):
-        here, out_here = h[rows], out[rows]
-        torch.mm(x[rows].to(a.dtype), a.t(), out=here)
-        if out.dtype == a.dtype and _in_one_step(out, len(a), scaling):
-            out_here.addmm_(here, b.t(), alpha=scaling)
-        elif _is_exact(scaling):
-            out_here.add_(torch.mm(here, b.t()), alpha=scaling)
-        else:
-            out_here.add_(torch.mm(here, b.t()).mul_(scaling))
+        h[rows] = here = torch.mm(x[rows].to(a.dtype), a.t())
+        _add_product(out[rows], here, b, scaling)
     return h
+
+
+def _add_product(out: torch.Tensor, h: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+    """out (n, V) += scaling h B^T."""
+    if out.dtype == h.dtype and _in_one_step(out, h.shape[1], scaling):
+        out.addmm_(h, b.t(), alpha=scaling)
+    elif _is_exact(scaling):
+        out.add_(torch.mm(h, b.t()), alpha=scaling)
+    else:
+        out.add_(torch.mm(h, b.t()).mul_(scaling))
 
 
 def _in_one_step(out: torch.Tensor, rank: int, scaling: float) -> bool:
@@ -175,7 +200,7 @@ def _grads(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of x (n, C), A and B that are wanted, of that of the output (n, V)."""
     of_x, of_a, of_b = wanted
-    dx, da, db = torch.empty_like(x) if of_x else None, None, None
+    dx = da = db = None
     after = scaling if _is_exact(scaling) else 1.0  # else the gradient itself, as PEFT does it
     for rows in _row_blocks(x, len(b), a.dtype):
         grad_here = grad[rows].to(a.dtype)
@@ -189,11 +214,14 @@ def _grads(
                 grad_h.mul_(after)
             if of_a:
                 da = _sum(da, grad_h.t(), x[rows].to(a.dtype))
-            if of_x and dx.dtype == a.dtype:
-                torch.mm(grad_h, a, out=dx[rows])
+            if of_x and rows.stop - rows.start == len(x):
+                dx = torch.mm(grad_h, a).to(x.dtype)
             elif of_x:
+                dx = torch.empty_like(x) if dx is None else dx
                 dx[rows] = torch.mm(grad_h, a)
-    return dx, da, db.mul_(after) if of_b else None
+    if of_b and after != 1:
+        db.mul_(after)
+    return dx, da, db
 
 
 def _sum(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -205,12 +233,17 @@ def _is_exact(scaling: float) -> bool:
     return abs(math.frexp(scaling)[0]) == 0.5
 
 
+def _rows_at_once(x: torch.Tensor, n_out: int, compute: torch.dtype) -> int:
+    """All rows of x (n, C), or as many as are widened to few bytes."""
+    if x.dtype.itemsize >= compute.itemsize:
+        return max(len(x), 1)
+    n_bytes = CUDA_BLOCK_BYTES if x.is_cuda else BLOCK_BYTES
+    return max(16, n_bytes // (compute.itemsize * max(x.shape[1], n_out)))
+
+
 def _row_blocks(x: torch.Tensor, n_out: int, compute: torch.dtype) -> Iterator[slice]:
-    """All rows of x (n, C), or as many at a time as are widened to few bytes."""
-    size = n = max(len(x), 1)
-    if x.dtype.itemsize < compute.itemsize:
-        n_bytes = CUDA_BLOCK_BYTES if x.is_cuda else BLOCK_BYTES
-        size = max(16, n_bytes // (compute.itemsize * max(x.shape[1], n_out)))
+    """Slices of so many rows; at least one."""
+    size, n = _rows_at_once(x, n_out, compute), max(len(x), 1)
     if x.is_meta:  # one block stands for all
         n = min(n, size)
     for start in range(0, n, size):
