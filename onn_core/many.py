@@ -21,6 +21,8 @@ from onn_core.trainer import ChunkedLoraTrainer
 # One base on one device, in one memory; all else may differ.
 IN_COMMON = ("model_dir", "dtype", "device", "memory_budget")
 
+JOIN_S = 0.2
+
 
 def train_many(
     configs: Sequence[TrainConfig],
@@ -141,4 +143,5 @@ def _run_group(group: Sequence[_Run], resume: bool) -> None:
         thread.start()
     together.next()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():  # a signal that another thread took is handled between two waits
+            thread.join(JOIN_S)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path):
     def interrupt(record):
         if len(record.steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # the main thread handles it
 
     configs = [config(small, tmp_path / "many" / name, **own) for name, own in runs.items()]
     with pytest.raises(KeyboardInterrupt, match="stopped after step .*resume=True"):
