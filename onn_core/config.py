@@ -189,7 +189,9 @@ class TrainConfig:
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("train_on", self.train_on, ("all", "last"))
-        _require_choice("completion_only", self.completion_only, (True, False))
+        for name in ("completion_only", "packing", "verify_weights", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         if self.train_on == "last" and not self.completion_only:
             raise ConfigError('train_on "last" needs completion_only: without, all is learned.')
         if self.chat_template is not None:

@@ -37,6 +37,20 @@ def test_names_of_a_dtype(dtype):
     assert dtype_name(dtype) == made(dtype=dtype).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("name", ["completion_only", "packing", "verify_weights", "progress"])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_switch_is_true_or_false(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be true or false"):
+        made(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["lots", -1, True])
+def test_a_host_budget_that_says_too_little_is_refused(value):
+    with pytest.raises(ConfigError, match="unit, such as"):
+        made(host_budget=value)
+    assert made(host_budget=0).host_budget == 0 and made().host_budget == "auto"
+
+
 def test_target_modules_as_text():
     assert made(target_modules="all-linear") == made(target_modules=None)
     assert made(target_modules="q_proj").target_modules == ["q_proj"]
