@@ -119,7 +119,15 @@ def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, tmp_path):
     require_equal(tmp_path / "many/seed", tmp_path / "alone/seed")
 
 
-def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path):
+@pytest.fixture
+def heeds_interrupts():
+    """Processes in the background of a shell ignore SIGINT, and so would a run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path, heeds_interrupts):
     runs = {name: DIFFERENT[name] for name in ("everything", "last", "short")}
 
     def interrupt(record):
