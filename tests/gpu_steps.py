@@ -1,4 +1,4 @@
-"""Seconds a step beside PEFT with all weights on the GPU: `python tests/gpu_steps.py OUT.json`.
+"""Seconds a step, of ours and of PEFT all on the GPU: `python tests/gpu_steps.py OUT.json`.
 
 On Llama-3-8B's geometry at random, LoRA of rank 8 on every projection of every layer in float32,
 AdamW: each system opens the folder afresh for every case, in this process. A row is written as soon

@@ -162,18 +162,17 @@ class WeightStream:
 
         A reader whose read does not return in time keeps its memory; `enter` is then an error.
         """
-        self._stop(timeout_s)
-        if not self._hangs:
+        if self._stop(timeout_s):
             self.store.close()
 
-    def _stop(self, timeout_s: float) -> None:
-        """`close`, but what the host store holds stays there."""
+    def _stop(self, timeout_s: float) -> bool:
+        """Whether all readers have ended and the slots are given back; the host store stays."""
         with self._work:
             self._closed = True
             self._work.notify_all()
         if threading.current_thread() in self._readers:  # its garbage collection found the owner
             threading.Thread(target=self.close).start()
-            return
+            return False
         deadline = time.monotonic() + (0 if self._hangs else timeout_s)
         self._hangs = True  # until all have ended: who interrupts this does not wait again
         for reader in self._readers:
@@ -183,12 +182,13 @@ class WeightStream:
             self._error = ModelFolderError(
                 "a read of the weights does not return: check the disk and load the model again."
             )
-            return
+            return False
         self._readers.clear()
         self._reads.clear()
         self.schedule.clear()
         self._error = None
         self.files.close()
+        return True
 
     # --- who fetches ----------------------------------------------------------------------
 
