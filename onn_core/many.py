@@ -78,6 +78,7 @@ class _Run:
             trainer.base.streaming.member.run(lambda: trainer.run(resume), self.random)
         except BaseException as error:  # raised by the caller, when the others have ended
             self.error = error
+            trainer.part(error)
         self.record = trainer.record
 
 
@@ -119,7 +120,9 @@ def _set_up(
             member, config = trainer.base.streaming.member, trainer.config
             member.n_passes = config.max_steps * config.gradient_accumulation_steps
             if config.eval_every:
-                member.expect(config.eval_batch_size or config.batch_size, config.max_length)
+                n_rows = -(-(config.eval_batch_size or config.batch_size) // trainer.processes.size)
+                with trainer.processes.together():
+                    member.expect(n_rows, config.max_length)
             run.trainer, run.random = trainer, random_state(device)
             group.append(run)
             continue

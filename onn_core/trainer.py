@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, takewhile
@@ -21,14 +22,15 @@ from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.processes import ALONE, Processes
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
-from onn_core.run.checkpoints import require_one_process, require_writable
+from onn_core.run.checkpoints import require_writable
 from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop
-from onn_core.streaming.loading import open_streamed
+from onn_core.streaming.loading import open_streamed, resolve_device
 from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
 
@@ -40,6 +42,10 @@ class ChunkedLoraTrainer:
 
     config: all settings. on_step: called after each optimizer step with the record so far.
     together: what the run has in common with others of `onn_core.train_many`.
+
+    Under torchrun or accelerate launch every process calls the same: each takes a part of the rows
+    of a batch, which `batch_size` counts for all; `memory_budget` is of one process. Only the first
+    process writes, shows progress and calls `on_step`.
 
     Files in `config.output_dir`: `adapter/`, a standard PEFT folder, `record.json`, and
     `checkpoints/`, from which `train(resume=True)` continues.
@@ -56,12 +62,18 @@ class ChunkedLoraTrainer:
         self.together = together
         self.output_dir = Path(config.output_dir)
         self.stop = Stop()
+        self.processes: Processes = ALONE
 
     def setup(self) -> None:
         """Open everything a run needs; raises OnnError before any long work."""
-        config = self.config
-        require_one_process()
-        require_writable(self.output_dir)
+        self.processes = Processes.of_run(resolve_device(self.config.device))
+        with self.processes.together():
+            self._open()
+
+    def _open(self) -> None:
+        config, processes = self.config, self.processes
+        if processes.is_first:
+            require_writable(self.output_dir)
         memory_before = memory_bytes()
         self.base = open_streamed(
             config.model_dir,
@@ -102,7 +114,7 @@ class ChunkedLoraTrainer:
         n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.base.fit(config.batch_size, config.max_length)
+        self.base.fit(-(-config.batch_size // processes.size), config.max_length)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -112,9 +124,9 @@ class ChunkedLoraTrainer:
             init_scale=config.loss_scale if fixed else 2.0**16,
             enabled=config.loss_scale is not None,
         )
-        state = TrainingState(self.model, self.optimizer, self.scaler, self.device)
+        state = TrainingState(self.model, self.optimizer, self.scaler)
         run = describe_run(config, self.base.model_folder, chain(self.train_set, self.held_out))
-        self.saver = RunSaver(config, self.model, state, run, digests)
+        self.saver = RunSaver(config, self.model, state, run, digests, processes)
         self.record = RunRecord(
             config=config.without_paths(),
             model={
@@ -128,7 +140,7 @@ class ChunkedLoraTrainer:
                 **describe_experts(self.base),
             },
             data=corpus.facts,
-            environment=describe_environment(self.device),
+            environment=describe_environment(self.device) | {"processes": processes.size},
         )
         self._memory_before = memory_before
 
@@ -137,13 +149,17 @@ class ChunkedLoraTrainer:
 
         Whatever stops it, what the last finished step left is saved: the adapter, the record and
         a checkpoint. Ctrl-C and SIGTERM abandon the step between two layers; a second one stops
-        at once. NonFiniteError names the layer.
+        at once. NonFiniteError names the layer. What stops one process stops all.
         """
         self.setup()
-        return self.run(resume)
+        try:
+            return self.run(resume)
+        except BaseException as error:
+            self.part(error)
+            raise
 
     def run(self, resume: bool = False) -> RunRecord:
-        """`train`, once `setup` is done."""
+        """`train`, once `setup` is done; `part` must follow if it raises."""
         record = self.record = self.saver.begin(self.record, resume)
         reset_peak_memory(self.device)
         with self.stop:
@@ -151,15 +167,27 @@ class ChunkedLoraTrainer:
                 self._steps(record)
                 record.status = "finished"
                 self.saver.save(record)
+                self.processes.meet()
             except BaseException as error:
                 if isinstance(error, Exception):  # perhaps for memory: saving needs some
                     self.base.close()
-                if not self.stop.at_once:
+                if self.processes.is_first and not self.stop.at_once:
                     self.saver.save_stopped(record, error)
+                self.processes.tell(error)
                 raise
             finally:
                 self.base.close(0 if self.stop.at_once else CLOSE_S)
         return record
+
+    def part(self, error: BaseException) -> None:
+        """Wait until the other processes know of the error that ended `run`.
+
+        If one of them is lost, perhaps the one that writes, the others save the last finished step.
+        """
+        if self.processes.size > 1 and not self.stop.at_once:
+            self.processes.wait_until_told()
+            if not self.processes.is_first:
+                self.saver.save_stopped(self.record, error)
 
     def _steps(self, record: RunRecord) -> None:
         """The steps that are left, each with its evaluation and its checkpoint."""
@@ -167,7 +195,8 @@ class ChunkedLoraTrainer:
         started = time.perf_counter() - record.wall_s
         batches = self._batches(n_done)
         name = self.output_dir.name if self.together else ""
-        bar = step_bar(self.base, config.max_steps, config.progress, name)
+        shown = config.progress and self.processes.is_first
+        bar = step_bar(self.base, config.max_steps, shown, name)
         with self.base.stoppable(self.stop.check), bar as bar:
             bar.update(n_done)
             for step in range(n_done, config.max_steps + 1):
@@ -182,7 +211,8 @@ class ChunkedLoraTrainer:
                 bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
                 peak = peak_memory_bytes(self.device, self._memory_before)
                 record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
-                self.on_step(record)
+                if self.processes.is_first:
+                    self.on_step(record)
                 self.saver.save_if_due(record)
                 self.stop.check()
 
@@ -195,7 +225,11 @@ class ChunkedLoraTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
 
+        processes = self.processes
         n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
+        own = [data.rows_of(part, processes.rank, processes.size) for part in parts]
+        draws = random.Random(f"step {config.seed} {step} {processes.rank}")  # of dropout
+        torch.manual_seed(draws.getrandbits(63))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
         by_layer: dict[str, float] = {}
@@ -208,8 +242,9 @@ class ChunkedLoraTrainer:
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
                 self.optimizer.zero_grad()
-                run = functools.partial(self._forward, **parts[0], num_items_in_batch=1)
+                run = functools.partial(self._forward, **own[0], num_items_in_batch=1)
                 where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
+                where = max(processes.meet(where))  # "the output of ...", if one of them found it
                 raise NonFiniteError(
                     f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step "
                     f"{step - 1} is saved: lower learning_rate, or use bfloat16, float32 adapters "
@@ -220,12 +255,13 @@ class ChunkedLoraTrainer:
 
         loss, grad_norm = optimizer_step(
             self._forward,
-            parts,
+            own,
             n_counted,
             self.optimizer,
             scaler=self.scaler,
             max_grad_norm=config.max_grad_norm,
             allow=allow,
+            processes=processes,
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -266,11 +302,13 @@ class ChunkedLoraTrainer:
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-                total += float(self._forward(1, **batch).loss)
                 n_counted += int((batch["labels"] != data.IGNORED).sum())
+                batch = data.rows_of(batch, self.processes.rank, self.processes.size)
+                total += float(self._forward(1, **batch).loss)
         self.model.train()
         self.base.check_files()
-        return total / n_counted
+        self.processes.meet()
+        return self.processes.sum(total) / n_counted
 
     def _evaluate_if_due(self, record: RunRecord, started: float) -> None:
         step, config = len(record.steps), self.config

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -106,3 +107,57 @@ def run_with_small_files(small: list[str], output_dir: str, n_bytes: int, after:
 
     made.on_step = limit
     made.train()
+
+
+def launched(n: int, job: str, **arguments: object) -> None:
+    """`job` in `n` processes with the environment that a launcher gives them.
+
+    The exit code is 0 if that of all is, else 1.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(n):
+        pids.append(os.fork())
+        if not pids[-1]:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(n), "MASTER_PORT": str(port)}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            globals()[job](**arguments)
+            return
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    sys.exit(int(any(codes)))
+
+
+def run_each(small: list[str], output_dir: str, runs: dict, resume: bool = False) -> None:
+    """Runs of these names one after another, each in a folder of its own."""
+    for name, changes in runs.items():
+        trainer(small, Path(output_dir, name), **changes).train(resume=resume)
+
+
+def run_until(
+    small: list[str], output_dir: str, rank: int, how: str, after: int, **changes: object
+) -> None:
+    """A run in which something happens to one process in the step that follows step `after`."""
+    made = trainer(small, output_dir, **changes)
+    call = Call.run_forward
+
+    def happen(*args: object) -> object:
+        if made.processes.rank == rank and len(made.record.steps) == after:
+            if how == "stop":
+                made.stop.request()
+            elif how == "error":
+                raise OSError("planted")
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args)
+
+    Call.run_forward = happen
+    try:
+        made.train()
+    except BaseException as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        said = Path(output_dir, f"said-{made.processes.rank}")
+        said.write_text(f"{type(error).__name__}: {error} {notes}")
+        raise

@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "memory"),
     ("weights",),
     ("ops",),
-    ("config", "record"),
+    ("config", "record", "processes"),
     ("errors",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(reversed(FLOORS)) for name in names}

@@ -128,7 +128,7 @@ def test_the_attention_of_transformers_is_honoured():
     assert_same(step(with_lora(got), batch), step(with_lora(want), batch))
 
 
-def test_a_run_in_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+def test_several_processes_that_do_not_know_how_to_meet_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(onn_core.OnnError, match="WORLD_SIZE is 2"):
+    with pytest.raises(onn_core.OnnError, match="WORLD_SIZE is 2, but RANK, MASTER_ADDR"):
         trainer(write_small(tmp_path), tmp_path / "run").train()

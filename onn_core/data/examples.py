@@ -359,6 +359,21 @@ def collate(examples: Sequence[Example], pad_id: int | None = 0) -> dict[str, to
     return batch | {"attention_mask": attention_mask}
 
 
+def rows_of(batch: dict[str, torch.Tensor], part: int, n_parts: int) -> dict[str, torch.Tensor]:
+    """The rows of a batch (B, T) that one of `n_parts` processes takes, as many as the others or
+    one more or less.
+
+    One for which none is left takes the first with no label: it makes the passes of the others, and
+    adds nothing to the loss.
+    """
+    n_rows = len(batch["labels"])
+    rows = slice(n_rows * part // n_parts, n_rows * (part + 1) // n_parts)
+    if rows.start < rows.stop:
+        return {name: values[rows] for name, values in batch.items()}
+    first = {name: values[:1] for name, values in batch.items()}
+    return first | {"labels": torch.full_like(first["labels"], IGNORED)}
+
+
 def _like(examples: Sequence[Example], made: Examples) -> Sequence[Example]:
     """A list of a list, else what is made when it is asked for."""
     return list(made) if isinstance(examples, list) else made

@@ -46,6 +46,19 @@ class Checkpoint:
     state: dict[str, Any]
     record: RunRecord
 
+    def pack(self) -> bytes:
+        """All of it, as one safetensors file, for the other processes of a run."""
+        texts = {"state": json.dumps(self.state), "record": json.dumps(self.record.to_dict())}
+        return safetensors.torch.save(self.tensors, texts)
+
+    @classmethod
+    def unpack(cls, content: bytes) -> "Checkpoint":
+        """What `pack` packed."""
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        state, record = (json.loads(header["__metadata__"][name]) for name in ("state", "record"))
+        record = RunRecord.from_dict(record)
+        return cls(Path(), safetensors.torch.load(content), state, record)
+
 
 class Checkpoints:
     """The newest `n_retained` checkpoints in `output_dir`."""
@@ -146,16 +159,6 @@ def require_state(state: Any) -> None:
             raise ValueError(f"the scaler in {FILES[1]} has {name} {str(value)[:100]}")
     if not all(isinstance(digest, str) for digest in state["digests"].values()):
         raise ValueError(f"{FILES[1]} has digests that are no text")
-
-
-def require_one_process() -> None:
-    """ConfigError under torchrun or accelerate launch with several: all would write one folder."""
-    n_processes = os.environ.get("WORLD_SIZE", "1")
-    if n_processes != "1":
-        raise ConfigError(
-            f"a run is one process, but WORLD_SIZE is {n_processes}: start it without torchrun, "
-            "or use a streamed model in transformers.Trainer."
-        )
 
 
 def require_writable(folder: Path) -> None:

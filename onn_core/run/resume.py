@@ -1,7 +1,7 @@
 """Saves all that training changes and restores it: a resumed run is equal bit for bit.
 
-The batches of a step and its learning rate depend on the seed and the step's number alone, so that
-number stands for the position in the data and in the schedule.
+The batches of a step, its learning rate and what its dropout draws depend on the seed and the
+step's number alone, so that number stands for the position in the data and in the schedule.
 """
 
 import array
@@ -21,15 +21,22 @@ from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
 from onn_core.data.examples import Example
 from onn_core.errors import OnnError
+from onn_core.processes import ALONE, Processes
 from onn_core.record import RunRecord
-from onn_core.run.checkpoints import Checkpoints, remove_leftovers
+from onn_core.run.checkpoints import Checkpoint, Checkpoints, remove_leftovers
 from onn_core.weights.folder import ModelFolder
 
 # A resumed run may have other values of these settings: they change where a run is and how fast it
 # goes, not its numbers.
 MAY_DIFFER = {
     *("model_dir", "data", "output_dir", "adapter", "chunk_size", "memory_budget", "progress"),
-    *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"),
+    *(
+        "host_budget",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "verify_weights",
+    ),
 }
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter that has had a gradient
 
@@ -42,19 +49,10 @@ class TrainingState:
         model: peft.PeftModel,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        device: torch.device,
     ):
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer  # of these parameters, in this order
         self.scaler = scaler
-        self.device = device
-        self.mark()
-
-    def mark(self) -> None:
-        """A step is finished: note the random states, which the next one changes from its start."""
-        self.random = {"random/cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            self.random["random/cuda"] = torch.cuda.get_rng_state(self.device)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state after the last finished step, on the CPU."""
@@ -62,7 +60,7 @@ class TrainingState:
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value.detach()
-        return {name: t.cpu().contiguous() for name, t in (tensors | self.random).items()}
+        return {name: values.cpu().contiguous() for name, values in tensors.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor], scaler: dict[str, Any]) -> None:
         """Set everything to what `tensors` and `scaler` say; OnnError if they do not fit.
@@ -74,7 +72,7 @@ class TrainingState:
         try:
             for name, values in tensors.items():
                 key, _, name = name.partition("/")
-                if key == "random":
+                if key == "random":  # of an earlier version
                     continue
                 parameter = self.trained[name]
                 _require_like(f"{key} of {name}", values, parameter, key)
@@ -88,14 +86,10 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.scaler.load_state_dict(scaler)
-            torch.set_rng_state(tensors["random/cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise OnnError(
                 f"the checkpoint does not fit this model ({error}): start again without resume."
             ) from error
-        self.mark()
 
 
 def _require_like(what: str, values: torch.Tensor, parameter: torch.nn.Parameter, key: str) -> None:
@@ -111,8 +105,8 @@ class RunSaver:
     """Saves a run after any finished step, and restores it.
 
     run: what `describe_run` says. digests: hashes of the weights that were read, if they are
-    verified; readers add to it. whole: False while a step is changing the state, which must not be
-    saved then.
+    verified; readers add to it. processes: of the run, of which one writes. whole: False while a
+    step is changing the state, which must not be saved then.
     """
 
     def __init__(
@@ -122,7 +116,9 @@ class RunSaver:
         state: TrainingState,
         run: dict[str, Any],
         digests: dict[str, str] | None = None,
+        processes: Processes = ALONE,
     ):
+        self.processes = processes
         self.config = config
         self.model = model
         self.state = state
@@ -139,48 +135,67 @@ class RunSaver:
         resume: whether to look for one; else earlier ones are set aside. OnnError if the newest is
         of another run or does not fit.
         """
-        remove_leftovers(self.output_dir)
-        if not resume:
-            self.checkpoints.set_aside()
-            return fresh
-        saved = self.checkpoints.load()
+        if self.processes.size == 1:
+            saved = self._find(resume)
+        else:
+            found = self.processes.share(lambda: (s := self._find(resume)) and s.pack() or b"")
+            saved = Checkpoint.unpack(found) if found else None
         if saved is None:
-            warnings.warn(f"{self.output_dir} has no checkpoint: starts at step 1.", stacklevel=3)
             return fresh
         require_same_run(saved.state, self.run, len(saved.record.steps))
         self.state.restore(saved.tensors, saved.state["scaler"])
         if self.digests is not None:
             self.digests.update(saved.state["digests"])
-        ours, theirs = ({**r.environment, "date": ""} for r in (fresh, saved.record))
-        if ours != theirs:
+        one = {"processes": 1}  # of an earlier version
+        ours, theirs = (one | r.environment | {"date": ""} for r in (fresh, saved.record))
+        if ours != theirs and self.processes.is_first:
             warnings.warn(
                 "the checkpoint is of another machine, other versions or another number of "
-                "threads: the resumed run may differ from a whole one in the last bits.",
+                "threads or processes: the resumed run may differ from a whole one in the last "
+                "bits, and in what dropout draws.",
                 stacklevel=3,
             )
         return dataclasses.replace(saved.record, config=fresh.config, status="running")
 
+    def _find(self, resume: bool) -> Checkpoint | None:
+        """The checkpoint to continue from, in the process that writes; what is in the way goes."""
+        remove_leftovers(self.output_dir)
+        if not resume:
+            self.checkpoints.set_aside()
+            return None
+        saved = self.checkpoints.load()
+        if saved is None:
+            warnings.warn(f"{self.output_dir} has no checkpoint: starts at step 1.", stacklevel=4)
+        return saved
+
     def step_finished(self) -> None:
         """Call when the record has the step that has just changed the state."""
-        self.state.mark()
         self.whole = True
 
     def save_if_due(self, record: RunRecord) -> None:
         """Save a checkpoint if enough steps or minutes have passed since the last."""
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         by_time = minutes and time.monotonic() - self._saved_at >= 60 * minutes
-        if by_time or (every and len(record.steps) % every == 0):
+        due = by_time or (every and len(record.steps) % every == 0)
+        if due and self.processes.is_first:
             self._save_checkpoint(record)
             self._saved_at = time.monotonic()
 
     def save(self, record: RunRecord) -> None:
-        """Save a checkpoint, the adapter and the record; OnnError if they cannot be written."""
-        self._save_checkpoint(record)
-        try:
-            save_adapter(self.model, self.output_dir / "adapter")
-            record.save(self.output_dir / "record.json")
-        except (OSError, SafetensorError) as error:
-            raise self._cannot_write(error) from error
+        """Save a checkpoint, the adapter and the record; OnnError if they cannot be written.
+
+        One process does; of those that have lost one, each that knows no later step.
+        """
+        with self.processes.writing(self.output_dir) as writes:
+            last = [path.name for path in self.checkpoints.paths()[-1:]]
+            if not writes or self.processes.lost and last > [f"step-{len(record.steps):08d}"]:
+                return
+            self._save_checkpoint(record)
+            try:
+                save_adapter(self.model, self.output_dir / "adapter")
+                record.save(self.output_dir / "record.json")
+            except (OSError, SafetensorError) as error:
+                raise self._cannot_write(error) from error
 
     def save_stopped(self, record: RunRecord, error: BaseException) -> None:
         """Save what the last finished step left, and note in `error` how to continue."""

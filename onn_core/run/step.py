@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from onn_core.processes import ALONE, Processes
+
 
 def optimizer_step(
     model: Callable[..., Any],
@@ -16,6 +18,7 @@ def optimizer_step(
     scaler: Any = None,
     max_grad_norm: float | None = None,
     allow: Callable[[float, float], bool] = lambda loss, norm: True,
+    processes: Processes = ALONE,
 ) -> tuple[float, float]:
     """Gradients of all `parts` (each a batch), then one update: the loss, and the gradients' norm.
 
@@ -24,6 +27,7 @@ def optimizer_step(
     own mean. scaler: with the methods of torch.amp.GradScaler; it decides whether to update.
     max_grad_norm: None leaves the gradients as they are, whatever their norm. allow: asked with
     the loss and the norm before the update; False leaves the update out, and it may raise.
+    processes: that have the other rows of each part; loss and norm are those of all rows.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     loss = 0.0
@@ -31,8 +35,9 @@ def optimizer_step(
         part_loss = model(**part, num_items_in_batch=n_counted).loss
         scaler.scale(part_loss).backward()
         loss += float(part_loss.detach())
-    scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = processes.sum_gradients(trained, loss)
+    scaler.unscale_(optimizer)
     norm = get_total_norm([p.grad for p in trained if p.grad is not None])
     if allow(loss, float(norm)):
         if max_grad_norm is not None:

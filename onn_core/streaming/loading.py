@@ -29,6 +29,7 @@ from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
 from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
 from onn_core.ops.norm import NormInParts, is_norm
+from onn_core.processes import local_rank, n_local
 from onn_core.streaming.batching import Batching
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
@@ -421,7 +422,10 @@ def _read(source: Source, model_folder: ModelFolder, like: torch.Tensor) -> torc
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is CUDA if there is one; ConfigError for a device that is not there."""
+    """ "auto" is CUDA if there is one; ConfigError for a device that is not there.
+
+    "cuda" is the first device, or, under a launcher of several processes, this process's own.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -432,7 +436,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ConfigError('there is no CUDA device here: use device="cpu".')
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f'device {device.type!r} is not supported: use "cpu" or "cuda".')
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type == "cpu" or device.index is not None:
+        return device
+    n_devices = torch.cuda.device_count()
+    if n_local() > n_devices > 1:  # with one, the launcher may show each process its own
+        raise ConfigError(
+            f"{n_local()} processes cannot share {n_devices} CUDA devices: start as many processes "
+            "as there are devices."
+        )
+    return torch.device("cuda", local_rank() % n_devices)
 
 
 def _held_bytes(model: PreTrainedModel) -> int:
