@@ -77,7 +77,8 @@ class TrainConfig:
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
-        free, less an eighth. A CPU needs none.
+        free, less an eighth. The processes of a host share it, also on a CPU, which needs none for
+        one process.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.

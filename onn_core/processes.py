@@ -145,17 +145,23 @@ class Processes:
 
     def _heard(self, said: tuple[Any, list[torch.Tensor]]) -> list[str]:
         work, heard = said
-        try:
+        with self._connected():
             while not work.is_completed():
                 time.sleep(LOOK_S)
             work.wait()
-        except RuntimeError as error:  # a connection was closed
+        return [bytes(x.tolist()).rstrip(b"\0").decode(errors="ignore") for x in heard]
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        """OnnError if a connection to another process is closed inside."""
+        try:
+            yield
+        except RuntimeError as error:
             self._ended = self.lost = True
             raise OnnError(
                 "another process of this run has ended without a word, perhaps for memory: see "
                 "what the launcher says of it."
             ) from error
-        return [bytes(x.tolist()).rstrip(b"\0").decode(errors="ignore") for x in heard]
 
     # --- what they exchange -------------------------------------------------------------------
 
@@ -168,11 +174,11 @@ class Processes:
         if self.size == 1:
             return content
         size = torch.tensor([len(content)])
-        dist.broadcast(size, 0, group=self._meeting)
-        values = torch.empty(int(size), dtype=torch.uint8)
-        if self.is_first:
-            values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        dist.broadcast(values, 0, group=self._meeting)
+        with self._connected():
+            dist.broadcast(size, 0, group=self._meeting)
+            values = torch.tensor(bytearray(content).ljust(int(size)), dtype=torch.uint8)
+            if len(values):
+                dist.broadcast(values, 0, group=self._meeting)
         return values.numpy().tobytes()
 
     def sum(self, number: float) -> float:
@@ -180,7 +186,8 @@ class Processes:
         if self.size == 1:
             return number
         total = torch.tensor([number], dtype=torch.float64)
-        dist.all_reduce(total, group=self._meeting)
+        with self._connected():
+            dist.all_reduce(total, group=self._meeting)
         return float(total)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: float) -> float:
@@ -195,9 +202,10 @@ class Processes:
         grads = [p.new_zeros(()).expand_as(p) if p.grad is None else p.grad for p in parameters]
         have = torch.tensor([*(float(p.grad is not None) for p in parameters), loss])
         flat = torch.cat([*(g.flatten().float() for g in grads), have.to(device).float()])
-        dist.all_reduce(flat, group=self._gradients)
         *values, have = flat.split([*(p.numel() for p in parameters), n + 1])
-        *have, loss = have.tolist()
+        with self._connected():
+            dist.all_reduce(flat, group=self._gradients)
+            *have, loss = have.tolist()
         for parameter, value, has in zip(parameters, values, have, strict=True):
             if has:
                 parameter.grad = value.view_as(parameter).to(parameter.dtype)

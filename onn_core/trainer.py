@@ -184,6 +184,7 @@ class ChunkedLoraTrainer:
 
         If one of them is lost, perhaps the one that writes, the others save the last finished step.
         """
+        self.processes.tell(error)
         if self.processes.size > 1 and not self.stop.at_once:
             self.processes.wait_until_told()
             if not self.processes.is_first:

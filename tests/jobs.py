@@ -1,5 +1,6 @@
 """What children of `forks` do. Every function takes values of JSON."""
 
+import json
 import os
 import resource
 import signal
@@ -97,9 +98,11 @@ def run_limited(small: list[str], output_dir: str, n_bytes: int, **changes: obje
     made.train(resume=True)
 
 
-def run_with_small_files(small: list[str], output_dir: str, n_bytes: int, after: int) -> None:
+def run_with_small_files(
+    small: list[str], output_dir: str, n_bytes: int, after: int, **changes: object
+) -> None:
     """A run that can write no file above `n_bytes` after step `after`."""
-    made = trainer(small, output_dir)
+    made = trainer(small, output_dir, **changes)
 
     def limit(record: onn_core.RunRecord) -> None:
         if len(record.steps) == after:
@@ -109,8 +112,8 @@ def run_with_small_files(small: list[str], output_dir: str, n_bytes: int, after:
     made.train()
 
 
-def launched(n: int, job: str, **arguments: object) -> None:
-    """`job` in `n` processes with the environment that a launcher gives them.
+def launched(n: int, each: str, **arguments: object) -> None:
+    """`each` in `n` processes with the environment that a launcher gives them.
 
     The exit code is 0 if that of all is, else 1.
     """
@@ -124,7 +127,7 @@ def launched(n: int, job: str, **arguments: object) -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(n), "MASTER_PORT": str(port)}
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-            globals()[job](**arguments)
+            globals()[each](**arguments)
             return
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     sys.exit(int(any(codes)))
@@ -161,3 +164,14 @@ def run_until(
         said = Path(output_dir, f"said-{made.processes.rank}")
         said.write_text(f"{type(error).__name__}: {error} {notes}")
         raise
+
+
+def run_counting(small: list[str], output_dir: str, **changes: object) -> None:
+    """A run after which a file says how many bytes of the weights this process read."""
+    made = trainer(small, output_dir, **changes)
+    made.train()
+    units = made.base.streaming.stream.units
+    weights = {weight for unit in units for weight in unit}
+    found = {"read": made.base.counts().bytes_read, "weights": len(weights)}
+    found["bytes"] = sum(weight.n_bytes for weight in weights)
+    Path(output_dir, f"read-{made.processes.rank}").write_text(json.dumps(found))

@@ -7,11 +7,16 @@ import torch
 
 
 def memory_bytes(field: str = "VmRSS") -> int:
-    """This process's memory: VmRSS now, VmHWM its peak since `reset_peak_memory`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    """This process's memory: VmRSS now, VmHWM its peak since `reset_peak_memory`.
+
+    What it shares with others now counts as nobody's.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in lines if line.endswith("kB"))
+    if field not in sizes:
+        raise OSError(f"/proc/self/status has no {field}")
+    own, shared = (int(sizes.get(name, "0 kB").split()[0]) for name in (field, "RssShmem"))
+    return (own - shared) * 1024
 
 
 def reset_peak_memory(device: torch.device) -> None:

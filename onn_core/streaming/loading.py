@@ -44,6 +44,7 @@ from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
 from onn_core.weights.reader import hold_freed_memory, host_memory_bytes
+from onn_core.weights.shared import is_shared
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
 
@@ -85,7 +86,8 @@ def from_pretrained(
         plans the micro-batch, the resident layers, and where boundary activations wait, at the
         first forward of a batch size. None makes `chunk_size` layers resident.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
-        are copied instead of read; "auto" is what is free, less an eighth. A CPU needs none.
+        are copied instead of read; "auto" is what is free, less an eighth. The processes of a host
+        share it, also on a CPU, which needs none for one.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
     of_transformers: `attn_implementation`, as in transformers; the others of its `from_pretrained`
@@ -177,7 +179,7 @@ def open_streamed(
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         hold_freed_memory(budget is not None)  # whose plan says when to trim
-    host_bytes = _host_bytes(host_budget) if device.type == "cuda" else 0
+    host_bytes = _host_bytes(host_budget, device, budget)
     member = None
     of_stream = (model_folder, units + head_units, planner.plan.slots, device, host_bytes)
     make_stream = functools.partial(stream_class, *of_stream)
@@ -199,6 +201,7 @@ def open_streamed(
     rows = None
     if by_rows:
         in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
+        in_store = in_store and device.type == "cuda"
         rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device, in_store)
         embedding.forward = rows
     streamed_head = None
@@ -214,10 +217,20 @@ def open_streamed(
     return model.eval()
 
 
-def _host_bytes(host_budget: int | str | None) -> int:
-    """Bytes of the host store; "auto" leaves an eighth of what is free to the rest."""
+def _host_bytes(
+    host_budget: int | str | None, device: torch.device, memory_budget: int | None
+) -> int:
+    """Bytes of the host store; "auto" leaves an eighth of what is free to the rest.
+
+    On a CPU only several processes have one, and "auto" leaves each its own memory as well.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu and not is_shared():
+        return 0
     if host_budget == "auto":
-        return host_memory_bytes() * 7 // 8
+        free = host_memory_bytes()
+        own = n_local() * memory_budget if memory_budget is not None else free // 2
+        return max(0, free - own * on_cpu) * 7 // 8
     return parse_bytes(host_budget or None) or 0
 
 

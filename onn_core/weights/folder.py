@@ -129,6 +129,11 @@ class ModelFolder:
                 _read_into(descriptor, entry.path, block, entry.offset + start)
                 yield block
 
+    @property
+    def stamps(self) -> dict[Path, tuple[int, int]]:
+        """The path, and size and modification time at `open`, of every shard."""
+        return self._stamps
+
     def check_unchanged(self) -> None:
         """ModelFolderError if the size or the modification time of a shard is not as at `open`."""
         for path, at_open in self._stamps.items():

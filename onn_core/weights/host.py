@@ -3,11 +3,15 @@
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from onn_core.errors import ConfigError
+from onn_core.processes import local_rank, n_local
 from onn_core.weights.reader import host_buffer
+from onn_core.weights.shared import SharedMemory, is_shared
 from onn_core.weights.slots import READ_BYTES, StreamedWeight
 
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -27,16 +31,32 @@ def unpin(memory: torch.Tensor) -> None:
 class HostStore:
     """Weights that wait in host memory for a device: each from its first read on.
 
+    The processes of one host share one, on a CPU as well; each reads a part of a weight first.
+
     weights: all that are streamed, in the order of their use. budget: bytes that they may take. If
-    not all fit, those that do are spread evenly, so that the disk is read all the time.
+    not all fit, those that do are spread evenly, so that the disk is read all the time. what: says
+    which weights they are.
     """
 
-    def __init__(self, device: torch.device, weights: Sequence[StreamedWeight], budget: int):
+    def __init__(
+        self, device: torch.device, weights: Sequence[StreamedWeight], budget: int, what: str = ""
+    ):
         self._device = device
         self._memory: dict[StreamedWeight, torch.Tensor | None] = {}
         self._pinned: list[torch.Tensor] = []
         self._warned = False
         total = sum(weight.host_bytes for weight in weights)
+        self._shared: SharedMemory | None = None
+        self._places: dict[StreamedWeight, tuple[int, int]] = {}  # its first byte, its first piece
+        if budget and is_shared():
+            start = piece = 0
+            for weight in weights:
+                self._places[weight] = start, piece
+                start, piece = start + weight.host_bytes, piece + len(weight.reads())
+                what += f" {weight.source.entry} {weight.shape} {weight.dtype}"
+            self._of_shared = what, total, piece, budget
+            self._shared = open_shared(*self._of_shared)
+            budget = self._shared.budget
         passed = 0
         self.budget_used = 0
         for weight in weights:
@@ -51,8 +71,26 @@ class HostStore:
 
     def reserve(self, weight: StreamedWeight) -> None:
         """Map memory for a weight; MemoryError or OSError if there is none."""
-        if self._memory[weight] is None:
+        if self._memory[weight] is not None:
+            return
+        if not self._places:
             self._memory[weight] = host_buffer(weight.host_bytes)
+            return
+        self._shared = self._shared or open_shared(*self._of_shared)
+        self._memory[weight] = self._shared.part(self._places[weight][0], weight.host_bytes)
+
+    def reads(self, weight: StreamedWeight) -> list[tuple[int, int]]:
+        """Those of a weight, in the order for this process: each begins at another part."""
+        reads = weight.reads()
+        first = len(reads) * local_rank() // n_local() if self._places else 0
+        return reads[first:] + reads[:first]
+
+    def piece(self, weight: StreamedWeight, start: int) -> AbstractContextManager[bool]:
+        """Around the read of a weight that begins at `start`: whether it has yet to be done."""
+        if self._shared is None or not self.holds(weight):
+            return nullcontext(True)
+        number = max(0, start - weight.first_page) // READ_BYTES if weight.source.direct else 0
+        return self._shared.piece(self._places[weight][1] + number)
 
     def memory(self, weight: StreamedWeight) -> torch.Tensor:
         """(host_bytes,) uint8, page-aligned, that the weight is read into."""
@@ -60,6 +98,8 @@ class HostStore:
 
     def pin(self, weight: StreamedWeight) -> None:
         """Pin the memory of a weight after it was read: its pages are there, so that is quick."""
+        if self._device.type != "cuda":
+            return
         memory = self._memory[weight]
         try:
             pin(memory, self._device)
@@ -87,6 +127,20 @@ class HostStore:
         self._pinned.clear()
         for weight in self._memory:
             self._memory[weight] = weight.host = None
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+
+def open_shared(*given: Any) -> SharedMemory:
+    """SharedMemory of `given`; ConfigError where the processes cannot tell each other of it."""
+    try:
+        return SharedMemory(*given)
+    except OSError as error:
+        raise ConfigError(
+            f"the processes of this host cannot share memory ({error}): set TMPDIR to a folder "
+            "that they can write, or host_budget to 0."
+        ) from error
 
 
 class HostMemory:

@@ -45,8 +45,8 @@ class WeightStream:
     """Fetches the coming units' weights into a fixed number of slots.
 
     model_folder: where the weights lie. units: the weights of each unit. slots: size in bytes ->
-    how many. host_budget: bytes of host memory that may hold weights for a device. check: called
-    while the compute waits; it may raise, to abandon a step.
+    how many. host_budget: bytes of host memory that may hold weights for a device, or for several
+    processes. check: called while the compute waits; it may raise, to abandon a step.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WeightStream:
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         every = [weight for unit in self.units for weight in unit]
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
-        self.store = HostStore(device, every, host_budget if device.type == "cuda" else 0)
+        self.store = HostStore(device, every, host_budget, str(model_folder.stamps))
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
         self._reads: deque[tuple[StreamedWeight, int, int]] = deque()
         self._error: Exception | None = None
@@ -208,14 +208,17 @@ class WeightStream:
             if weight.host is not None:
                 self._copy(weight)
                 continue
-            reads = weight.reads()
+            reads = self.store.reads(weight)
             weight.reads_left = len(reads)
             self._reads.extend((weight, start, stop) for start, stop in reads)
             self._work.notify(len(reads))
 
     def _copy(self, weight: StreamedWeight) -> None:
-        """Queue the copy of a weight of the host store into its slot."""
+        """Queue the copy of a weight of the host store into its slot; a CPU takes it as it is."""
         slot = weight.slot
+        if self.copy_stream is None:
+            weight.tensor = weight.host
+            return
         weight.tensor = weight.view(slot.memory)
         self.copy_stream.wait_event(slot.used)
         with torch.cuda.stream(self.copy_stream):
@@ -257,7 +260,9 @@ class WeightStream:
                 weight, start, stop = self._reads.popleft()
             n_read, error, started = 0, self._error, time.perf_counter()
             try:
-                n_read = self.fetch(weight, start, stop, staging) if error is None else 0
+                if error is None:
+                    with self.store.piece(weight, start) as absent:
+                        n_read = self.fetch(weight, start, stop, staging) if absent else 0
             except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
             with self._ready:
