@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         records = [ChunkedLoraTrainer(configs[0]).train(resume=arguments.resume)]
     for config, record in zip(configs, records, strict=True):
+        if os.environ.get("RANK", "0") != "0":  # another process of the run speaks
+            break
         loss = f", loss {record.steps[-1].loss:.4f}" if record.steps else ""
         print(f"{record.status} after {len(record.steps)} steps{loss}")
         print(Path(config.output_dir) / "adapter")

@@ -32,3 +32,11 @@ def frozen(what: str) -> ConfigError:
         "(target_modules) are trained, not modules_to_save or the weights themselves. Merge an "
         "adapter with onn_core.merge, and begin one with init_lora_weights=True."
     )
+
+
+def sharded(by: str) -> ConfigError:
+    """Something wants to copy or to shard weights that are streamed."""
+    return ConfigError(
+        f"{by} cannot hold the weights of a streamed model, which stay on disk: start one process "
+        "a GPU with torchrun or accelerate launch --multi_gpu, by which adapters alone are shared."
+    )

@@ -9,8 +9,15 @@ import sys
 import threading
 from pathlib import Path
 
+import peft
 import torch
-from small import DIFFERENT, config, trainer
+from small import DIFFERENT, config, rows, trainer
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
@@ -175,3 +182,31 @@ def run_counting(small: list[str], output_dir: str, **changes: object) -> None:
     found = {"read": made.base.counts().bytes_read, "weights": len(weights)}
     found["bytes"] = sum(weight.n_bytes for weight in weights)
     Path(output_dir, f"read-{made.processes.rank}").write_text(json.dumps(found))
+
+
+def run_together(small: list[str], output_dir: str, runs: dict, fails: str) -> None:
+    """Runs in one pass, of which one fails after step 2 in the process that calls `on_step`."""
+
+    def fail(record: onn_core.RunRecord) -> None:
+        if len(record.steps) == 2 and record.config["output_dir"] == fails:
+            raise onn_core.OnnError("planted")
+
+    configs = [config(small, Path(output_dir, name), **own) for name, own in runs.items()]
+    onn_core.train_many(configs, on_step=fail)
+
+
+def run_trainer(small: list[str], output_dir: str) -> None:
+    """transformers.Trainer on batches of 4 rows of all processes, whose lengths differ."""
+    n = int(os.environ["WORLD_SIZE"])
+    sizes = {"per_device_train_batch_size": 4 // n, "max_steps": 4}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir, **sizes, **quiet, use_cpu=True, learning_rate=1e-2)
+    tokenizer = AutoTokenizer.from_pretrained(small[0])
+    data = [tokenizer(" and ".join(row.values())) for row in rows()]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    base = onn_core.from_pretrained(small[0], device="cpu")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+    Trainer(model, arguments, collator, train_dataset=data).train()
+    if os.environ["RANK"] == "0":
+        model.save_pretrained(output_dir)

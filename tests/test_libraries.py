@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed
 from small import trainer, write_small
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -83,19 +84,46 @@ def test_torch_compile_trains_the_same():
     assert_same((loss, plain), want)
 
 
-def test_data_parallel_of_one_process_reduces_the_adapters(monkeypatch):
+@pytest.fixture
+def one_of_one(monkeypatch):
+    """This process, as the only one of its group."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        want = step(with_lora(in_memory(toy_dir("llama"))), toy_batch())
-        model = with_lora(streamed(toy_dir("llama")))
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        loss, gradients = step(model, toy_batch())
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_of_one_process_reduces_the_adapters(one_of_one):
+    want = step(with_lora(in_memory(toy_dir("llama"))), toy_batch())
+    model = with_lora(streamed(toy_dir("llama")))
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    loss, gradients = step(model, toy_batch())
     plain = {name.removeprefix("module."): grad for name, grad in gradients.items()}
     assert_same((loss, plain), want)
+
+
+@pytest.mark.parametrize("shard", [FullyShardedDataParallel, fully_shard])
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_fsdp_is_refused(shard, one_of_one):
+    with pytest.raises(onn_core.OnnError, match="FSDP cannot hold .* torchrun"):
+        shard(with_lora(streamed(toy_dir("llama"))))
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    model = streamed(toy_dir("llama"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher and Trainer do
+    with pytest.raises(onn_core.OnnError, match="DeepSpeed cannot hold"):
+        model(**toy_batch())
+    with pytest.raises(onn_core.OnnError, match="DeepSpeed cannot hold"):
+        streamed(toy_dir("llama"))
+
+
+def test_data_parallel_in_one_process_is_refused():
+    """By what nn.DataParallel asks of each module of which it makes replicas for several GPUs."""
+    with pytest.raises(onn_core.OnnError, match="DataParallel cannot hold .* torchrun"):
+        for module in with_lora(streamed(toy_dir("llama"))).modules():
+            module._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

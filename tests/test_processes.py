@@ -1,10 +1,18 @@
 """Several processes train what one trains: the same numbers, one writer, one end for all."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import yaml
 from forks import Forks
-from small import adapter, numbers, require_equal, trainer, write_small
+from safetensors.torch import load_file
+from small import adapter, config, numbers, require_equal, trainer, write_small
 from toy import difference
 
 import onn_core
@@ -17,7 +25,7 @@ RUNS = {
     "fewer rows than processes": SAME | {"batch_size": 1, "micro_batch_size": 1},
     "a short batch at the end": SAME
     | {"batch_size": 6, "max_steps": None, "num_train_epochs": 1, "loss_scale": None},
-    "packed": SAME | {"packing": True, "gradient_accumulation_steps": 3},
+    "packed": SAME | {"packing": True, "gradient_accumulation_steps": 3, "loss_scale": None},
 }
 ROUNDING = 2e-5  # of the largest value of a tensor
 
@@ -114,17 +122,17 @@ def test_with_dropout_a_resumed_run_of_processes_is_equal_bit_for_bit(forks, sma
     require_equal(cut, whole)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "rank", "said"),
     [
-        ("stop", "KeyboardInterrupt: stopped after step 2 of 5: train(resume=True)"),
-        ("error", "planted stopped after step 2 of 5: train(resume=True)"),
-        ("kill", "has ended without a word"),
+        ("stop", 2, "KeyboardInterrupt: stopped after step 2 of 5: train(resume=True)"),
+        ("error", 1, "planted stopped after step 2 of 5: train(resume=True)"),
+        ("kill", 0, "has ended without a word"),
+        ("kill", 2, "has ended without a word"),
     ],
 )
 def test_what_ends_one_process_ends_all_with_the_last_step_saved(
-    how, said, rank, forks, small, tmp_path
+    how, rank, said, forks, small, tmp_path
 ):
     changes = RUNS["uneven"] | {"after": 2, "rank": rank, "how": how}
     code, errors = launch(forks, 3, "run_until", small, tmp_path, **changes)
@@ -152,3 +160,72 @@ def test_a_full_disk_ends_all_with_one_sentence(forks, small, tmp_path):
     changes = RUNS["uneven"] | {"n_bytes": 100, "after": 2}
     code, errors = launch(forks, 2, "run_with_small_files", small, tmp_path, **changes)
     assert code == 1 and errors.count("OnnError") >= 2 and "cannot be written" in errors, errors
+
+
+def test_many_runs_of_processes(forks, small, alone, tmp_path):
+    """Three runs in one pass, one of which fails in one process."""
+    names = ["a short batch at the end", "uneven", "packed"]
+    runs = {name: RUNS[name] for name in names}
+    code, errors = launch(forks, 2, "run_together", small, tmp_path, runs=runs, fails="uneven")
+    assert code == 0, errors
+    for name in (names[0], names[2]):
+        require_close(tmp_path / name, alone / name)
+    record = onn_core.RunRecord.load(tmp_path / "uneven" / "record.json")
+    assert record.status == "stopped: planted" and len(record.steps) == 2
+    assert saved_step(tmp_path / "uneven") == "step-00000002"
+
+
+def test_trainer_of_transformers_under_a_launcher(forks, small, tmp_path):
+    """By plain DistributedDataParallel: the adapters are those of one process."""
+    for n in (1, 2):
+        code, errors = launch(forks, n, "run_trainer", small, tmp_path / str(n))
+        assert code == 0, errors
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "21")
+    assert ours.keys() == theirs.keys() and any(theirs[name].any() for name in theirs)
+    for name, expected in theirs.items():
+        assert difference(ours[name], expected) <= ROUNDING, name
+
+
+def torchrun(settings, path, *more):
+    """The command line on two processes, as a user starts it."""
+    path.write_text(yaml.safe_dump(settings.to_dict()))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "onn_core", "train", str(path), *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes)
+
+
+def test_torchrun_of_the_command_line(small, alone, tmp_path):
+    settings = config(small, tmp_path / "run", **RUNS["packed"])
+    running = torchrun(settings, tmp_path / "run.yaml")
+    out, errors = running.communicate()
+    assert running.returncode == 0, errors
+    assert out.count("finished after 5 steps") == 1  # one process speaks
+    require_close(tmp_path / "run", alone / "packed")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_ends_within_a_minute_when_one_process_is_killed(rank, small, tmp_path):
+    changes = {"max_steps": 10_000, "checkpoint_every": 0, "eval_every": 0, "progress": True}
+    settings = config(small, tmp_path / "run", **SAME | changes)
+    running = torchrun(settings, tmp_path / "run.yaml", "checkpoint_minutes=0")
+    seen = ""
+    while "3/10000" not in seen:
+        seen += running.stderr.read(1)
+    found = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True)
+    of_rank = {int(environment(pid)["RANK"]): int(pid) for pid in found.stdout.split()}
+    os.kill(of_rank[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = running.communicate()
+    assert time.monotonic() - killed < 60 and running.returncode != 0
+    n_done = int(saved_step(tmp_path / "run").removeprefix("step-"))
+    assert n_done >= 3
+    assert f"stopped after step {n_done} of 10000: train(resume=True) continues" in errors, errors
+    assert onn_core.RunRecord.load(tmp_path / "run" / "record.json").steps[-1].step == n_done
+
+
+def environment(pid):
+    """The environment variables of a process."""
+    content = Path(f"/proc/{pid}/environ").read_text()
+    return dict(entry.split("=", 1) for entry in content.split("\0") if "=" in entry)

@@ -7,6 +7,7 @@ families by them: label smoothing, saved adapters, automatic classes.
 import contextlib
 import functools
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from onn_core.errors import ConfigError, OnnError, frozen
+from onn_core.errors import ConfigError, OnnError, frozen, sharded
 from onn_core.memory.plan import Plan, Sizes
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, causal_lm_loss
@@ -179,6 +180,18 @@ class StreamedModel:
         prefixes = ("", "base_model.", "base_model.model.")  # of PEFT's wrappers
         return [prefix + name for name in frozen_names for prefix in prefixes]
 
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """What both kinds of FSDP set of the modules that they shard."""
+        return False
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        raise sharded("FSDP")
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise sharded("nn.DataParallel")
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         """Under `.to()`, `.half()` and the like: nothing to do, or ConfigError."""
         if "streaming" not in vars(self):  # it is being made
@@ -236,6 +249,7 @@ class StreamedModel:
         streaming = self.streaming
         if streaming.batching.probing:
             return args, kwargs
+        require_no_deepspeed()
         trained = self._trained()
         lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
         if any(map(is_absent, chain.from_iterable(trained.values()))):
@@ -317,6 +331,12 @@ class StreamedModel:
                     f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
                     "DoRA with init_lora_weights True."
                 )
+
+
+def require_no_deepspeed() -> None:
+    """ConfigError where accelerate or transformers.Trainer is told to use it."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise sharded("DeepSpeed")
 
 
 @functools.cache
