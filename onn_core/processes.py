@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import fcntl
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,7 @@ class Processes:
     """The processes of a run; without arguments, this one alone, for which nothing costs anything.
 
     meeting: a gloo group of this run's own, so that runs of one pass do not hear each other.
-    gradients: the group that sums them.
+    gradients: the group that sums them; runs of one pass come to that in one order.
     """
 
     def __init__(self, meeting: Any = None, gradients: Any = None):
@@ -62,7 +63,7 @@ class Processes:
         ConfigError if the environment says that there are several, but not how they meet.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             size = dist.get_world_size()
         if size == 1:
             return cls()
@@ -79,10 +80,7 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             atexit.register(_leave_all)
         meeting = dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
-        gradients = meeting
-        if on_gpu:
-            gradients = dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT)
-        return cls(meeting, gradients)
+        return cls(meeting, _nccl_group(dist.group.WORLD) if on_gpu else meeting)
 
     @property
     def is_first(self) -> bool:
@@ -235,6 +233,12 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@functools.cache
+def _nccl_group(world: Any) -> Any:
+    """One for all runs of the processes of `world`: each takes memory of the device."""
+    return dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT)
 
 
 def _leave_all() -> None:

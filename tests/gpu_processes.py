@@ -10,6 +10,7 @@ got of weights, over the seconds of a step.
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from onn_core.processes import Processes  # noqa: E402
 from onn_core.record import describe_environment, write_json  # noqa: E402
 from onn_core.run.step import optimizer_step  # noqa: E402
 from onn_core.streaming.loading import resolve_device  # noqa: E402
+from onn_core.weights.gather import Gather  # noqa: E402
 from onn_core.weights.geometry import geometry  # noqa: E402
 from onn_core.weights.random_model import write_random_model  # noqa: E402
 
@@ -47,8 +49,23 @@ def fetched_bytes(base) -> float:
     )
 
 
-def measure(folder: Path, processes: Processes, device: torch.device, n_rows: int) -> dict:
-    """A row of a model that is opened afresh; n_rows: of this process's part of a batch."""
+def gather(base, processes: Processes, device: torch.device) -> bool:
+    """From now on each process copies a part of a weight, if all of them have all in the store."""
+    plan, stream = base.plan, base.streaming.stream
+    ready = stream.is_in_store and not plan.by_matrix
+    same = set(processes.meet(f"{ready} {plan.slots} {plan.n_reserved} {plan.micro_batch_size}"))
+    if processes.size > 1 and len(same) == 1 and ready:
+        stream.gather = Gather(device, torch.distributed.new_group(backend="nccl"))
+    return stream.gather is not None
+
+
+def measure(
+    folder: Path, processes: Processes, device: torch.device, n_rows: int, gathers: bool
+) -> dict:
+    """A row of a model that is opened afresh; n_rows: of this process's part of a batch.
+
+    gathers: weights reach the GPUs in parts that these exchange, once all have been read.
+    """
     torch.manual_seed(0)
     opened = time.perf_counter()
     base = onn_core.from_pretrained(folder, memory_budget=BUDGET, device=device)
@@ -58,7 +75,9 @@ def measure(folder: Path, processes: Processes, device: torch.device, n_rows: in
     generator = torch.Generator().manual_seed(processes.rank)
     n_counted = n_rows * processes.size * (N_TOKENS - 1)
     seconds, losses, fetched = [], [], []
-    for _ in range(N_STEPS + 2):
+    for number in range(N_STEPS + 2):
+        if number == 1 and gathers:
+            gathers = gather(base, processes, device)
         ids = torch.randint(base.config.vocab_size, (n_rows, N_TOKENS), generator=generator)
         ids = ids.to(device)
         processes.meet()
@@ -67,7 +86,9 @@ def measure(folder: Path, processes: Processes, device: torch.device, n_rows: in
         part = {"input_ids": ids, "labels": ids}
         loss, _ = optimizer_step(model, [part], n_counted, optimizer, processes=processes)
         torch.cuda.synchronize()
-        processes.meet()
+        of_all = base.streaming.stream.gather
+        if len(set(processes.meet(str(of_all and of_all.order)))) > 1:
+            raise SystemExit("the processes fetched weights in another order: the step is void")
         seconds.append(time.perf_counter() - started)
         fetched.append(fetched_bytes(base) - before)
         losses.append(loss)
@@ -78,6 +99,7 @@ def measure(folder: Path, processes: Processes, device: torch.device, n_rows: in
     read = [int(said) for said in processes.meet(str(n_read))]
     row = {
         "processes": processes.size,
+        "gathers": gathers,
         "batch_size": n_rows * processes.size,
         "batch_size_each": n_rows,
         "sequence": N_TOKENS,
@@ -100,15 +122,16 @@ def measure(folder: Path, processes: Processes, device: torch.device, n_rows: in
     return row
 
 
-def work(folder: Path, out: Path) -> None:
+def work(folder: Path, out: Path, gathers: bool) -> None:
     """What each process does: every case, whose rows the first adds to `out`."""
     device = resolve_device("cuda")
     processes = Processes.of_run(device)
-    for kind, size in CASES:
+    ways = (False, True) if gathers and processes.size > 1 else (False,)
+    for (kind, size), way in itertools.product(CASES, ways):
         n_rows = size if kind == "each" else size // processes.size
         if not n_rows:
             continue
-        row = {"kind": kind} | measure(folder, processes, device, n_rows)
+        row = {"kind": kind} | measure(folder, processes, device, n_rows, way)
         if processes.is_first:
             record = json.loads(out.read_text())
             record["rows"].append(row)
@@ -124,10 +147,11 @@ def main() -> None:
     parser.add_argument("--gpus", default="1,2,4", help="numbers of them, one after another")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all of them)")
     parser.add_argument("--folder", type=Path, help="the model, once it is written")
+    parser.add_argument("--gather", action="store_true", help="also with parts that GPUs exchange")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.folder, arguments.out)
+        work(arguments.folder, arguments.out, arguments.gather)
         return
     record = {"date": datetime.date.today().isoformat(), "rows": []}
     record["environment"] = describe_environment(torch.device("cuda"))
@@ -141,6 +165,7 @@ def main() -> None:
                 continue
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
             own = [__file__, str(arguments.out), "--work", "--folder", str(folder)]
+            own += ["--gather"] * arguments.gather
             subprocess.run([sys.executable, *launch, *own], check=False)
 
 

@@ -212,7 +212,8 @@ def test_torchrun_ends_within_a_minute_when_one_process_is_killed(rank, small, t
     running = torchrun(settings, tmp_path / "run.yaml", "checkpoint_minutes=0")
     seen = ""
     while "3/10000" not in seen:
-        seen += running.stderr.read(1)
+        assert (more := running.stderr.read(1)), seen
+        seen += more
     found = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True)
     of_rank = {int(environment(pid)["RANK"]): int(pid) for pid in found.stdout.split()}
     os.kill(of_rank[rank], signal.SIGKILL)

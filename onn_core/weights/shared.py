@@ -36,6 +36,7 @@ class SharedMemory:
         key = hashlib.sha256(repr((launch, what, n_bytes, n_pieces)).encode()).hexdigest()[:24]
         self.budget = budget
         self._name = f"onn-{key}"
+        self._made: Path | None = None  # the file that tells of it, in the process that made it
         self._descriptor = self._open(n_bytes + n_pieces)
         self._memory = mmap.mmap(self._descriptor, n_bytes + n_pieces)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -60,6 +61,7 @@ class SharedMemory:
             file.seek(0)
             file.truncate()
             file.write(f"/proc/{os.getpid()}/fd/{descriptor} {self.budget}")
+            self._made = path
         return descriptor
 
     def part(self, start: int, n_bytes: int) -> torch.Tensor:
@@ -90,6 +92,8 @@ class SharedMemory:
     def close(self) -> None:
         """Leave it to the others; a tensor of it stays readable."""
         self._marks.release()
+        if self._made is not None:
+            self._made.unlink(missing_ok=True)
         os.close(self._descriptor)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
@@ -62,6 +63,7 @@ class WeightStream:
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # read -> hash of its bytes; None checks none
         self.check: Callable[[], None] = lambda: None
+        self.gather: Gather | None = None  # of processes that go on in step, each with all weights
         self.model_folder = model_folder
         self.device = device
         # A CUDA budget is the device's: host memory that nobody needs may cache what was read.
@@ -107,6 +109,11 @@ class WeightStream:
                 self._start_readers()
             self._fetch()
         return weights
+
+    @property
+    def is_in_store(self) -> bool:
+        """Whether the host store holds every weight: nothing will be read."""
+        return all(weight.host is not None for unit in self.units for weight in unit)
 
     def request(self, weight: StreamedWeight) -> None:
         """The compute will need `weight` in this visit."""
@@ -162,6 +169,7 @@ class WeightStream:
 
         A reader whose read does not return in time keeps its memory; `enter` is then an error.
         """
+        self.gather = None  # what is read again comes in an order of each process's own
         if self._stop(timeout_s):
             self.store.close()
 
@@ -220,6 +228,9 @@ class WeightStream:
             weight.tensor = weight.host
             return
         weight.tensor = weight.view(slot.memory)
+        if self.gather is not None and self.gather.takes(weight):
+            self.gather.copy(weight, self.copy_stream)
+            return
         self.copy_stream.wait_event(slot.used)
         with torch.cuda.stream(self.copy_stream):
             weight.tensor.copy_(weight.host, non_blocking=True)
