@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed
 from small import trainer, write_small
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -103,19 +102,13 @@ def test_data_parallel_of_one_process_reduces_the_adapters(one_of_one):
     assert_same((loss, plain), want)
 
 
-@pytest.mark.parametrize("shard", [FullyShardedDataParallel, fully_shard])
-@pytest.mark.filterwarnings("ignore:FSDP")
-def test_fsdp_is_refused(shard, one_of_one):
-    with pytest.raises(onn_core.OnnError, match="FSDP cannot hold .* torchrun"):
-        shard(with_lora(streamed(toy_dir("llama"))))
-
-
-def test_deepspeed_is_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_of_the_weights_is_refused(name, monkeypatch):
     model = streamed(toy_dir("llama"))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as its launcher and Trainer do
-    with pytest.raises(onn_core.OnnError, match="DeepSpeed cannot hold"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")  # as its launcher and Trainer do
+    with pytest.raises(onn_core.OnnError, match=f"{name} cannot hold .* torchrun"):
         model(**toy_batch())
-    with pytest.raises(onn_core.OnnError, match="DeepSpeed cannot hold"):
+    with pytest.raises(onn_core.OnnError, match=f"{name} cannot hold .* torchrun"):
         streamed(toy_dir("llama"))
 
 

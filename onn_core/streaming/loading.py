@@ -36,7 +36,7 @@ from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
 from onn_core.streaming.lazy import LazyWeight, StreamedParameter
-from onn_core.streaming.model import require_no_deepspeed, streamed_class
+from onn_core.streaming.model import require_no_sharding, streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming, Visits
@@ -130,7 +130,7 @@ def open_streamed(
 
     together: what this model has in common with others of the same folder.
     """
-    require_no_deepspeed()
+    require_no_sharding()
     model_folder = ModelFolder.open(model_dir)
     if attn_implementation is not None:
         model_folder.config._attn_implementation = attn_implementation

@@ -180,15 +180,6 @@ class StreamedModel:
         prefixes = ("", "base_model.", "base_model.model.")  # of PEFT's wrappers
         return [prefix + name for name in frozen_names for prefix in prefixes]
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        """What both kinds of FSDP set of the modules that they shard."""
-        return False
-
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
-        raise sharded("FSDP")
-
     def _replicate_for_data_parallel(self) -> Any:
         raise sharded("nn.DataParallel")
 
@@ -249,7 +240,7 @@ class StreamedModel:
         streaming = self.streaming
         if streaming.batching.probing:
             return args, kwargs
-        require_no_deepspeed()
+        require_no_sharding()
         trained = self._trained()
         lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
         if any(map(is_absent, chain.from_iterable(trained.values()))):
@@ -333,10 +324,11 @@ class StreamedModel:
                 )
 
 
-def require_no_deepspeed() -> None:
-    """ConfigError where accelerate or transformers.Trainer is told to use it."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise sharded("DeepSpeed")
+def require_no_sharding() -> None:
+    """ConfigError where accelerate, or transformers.Trainer through it, is told to shard."""
+    for name in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
+            raise sharded(name)
 
 
 @functools.cache
