@@ -75,6 +75,7 @@ def measure(
     generator = torch.Generator().manual_seed(processes.rank)
     n_counted = n_rows * processes.size * (N_TOKENS - 1)
     seconds, losses, fetched = [], [], []
+    open_s = time.perf_counter() - opened
     for number in range(N_STEPS + 2):
         if number == 1 and gathers:
             gathers = gather(base, processes, device)
@@ -106,7 +107,7 @@ def measure(
         "step_s": step_s,
         "step_s_all": seconds[2:],
         "first_step_s": seconds[0],
-        "open_s": seconds[0] + started - opened - sum(seconds[:-1]),
+        "open_s": open_s,
         "bytes_read_each": read,
         "bytes_read": sum(read),
         "fetched_bytes_each": fetched[-1],
