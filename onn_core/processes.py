@@ -114,7 +114,7 @@ class Processes:
         """Stop: say why to the others, which hear it where they meet next."""
         if self.size > 1 and not self._ended:
             self._ended = True
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(OnnError), self._connected():
                 self._told = self._say(f"{type(error).__name__}: {error}")
 
     def wait_until_told(self) -> None:

@@ -152,11 +152,12 @@ class ChunkedLoraTrainer:
         at once. NonFiniteError names the layer. What stops one process stops all.
         """
         self.setup()
-        try:
-            return self.run(resume)
-        except BaseException as error:
-            self.part(error)
-            raise
+        with self.stop:  # a signal ends the process only when all is saved
+            try:
+                return self.run(resume)
+            except BaseException as error:
+                self.part(error)
+                raise
 
     def run(self, resume: bool = False) -> RunRecord:
         """`train`, once `setup` is done; `part` must follow if it raises."""
