@@ -25,6 +25,8 @@ MAX_GRAPH_FRACTION = 1 / 8
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
 # Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
 CAPTURE_BYTES = 160 << 20
+# Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
+MAX_CAPTURED_TOKENS = 2048
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
@@ -159,7 +161,9 @@ def make_plan(
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
     plans: list[Plan] = []
     for (n_resident, slots), place, size, captured in tries:
-        if captured and (batch_size % size or not n_resident):
+        if captured and (
+            batch_size % size or not n_resident or size * n_tokens > MAX_CAPTURED_TOKENS
+        ):
             continue
         count = functools.partial(
             _count_terms, sizes, slots, place, batch_size, size, n_tokens, captured

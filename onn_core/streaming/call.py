@@ -192,7 +192,9 @@ class Call:
         if whole.device == self.streaming.device:
             return cut(whole, place, self.slices[number])
         boundaries, n_parts = self.streaming.host_boundaries, len(self.slices)
-        return boundaries.part(whole, lambda n: cut(whole, place, self.slices[n]), number, n_parts)
+        return boundaries.part(
+            whole, lambda whole, n: cut(whole, place, self.slices[n]), number, n_parts
+        )
 
     def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
         """That of a micro-batch: reserved, or made by running it again as it ran before."""

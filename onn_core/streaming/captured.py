@@ -89,9 +89,14 @@ class Captures:
         return isinstance(leaf, PLAIN)
 
     def fixed(self, what: Any, like: torch.Tensor) -> torch.Tensor:
-        """The memory of `what`, of the shape and dtype of `like`."""
+        """The memory of `what`, of the shape and dtype of `like`.
+
+        RuntimeError in a capture that finds none: what it takes from the pool it may use for more.
+        """
         key = (what, like.shape, like.dtype)
         if key not in self._fixed:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"a layer's {what} has another shape than its input")
             self._fixed[key] = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         return self._fixed[key]
 
@@ -139,7 +144,8 @@ class CapturedLayer:
 
     def __init__(self, captures: Captures, call: Call, key: Any):
         self.captures, self.weights, self.key = captures, call.weights, key
-        self._at = captures.memory_of(self.weights.all)
+        own = self.weights.all
+        self._at = dict(zip(own, captures.memory_of(own), strict=True))
         self._forward: torch.cuda.CUDAGraph | None = None
         self._backward: torch.cuda.CUDAGraph | None = None
         self._outputs: list[Any] = []
@@ -149,14 +155,15 @@ class CapturedLayer:
     def fill(self) -> None:
         """Copy the layer's weights to where its graphs read them."""
         weights = self.weights
-        for weight, at in zip(weights.all, self._at, strict=True):
-            at.copy_(weights.wait(weight))
+        for weight in weights.all:
+            self._at[weight].copy_(weights.wait(weight))
             weights.drop(weight)
 
     def can_run_forward(self, call: Call) -> bool:
         """Captures the forward graph at need, for which no weight need be there."""
         if self._forward is None:
             fixed = self._load(call.cut_leaves(call.slices[0]))
+            self.captures.fixed("output", next(filter(torch.is_tensor, fixed)))
             run = functools.partial(self._run_forward, call, fixed)
             self._forward = self.captures.capture(run)
         return self._forward is not None
@@ -182,6 +189,9 @@ class CapturedLayer:
             fixed = self._load([leaf for leaf, _ in leaves])
             at = next(number for number, (_, given) in enumerate(leaves) if given is not None)
             wants_input = whole.requires_grad
+            for what in ("gradient", "input gradient"):
+                self.captures.fixed(what, fixed[at])
+            self._flat(trained)
             run = functools.partial(self._run_backward, call, fixed, at, wants_input, trained)
             self._backward = self.captures.capture(run)
         return self._backward is not None
@@ -240,9 +250,9 @@ class CapturedLayer:
         self._out_spec, self._outputs = call.out_spec, []
         if sum(isinstance(value, torch.Tensor) for value in outputs) != 1:
             raise RuntimeError("a graph gives one output")  # and all runs as it is
-        for number, value in enumerate(outputs):
+        for value in outputs:
             if isinstance(value, torch.Tensor):
-                value = self.captures.fixed(("output", number), value).copy_(value)
+                value = self.captures.fixed("output", value).copy_(value)
             self._outputs.append(value)
 
     def _run_backward(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -129,13 +129,12 @@ class LayerWeights:
                     self.drop(weight)
 
     @contextlib.contextmanager
-    def at(self, memory: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Inside, the layer's weights are `memory`, in the order of `all`; none is fetched."""
+    def at(self, memory: Mapping[StreamedWeight, torch.Tensor]) -> Iterator[None]:
+        """Inside, each of the layer's weights is in `memory`; none is fetched."""
         self._fetches = False
         try:
-            for bindings, values in zip(self._by_weight.values(), memory, strict=True):
-                for binding in bindings:
-                    binding.parameter.set(values)
+            for binding in self._bindings:
+                binding.parameter.set(memory[binding.weight])
             yield
         finally:
             for binding in self._bindings:

@@ -202,7 +202,8 @@ def open_streamed(
     rows = None
     if by_rows:
         in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
-        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device, in_store)
+        source = end_sources[embedding]
+        rows = EmbeddingRows(embedding, model_folder, source, device, host_memory, in_store)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:
