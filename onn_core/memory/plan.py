@@ -28,7 +28,7 @@ CAPTURE_BYTES = 160 << 20
 # Their pool takes more than what is in use at once, since it is cut anew for each graph.
 POOL_FACTOR = 1.5
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
-MAX_CAPTURED_TOKENS = 2048
+MAX_CAPTURED_TOKENS = 4096
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
