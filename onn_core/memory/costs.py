@@ -7,11 +7,13 @@ import time
 import torch
 
 from onn_core.memory.plan import Plan, Sizes, bytes_read
+from onn_core.ops.lora import SPLIT_TOKENS
 
 # What the host does for an adapted layer and a micro-batch, in launches of a small kernel: on one
 # machine 15.7 ms forward and backward, recompute included, at 8.4 us a launch.
 FORWARD_LAUNCHES = 550
 BACKWARD_LAUNCHES = 1300
+SPLIT_LAUNCHES = 1.5  # times as many, where LoRA multiplies in parts
 # Of a micro-batch whose matmul, with its adapter's, runs at half the speed of a large one's.
 HALF_SPEED_TOKENS = 800
 # A graph of them that was captured: its kernels are this many times as fast to begin, and once a
@@ -41,7 +43,8 @@ class Costs:
         micro_tokens = plan.micro_batch_size * n_tokens
         matmul_s = 2 * sizes.layer_parameters * (micro_tokens + HALF_SPEED_TOKENS)
         matmul_s /= self.flops_per_s
-        launch_s = self.launch_s / (CAPTURED_SPEED_UP if plan.captured else 1)
+        launch_s = self.launch_s * (SPLIT_LAUNCHES if micro_tokens >= SPLIT_TOKENS else 1)
+        launch_s /= CAPTURED_SPEED_UP if plan.captured else 1
         forward_s = max(FORWARD_LAUNCHES * launch_s, matmul_s)
         backward_s = max(BACKWARD_LAUNCHES * launch_s, 2 * matmul_s)  # recompute and dL/dh
         compute_s = n_layers * forward_s + n_back * backward_s - plan.n_reserved * forward_s
