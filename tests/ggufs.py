@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-VOCABULARY = 97
+VOCABULARY = 100
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,  # a row has whole blocks of every type
@@ -40,14 +41,16 @@ SCALES = {
     **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2)},
     **{Type.Q6_K: (208,), Type.IQ2_XXS: (0,), Type.IQ2_XS: (0,), Type.IQ2_S: (0,)},
     **{Type.IQ3_XXS: (0,), Type.IQ3_S: (0,), Type.IQ1_S: (0,), Type.IQ4_NL: (0,)},
-    Type.IQ4_XS: (0,),
+    **{Type.IQ4_XS: (0,), Type.TQ1_0: (52,), Type.TQ2_0: (64,)},
+    **dict.fromkeys((Type.Q4_0, Type.Q5_0, Type.Q8_0), (0,)),
+    **dict.fromkeys((Type.Q4_1, Type.Q5_1), (0, 2)),
 }
 
 
-def toy_model(family: str) -> transformers.PreTrainedModel:
+def toy_model(family: str, **sizes: int) -> transformers.PreTrainedModel:
     name, settings = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | settings)
+    config = getattr(transformers, f"{name}Config")(**SIZES | settings | sizes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,11 +114,11 @@ def write_gguf(
     kind: Callable[[str], Type] | Type = Type.Q8_0,
     model: transformers.PreTrainedModel | None = None,
     split: int = 0,
-    **more: int,
+    more: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """A toy model's file; matrices in the type `kind`, or in what it gives for a tensor's name.
 
-    split: tensors in a file, of several. more: settings beside the family's own.
+    split: tensors in a file, of several. more: tensors that no parameter takes.
     """
     model = model or toy_model(family)
     config = model.config
@@ -142,10 +145,9 @@ def write_gguf(
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
         if family == "qwen2moe":
             writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    for name, value in more.items():
-        writer.add_uint32(f"{family}.{name}", value)
     write_tokenizer(writer)
-    for number, (name, values) in enumerate(stored_as(family, model).items()):
+    tensors = stored_as(family, model) | (more or {})
+    for number, (name, values) in enumerate(tensors.items()):
         this = kind(name) if callable(kind) else kind
         if values.ndim == 1 or "ffn_gate_inp" in name:
             this = Type.F32
@@ -159,11 +161,10 @@ def write_gguf(
 
 
 def write_tokenizer(writer: gguf.GGUFWriter) -> None:
-    """Bytes-to-tokens of GPT-2 for letters, digits and a little more, and one merge."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    tokens = ["<pad>", "<s>", "</s>"]
-    tokens += [bytes_to_unicode()[byte] for byte in range(32, 32 + VOCABULARY - 4)] + ["he"]
+    """A vocabulary of GPT-2's bytes, those of ASCII text, and one merge."""
+    letters = [bytes_to_unicode()[byte] for byte in (10, *range(32, 127))]
+    tokens = ["<pad>", "<s>", "</s>", *letters, "he"]
+    assert len(tokens) == VOCABULARY
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

@@ -68,8 +68,9 @@ def merge(
         for shard, own in shards.items():
             write_tensors(temporary / shard, own, merged.pieces)
         if model_folder.gguf:
-            model_folder.config.architectures = [merged.model_name]
-            save_configs(model_folder.config, temporary)
+            config = model_folder.config
+            config.dtype, config.architectures = model_folder.stored_dtype, [merged.model_name]
+            save_configs(config, temporary)
             with contextlib.suppress(DataError):  # the file may hold no tokenizer
                 load_tokenizer(model_folder.gguf[0]).save_pretrained(temporary)
         else:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from onn_core.config import expand_home
 from onn_core.errors import DataError, OnnError
-from onn_core.weights.gguf import gguf_files, read_header
+from onn_core.weights.gguf import gguf_files, gguf_tokenizer
 
 NO_TOKENIZER = "no tokenizer can be loaded: copy tokenizer.json and its like from the original"
 # A long reason, such as a whole tokenizer.json in a message, is cut.
@@ -38,14 +38,14 @@ def load_tokenizer(model_dir: str | os.PathLike) -> Any:
     Of a GGUF model the one in the file. Code that comes with the folder is never run, and nobody
     is asked whether to run it.
     """
-    source: dict[str, Any] = {"pretrained_model_name_or_path": model_dir}
-    if files := gguf_files(Path(expand_home(model_dir))):
-        read_header(files[0])  # transformers trusts what it counts
-        source = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
+    files = gguf_files(Path(expand_home(model_dir)))
     with explained(f"{model_dir}: {NO_TOKENIZER}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            **source, local_files_only=True, trust_remote_code=False
-        )
+        if files:
+            tokenizer = gguf_tokenizer(files[0])
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=False
+            )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made up from config.json alone
         if not empty:
             tokenizer("text")  # one that cannot do this is no tokenizer

@@ -50,12 +50,13 @@ class ModelFolder:
         self.quantised: dict[str, Quantised] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}  # of each shard at `open`
         self.quantisation: dict[str, Any] | None = None
-        if not gguf:
-            self.config, self.quantisation = _read_config(model_dir)
-            return
         for path in gguf:
             self._stamp(path)
-        self.config, self.tensors, self.quantised = read_gguf(gguf)
+        if gguf:
+            self.config, self.tensors, self.quantised = read_gguf(gguf)
+        else:
+            self.config, self.quantisation = _read_config(model_dir)
+        self._dtype = self.config.dtype  # transformers changes it whenever it makes a model
 
     @classmethod
     def open(cls, model_dir: str | os.PathLike) -> "ModelFolder":
@@ -90,8 +91,8 @@ class ModelFolder:
     @property
     def stored_dtype(self) -> torch.dtype:
         """What `from_pretrained(dtype="auto")` of transformers takes."""
-        if self.config.dtype or self.quantised:
-            return self.config.dtype or torch.bfloat16
+        if self._dtype or self.quantised:
+            return self._dtype or torch.bfloat16
         dtypes = (entry.dtype for entry in self.tensors.values())
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
@@ -112,8 +113,10 @@ class ModelFolder:
         return buffer.view(entry.dtype).reshape(entry.shape)
 
     def read_dense(self, name: str) -> torch.Tensor:
-        """The quantised matrix `name` made dense, in the dtype of the model."""
-        one = self.quantised[name]
+        """The tensor `name` that an unquantised folder would have, in the dtype of the model."""
+        one = self.quantised.get(name)
+        if one is None:
+            return self.read(name).to(self.stored_dtype)
         return one.dense([self.read(entry.name) for entry in one.entries], self.stored_dtype)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,8 @@ def read_gguf(
         raise damaged(paths[0], f"it has {short(n_layers)} blocks and {len(tensors):,} tensors")
     try:
         config, parsed = _config(headers[0], architecture, tensors)
-        mapped = _Mapping(paths[0], architecture, config, parsed).of(tensors)
+        mapping = _Mapping(paths[0], architecture, config, parsed)
+        mapping.add(tensors, settings)
     except OnnError:
         raise
     except Exception as error:  # what a bad header raises differs from family to family
@@ -141,7 +142,20 @@ def read_gguf(
     config.dtype = torch.bfloat16
     if kinds <= FLOATS.keys() and 30 not in kinds:
         config.dtype = torch.float16 if 1 in kinds else torch.float32
-    return config, *mapped
+    return config, mapping.tensors, mapping.quantised
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer in a file, the first of a split one, as AutoTokenizer makes it.
+
+    That asks for a class by the configuration, for which it reads the vocabulary for half a minute.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    header = read_header(path)
+    config, _ = _config(header, header.settings["general.architecture"], header.tensors)
+    made = TOKENIZER_MAPPING.get(type(config), transformers.PreTrainedTokenizerFast)
+    return made.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
 
 
 # ---- the header
@@ -335,13 +349,14 @@ class _Mapping:
         self.quantised: dict[str, Quantised] = {}
         self.orders: dict[bytes, torch.Tensor] = {}  # each once, for all layers
 
-    def of(self, tensors: Sequence[Stored]) -> tuple[dict[str, TensorEntry], dict[str, Quantised]]:
-        """Stored tensors, those that need no change under the parameter's name; and the others."""
+    def add(self, tensors: Sequence[Stored], settings: dict[str, Any]) -> None:
+        """Find `tensors`, those that need no change by the parameter's name, and `quantised`."""
         groups: dict[str, list[Stored]] = {}
         for tensor in tensors:
             block = re.match(r"blk\.\d+\.", tensor.name)
             groups.setdefault(block[0] if block else tensor.name, []).append(tensor)
         unused = [name for group in groups.values() for name in self._add(group)]
+        unused += [name for name in settings if ".rope.scaling." in name]
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         found = self.tensors.keys() | self.quantised.keys()
         for name in self.model.state_dict():
@@ -350,10 +365,9 @@ class _Mapping:
         if unused:
             warnings.warn(
                 f"{self.path.name}: transformers leaves {', '.join(sorted(unused)[:NAMED])} out "
-                f"({len(unused)} tensors), and so does this.",
+                f"({len(unused)} tensors and settings), and so does this.",
                 stacklevel=2,
             )
-        return self.tensors, self.quantised
 
     def _add(self, group: list[Stored]) -> list[str]:
         """Add the tensors of one block; returns the names of those that no parameter takes."""
