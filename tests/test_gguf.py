@@ -173,7 +173,7 @@ def train(path, tmp_path, name, **settings):
         output_dir=str(tmp_path / name),
         **{"batch_size": 4, "max_steps": 3, "checkpoint_every": 1, "eval_every": 3} | settings,
         **{"eval_samples": 2, "max_length": 40, "device": "cpu", "progress": False},
-        learning_rate=1e-4,
+        lr_schedule="constant",
     )
     return onn_core.ChunkedLoraTrainer(config).train(resume=name == "resumed")
 
