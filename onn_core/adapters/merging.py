@@ -3,7 +3,7 @@
 PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
 `merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
 module at a time: its matrix, and the float32 results of PEFT's matmuls. A quantised matrix is
-written dense, in the dtype of the model.
+written dense, in the dtype of the model; a GGUF file becomes a folder.
 """
 
 import contextlib
