@@ -59,12 +59,9 @@ class Processed(Quantised):
 
     change: Callable[[torch.Tensor], torch.Tensor]
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         values = self.change(parts[0].cpu().float()).view(self.shape)
-        values = values.to(parts[0].device, dtype)
-        return values if out is None else out.copy_(values)
+        return values[start:stop].to(parts[0].device)
 
 
 def dense_rows(stored: torch.Tensor, kind: int) -> torch.Tensor:
