@@ -62,7 +62,7 @@ def expand_home(path: str | os.PathLike) -> str | os.PathLike:
 class TrainConfig:
     """Settings of one training run; validated when made.
 
-    model_dir: Hugging Face folder with config.json and safetensors.
+    model_dir: Hugging Face folder with config.json and safetensors, or a GGUF file.
     data: "chatterbot", the path of a file (.json, .jsonl, .csv, .parquet, .txt ...) or of a folder
         of files, a `datasets.Dataset`, or an iterable of rows; `data.read_rows` says of what form.
     output_dir: where the adapter, the checkpoints and record.json go.

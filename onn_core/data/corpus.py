@@ -37,6 +37,7 @@ from onn_core.data.rows import files_of, is_saved_dataset, read_rows
 from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir, sha256_of
+from onn_core.weights.gguf import gguf_files
 
 # What decides how a folder's tokenizer works.
 TOKENIZER_FILES = (
@@ -173,6 +174,8 @@ def _key(config: TrainConfig, tokenizer: Any) -> str:
     settings = [config.max_length, config.completion_only, config.train_on]
     key = hashlib.sha256(json.dumps([FORMAT, template, today, versions, settings]).encode())
     folder = Path(config.model_dir)
+    if gguf_files(folder):  # the tokenizer is in the file, with all the weights
+        key.update(tokenizer.backend_tokenizer.to_str().encode())
     for path in sorted({path for names in TOKENIZER_FILES for path in folder.glob(names)}):
         if path.is_file():
             key.update(f"{path.name} {sha256_of(path)}".encode())

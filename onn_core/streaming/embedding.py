@@ -30,7 +30,7 @@ class EmbeddingRows:
         self.forward = module.forward  # the class's own: some scale what they look up
         self.n_rows = len(module.weight)
         self.dtype, self.device = module.weight.dtype, device
-        self.model_folder, self.name = model_folder, source.entry.name
+        self.model_folder, self.source = model_folder, source
         self.in_memory = in_memory
         self._memory = host_memory
         self._table: torch.Tensor | None = None  # (V, C) in host memory
@@ -62,17 +62,17 @@ class EmbeddingRows:
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
         if not self.in_memory:
-            rows = self.model_folder.read_rows(self.name, ids.cpu())  # (U, C)
-            return rows.to(self.device, self.dtype)
+            rows = self.model_folder.read_rows(self.source.entry.name, ids.cpu())  # (U, C)
+            return self.source.gathered(rows, self.dtype).to(self.device)
         table = self._host_table()
         rows = torch.empty(len(ids), table.shape[1], dtype=table.dtype, pin_memory=True)
         torch.index_select(table, 0, ids.cpu(), out=rows)
-        return rows.to(self.device, non_blocking=True).to(self.dtype)
+        return self.source.gathered(rows.to(self.device, non_blocking=True), self.dtype)
 
     def _host_table(self) -> torch.Tensor:
         """The whole weight (V, C), as it is stored, in host memory."""
         if self._table is None:
-            stored = self.model_folder.read(self.name)
+            stored = self.model_folder.read(self.source.entry.name)
             memory = self._memory.take(stored.nbytes)[: stored.nbytes]
             self._table = memory.view(stored.dtype).view(stored.shape).copy_(stored)
         return self._table

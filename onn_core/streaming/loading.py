@@ -78,7 +78,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """A causal language model whose frozen weights stay in `model_dir` until they are needed.
 
-    model_dir: a Hugging Face folder with config.json and safetensors, read in place.
+    model_dir: a Hugging Face folder with config.json and safetensors, or a GGUF file, or the
+        folder of one; read in place.
     chunk_size: decoder layers resident together, 1 to all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
@@ -157,9 +158,10 @@ def open_streamed(
 
     blocks = []
     if in_blocks:
-        stored, in_memory = end_sources[head].entry.dtype, head.weight.dtype
+        source, in_memory = end_sources[head], head.weight.dtype
+        stored = source.entry.dtype if source.convert is None else in_memory
         in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
-        blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory, device)
+        blocks = head_blocks(source, *head.weight.shape, in_memory, device)
     if together is not None:
         blocks = together.same_weights(bindings, blocks)
     units = [list({binding.weight: None for binding in layer}) for layer in bindings]
@@ -305,7 +307,7 @@ def _skeleton(
         model = make_class(model_class)._from_config(config, dtype=dtype)
     model.tie_weights()
     model.name_or_path = config._name_or_path = str(model_folder.model_dir)
-    if (model_folder.model_dir / "generation_config.json").is_file():
+    if not model_folder.gguf and (model_folder.model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder.model_dir)
     return model
 
@@ -384,7 +386,7 @@ def _fill(
                 continue
             source, number = source_of[id(parameter)], number_of.get(module)
             if module in ends and name == "weight":
-                if source.convert is not None:
+                if not source.by_rows:
                     raise ModelFolderError(
                         f"{module_name} is quantised or stored in parts, but its rows are read as "
                         "they are stored: use a version of the model that leaves it as it was."

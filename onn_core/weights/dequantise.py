@@ -35,6 +35,11 @@ class Quantised:
         """Rows begin at a multiple of this in `rows`."""
         return 1
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row is made of the same row of one stored tensor, and of nothing else."""
+        return False
+
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
         raise NotImplementedError
