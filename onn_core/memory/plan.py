@@ -10,7 +10,14 @@ from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
-from onn_core.weights.slots import StreamedWeight, count_slots, few_slots, slots_bytes
+from onn_core.weights.dequantise import work_bytes
+from onn_core.weights.slots import (
+    StreamedWeight,
+    count_dense,
+    count_slots,
+    few_slots,
+    slots_bytes,
+)
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
 # On a CPU the heap with its gaps, in activations: measured on phi-4 with 256 and 512 tokens.
@@ -64,6 +71,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
+    dense_copies: int = 0  # of packed weights, where they are used
 
     @property
     def total(self) -> int:
@@ -96,6 +104,7 @@ class Plan:
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
     head: "HeadPlan | None" = None
+    dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -141,6 +150,9 @@ def make_plan(
         weights.append((1, count_slots(sizes.layers, 1, prefetch=False) + head))
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
+    # A layer that is dense as a whole is made dense once a visit, not once a micro-batch.
+    scratches = [count_dense(sizes.layers, whole_unit=whole) for whole in (True, False)]
+    scratches = scratches[:1] if scratches[0] == scratches[1] else scratches
     places = ("memory", "disk" if sizes.on_cpu else "host")
     micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
@@ -153,16 +165,21 @@ def make_plan(
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
     plans: list[Plan] = []
     for (n_resident, slots), place, size in tries:
-        count = functools.partial(_count_terms, sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
-        if budget is None:
-            return plan
-        if sizes.margin * plan.peak_bytes > budget:
-            continue
-        for most in GRAPH_FRACTIONS if sizes.step_s else (None,):
-            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
-            plans.append(_add_residents(full, sizes, budget))
-        if sizes.step_s is None:
+        for dense in scratches if n_resident else scratches[-1:]:
+            given = (dense, slots, place, batch_size, size, n_tokens)
+            count = functools.partial(_count_terms, sizes, *given)
+            n_parts = -(-batch_size // size)
+            plan = Plan(slots, n_resident, size, n_parts, 0, place, count, dense=dense)
+            if budget is None:
+                return plan
+            if sizes.margin * plan.peak_bytes > budget:
+                continue
+            for most in GRAPH_FRACTIONS if sizes.step_s else (None,):
+                full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+                plans.append(_add_residents(full, sizes, budget))
+            if sizes.step_s is None:
+                break
+        if plans and sizes.step_s is None:
             break
     if plans:
         plan = plans[0]
@@ -243,6 +260,7 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
 
 def _count_terms(
     sizes: Sizes,
+    dense: Counter,
     slots: Counter,
     place: str,
     batch_size: int,
@@ -264,7 +282,16 @@ def _count_terms(
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
         activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+        dense_copies=slots_bytes(dense) + _work_bytes(sizes),
     )
+
+
+def _work_bytes(sizes: Sizes) -> int:
+    """What it takes to make one packed weight dense, beside its buffer."""
+    packed = [weight for unit in sizes.layers for weight in unit if weight.packed]
+    # What transformers makes of several matrices is in fresh memory first, and so are those.
+    merged = [2 * w.dense_bytes for w in packed if w.source.quantised is None]
+    return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)
 
 
 def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:

@@ -27,7 +27,7 @@ class Binding:
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.parameter.set(self.weight.tensor)
+        self.parameter.set(self.weight.values)
 
     def clear(self) -> None:
         self.parameter.set(self.absent)
@@ -70,6 +70,8 @@ class LayerWeights:
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
+        # Packed weights that stay dense in this visit: nobody knows when they are used.
+        self._always_dense: set[StreamedWeight] = set()
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
 
@@ -99,11 +101,16 @@ class LayerWeights:
                     self._request_from(0)
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
                     modules = {binding.module for binding in bindings}
-                    if not all(map(self._usual_calls.get, modules)) or modules & self.wrapped:
+                    known = all(map(self._usual_calls.get, modules))
+                    if weight.packed and all(type(module) is nn.Linear for module in modules):
+                        known = True  # it is dense only when it is called: a layer may be large
+                    if not known or modules & self.wrapped:
                         self._fetch(weight)
+                        self._always_dense.add(weight)
                 self._fill_magnitudes()
                 yield
             finally:
+                self._always_dense.clear()
                 for weight in self._by_weight:
                     self.drop(weight)
 
@@ -124,14 +131,26 @@ class LayerWeights:
         self.streaming.stream.request(weight)
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        return self.streaming.stream.wait(weight)
+        """The values (shape) of a weight; a packed one's are made where its turn comes."""
+        self.streaming.stream.wait(weight)
+        if weight.packed and weight.dense is None:
+            # A function may need all weights of its module at once.
+            modules = {binding.module for binding in self._by_weight[weight]} | self._holders
+            busy = {one for module in modules for one in self._by_module[module]}
+            scratch = self.streaming.stream.scratch
+            evicted = scratch.fill(weight, busy | self._always_dense)
+            for binding in self._by_weight.get(evicted, ()):
+                binding.clear()
+        self.at_address[weight.values.untyped_storage().data_ptr()] = weight
+        return weight.values
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
         for binding in self._by_weight[weight]:
             binding.clear()
-        if weight.tensor is not None:
-            self.at_address.pop(weight.tensor.untyped_storage().data_ptr(), None)
+        if weight.values is not None:
+            self.at_address.pop(weight.values.untyped_storage().data_ptr(), None)
+        self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
 
     def _sort(self, modules: list[nn.Module]) -> None:
@@ -161,8 +180,7 @@ class LayerWeights:
     def _fetch(self, weight: StreamedWeight) -> None:
         if self._by_matrix:
             self._request_from(list(self._by_weight).index(weight))
-        memory = self.wait(weight).untyped_storage()
-        self.at_address[memory.data_ptr()] = weight
+        self.wait(weight)
         for binding in self._by_weight[weight]:
             binding.fill()
 

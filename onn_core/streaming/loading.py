@@ -178,7 +178,8 @@ def open_streamed(
         hold_freed_memory(budget is not None)  # whose plan says when to trim
     host_bytes = _host_bytes(host_budget) if device.type == "cuda" else 0
     member = None
-    of_stream = (model_folder, units + head_units, planner.plan.slots, device, host_bytes)
+    slots, dense = planner.plan.slots, planner.plan.dense
+    of_stream = (model_folder, units + head_units, slots, device, host_bytes, dense)
     make_stream = functools.partial(stream_class, *of_stream)
     if together is None:
         stream = make_stream()
@@ -371,7 +372,7 @@ def _fill(
     made: dict[int, tuple[nn.Parameter, StreamedWeight | None, torch.Tensor]] = {}
     bindings: list[list[Binding]] = [[] for _ in layers]
     end_sources: dict[nn.Module, Source] = {}
-    for module_name, module in list(model.named_modules()):
+    for place, (module_name, module) in enumerate(list(model.named_modules())):
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
@@ -391,7 +392,8 @@ def _fill(
                     stored = source.entry.dtype if source.direct else dtype
                     in_memory = prepare_linear(module, stored, dtype, device)
                     on_device = device.type != "cpu"
-                    weight = StreamedWeight(source, tuple(parameter.shape), in_memory, on_device)
+                    shape = tuple(parameter.shape)
+                    weight = StreamedWeight(source, shape, in_memory, on_device, place)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                 absent = nan.expand(parameter.shape)
                 if weight is not None:

@@ -277,7 +277,7 @@ class StreamedModel:
             streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        streaming.stream.set_slots(self.plan.slots)
+        streaming.stream.set_slots(self.plan.slots, self.plan.dense)
 
     def _trained(self) -> dict[int | None, list[nn.Parameter]]:
         """The trained parameters of each layer that has some; None: of all that is outside them.

@@ -14,8 +14,14 @@ import torch
 from onn_core.weights.shards import TensorEntry
 
 # Dense elements that are made at a time: on a CPU they stay in the cache.
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
+
+
+def work_bytes(on_cpu: bool) -> int:
+    """Memory that making a matrix dense takes, beside the matrix."""
+    return BLOCK_BYTES * BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -36,13 +36,15 @@ class Source:
     """The tensors of the model folder that one parameter is made of.
 
     convert: makes it of them, on the device that they are on. quantised: set if they are one
-    quantised matrix and `convert` does no more than make it dense.
+    quantised matrix and `convert` does no more than make it dense. packed: quantised matrices are
+    among them.
     """
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
     converted_shape: torch.Size | None = None
     quantised: Quantised | None = None
+    packed: bool = False
 
     @property
     def entry(self) -> TensorEntry:
@@ -134,7 +136,7 @@ def _source(model_folder: ModelFolder, key: str, dtype: torch.dtype) -> Source:
     if one is None:
         return Source((model_folder.tensors[key],))
     dense = functools.partial(one.dense, dtype=dtype)
-    return Source(one.entries, dense, torch.Size(one.shape), one)
+    return Source(one.entries, dense, torch.Size(one.shape), one, packed=True)
 
 
 def _converted(
@@ -171,7 +173,10 @@ def _converted(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
-    return {target: Source(entries, maker(target), made[target].shape) for target in made}
+    packed = any(source.packed for source in before)
+    return {
+        target: Source(entries, maker(target), made[target].shape, packed=packed) for target in made
+    }
 
 
 def _check(
