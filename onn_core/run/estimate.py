@@ -1,9 +1,11 @@
 """Will it fit, and how long does a step take: from a transformers config alone."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onn_core.adapters.lora import linear_names, select_layers
@@ -15,7 +17,9 @@ from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.formats import Source
 from onn_core.weights.geometry import GEOMETRIES, geometry
+from onn_core.weights.quantise import stored_as, takes
 from onn_core.weights.slots import StreamedWeight
 
 
@@ -37,10 +41,12 @@ def geometry_of(
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     on_cpu: bool = True,
+    quantize: str | None = None,
 ) -> Geometry:
     """The geometry of a transformers config, with LoRA on all linear modules of some layers.
 
-    dtype: of the weights in memory. compute_dtype: of the activations, if another.
+    dtype: of the weights in memory. compute_dtype: of the activations, if another. quantize: how
+    the linear layers' matrices are stored, None, "int8" or "nf4".
     """
     compute_dtype = compute_dtype or dtype
     with torch.device("meta"):
@@ -48,9 +54,8 @@ def geometry_of(
     layers = decoder_layers(model)
     units = [
         [
-            StreamedWeight(None, tuple(p.shape), dtype, on_device=not on_cpu)
-            for p in layer.parameters()
-            if p.ndim > 1
+            StreamedWeight(source, tuple(p.shape), dtype, on_device=not on_cpu, module=place)
+            for place, (source, p) in enumerate(_matrices(layer, quantize))
         ]
         for layer in layers
     ]
@@ -86,6 +91,20 @@ def geometry_of(
         layer_parameters=sum(p.numel() for p in layers[0].parameters() if p.ndim > 1),
         head_parameters=n_rows * hidden_size,
     )
+
+
+def _matrices(
+    layer: nn.Module, quantize: str | None
+) -> Iterator[tuple[Source | None, nn.Parameter]]:
+    """The matrices of a layer, each with the source it would have, if it is quantised."""
+    linear = {id(m.weight) for m in layer.modules() if type(m) is nn.Linear}
+    for parameter in layer.parameters():
+        shape = tuple(parameter.shape)
+        if quantize is not None and id(parameter) in linear and takes(quantize, shape):
+            one = stored_as(quantize, shape)
+            yield Source(one.entries, quantised=one, packed=True), parameter
+        elif len(shape) > 1:
+            yield None, parameter
 
 
 def predict(

@@ -102,8 +102,8 @@ class LayerWeights:
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
                     modules = {binding.module for binding in bindings}
                     known = all(map(self._usual_calls.get, modules))
-                    if weight.packed and all(type(module) is nn.Linear for module in modules):
-                        known = True  # it is dense only when it is called: a layer may be large
+                    if weight.packed:  # in the first visit, too: a layer may be large when dense
+                        known = weight.module is not None
                     if not known or modules & self.wrapped:
                         self._fetch(weight)
                         self._always_dense.add(weight)

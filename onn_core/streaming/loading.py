@@ -393,7 +393,8 @@ def _fill(
                     in_memory = prepare_linear(module, stored, dtype, device)
                     on_device = device.type != "cpu"
                     shape = tuple(parameter.shape)
-                    weight = StreamedWeight(source, shape, in_memory, on_device, place)
+                    alone = place if type(module) is nn.Linear else None
+                    weight = StreamedWeight(source, shape, in_memory, on_device, alone)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                 absent = nan.expand(parameter.shape)
                 if weight is not None:

@@ -1,6 +1,6 @@
 """Where packed weights become dense: a few buffers, filled by whoever computes."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection
 
 import torch
@@ -20,14 +20,13 @@ class Scratch:
     def __init__(self, device: torch.device, counts: Counter):
         self.counts = counts
         self._device = device
-        self._free: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self._free: list[torch.Tensor] = []
         self._held: dict[StreamedWeight, torch.Tensor] = {}  # in the order of their filling
 
     @property
     def n_bytes(self) -> int:
         """Of the buffers that there are now."""
-        free = [memory for buffers in self._free.values() for memory in buffers]
-        return sum(memory.nbytes for memory in [*free, *self._held.values()])
+        return sum(memory.nbytes for memory in [*self._free, *self._held.values()])
 
     def fill(
         self, weight: StreamedWeight, busy: Collection[StreamedWeight]
@@ -36,31 +35,40 @@ class Scratch:
 
         busy: weights that must stay dense.
         """
-        size, evicted = weight.dense_bytes, None
-        held = [one for one in self._held if one.dense_bytes == size]
-        idle = [one for one in held if one not in busy]
-        if self._free[size]:
-            memory = self._free[size].pop()
-        elif idle and len(held) >= self.counts[size]:
-            evicted = idle[0]
-            memory = self._held.pop(evicted)
-            evicted.dense = None
-        elif self._device.type == "cpu":
-            memory = host_buffer(size)
-        else:
-            memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        memory, evicted = self._take(weight.dense_bytes, busy)
         self._held[weight] = memory
-        weight.dense = memory.view(weight.dtype).view(weight.shape)
+        weight.dense = memory[: weight.dense_bytes].view(weight.dtype).view(weight.shape)
         with torch.no_grad():
             weight.fill_dense()
         return evicted
+
+    def _take(
+        self, size: int, busy: Collection[StreamedWeight]
+    ) -> tuple[torch.Tensor, StreamedWeight | None]:
+        """A buffer of at least `size` bytes: free, not yet made, or of the weight filled first."""
+        fits = [memory for memory in self._free if memory.nbytes >= size]
+        if fits:
+            memory = min(fits, key=lambda memory: memory.nbytes)
+            self._free = [other for other in self._free if other is not memory]
+            return memory, None
+        made = Counter(memory.nbytes for memory in [*self._free, *self._held.values()])
+        planned = [other for other in (self.counts - made).elements() if other >= size]
+        for one, memory in () if planned else self._held.items():
+            if memory.nbytes >= size and one not in busy:
+                del self._held[one]
+                one.dense = None
+                return memory, one
+        size = min(planned, default=size)
+        if self._device.type == "cpu":
+            return host_buffer(size), None
+        return torch.empty(size, dtype=torch.uint8, device=self._device), None
 
     def free(self, weight: StreamedWeight) -> None:
         """A weight is not needed dense any longer."""
         memory = self._held.pop(weight, None)
         if memory is not None:
             weight.dense = None
-            self._free[weight.dense_bytes].append(memory)
+            self._free.append(memory)
 
     def clear(self) -> None:
         """Give all memory back."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ class StreamedWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype  # of its values
     on_device: bool = False  # its slot is memory of a device, which no file is read into
-    module: int = 0  # of its unit, whose weights are used together
+    # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
+    module: int | None = None
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
@@ -188,19 +189,18 @@ def few_slots(units: Sequence[Sequence[StreamedWeight]], n_each: int) -> Counter
 
 
 def count_dense(units: Sequence[Sequence[StreamedWeight]], whole_unit: bool) -> Counter:
-    """Size in bytes -> buffers for packed weights: for those of a module at a time, or of a unit.
+    """Size in bytes -> buffers for packed weights: of a whole unit, or of a linear layer at a time.
 
-    One buffer for each size, so that a weight that is made dense again is where it was.
+    What may be used at any time has a buffer of its own.
     """
     counts: Counter = Counter()
+    largest = 0  # of those that take turns
     for unit in units:
-        together: dict[int, Counter] = defaultdict(Counter)
-        for weight in unit:
-            if weight.packed:
-                together[0 if whole_unit else weight.module][weight.dense_bytes] += 1
-        for one in together.values():
-            counts |= one
-    return counts
+        packed = [weight for weight in unit if weight.packed]
+        turns = [w for w in packed if w.module is not None and not whole_unit]
+        counts |= Counter(weight.dense_bytes for weight in packed if weight not in turns)
+        largest = max([largest, *(weight.dense_bytes for weight in turns)])
+    return counts + Counter({largest: int(largest > 0)})
 
 
 def slots_bytes(slots: Counter) -> int:
