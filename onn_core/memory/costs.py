@@ -43,7 +43,9 @@ class Costs:
         if plan.boundaries == "host":
             copied += n_back * batch_size * n_tokens * sizes.hidden_bytes
         copy_s = copied / self.copy_bytes_per_s
-        return max(copy_s, compute_s) + NOT_OVERLAPPED * min(copy_s, compute_s)
+        # Matrix by matrix a slot is filled when the matrix before is done.
+        not_overlapped = 1 if plan.by_matrix else NOT_OVERLAPPED
+        return max(copy_s, compute_s) + not_overlapped * min(copy_s, compute_s)
 
     def _dense_s(self, sizes: Sizes, plan: Plan) -> float:
         """Packed weights: once a visit if the scratch holds a layer, else at every use."""

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.config import dtype_name, parse_bytes, require_integer
@@ -42,6 +47,8 @@ from onn_core.streaming.visits import Streaming, Visits
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
+from onn_core.weights.quantise import KINDS, takes
+from onn_core.weights.quantised_copy import quantised_copy
 from onn_core.weights.reader import hold_freed_memory, host_memory_bytes
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
@@ -57,9 +64,8 @@ INSTEAD = {
     "knows by itself",
     "use_safetensors": "pickled weights are never loaded: convert the folder to safetensors",
     "max_memory": "give memory_budget",
-    "load_in_4bit": "a folder is streamed in its own dtype",
-    "load_in_8bit": "a folder is streamed in its own dtype",
-    "quantization_config": "a folder is streamed in its own dtype",
+    "load_in_4bit": 'give quantize="nf4"',
+    "load_in_8bit": 'give quantize="int8"',
     None: "leave it out",
 }
 
@@ -71,6 +77,8 @@ def from_pretrained(
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_budget: int | str | None = "auto",
+    quantize: str | None = None,
+    quantization_config: Any = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     **of_transformers: Any,
@@ -85,6 +93,9 @@ def from_pretrained(
         first forward of a batch size. None makes `chunk_size` layers resident.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
         are copied instead of read; "auto" is what is free, less an eighth. A CPU needs none.
+    quantize: "int8" or "nf4": the matrices of linear layers in decoder layers are quantised once,
+        into a folder in the cache, and streamed from there. quantization_config: a
+        BitsAndBytesConfig that says the same.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
     of_transformers: `attn_implementation`, as in transformers; the others of its `from_pretrained`
@@ -104,6 +115,7 @@ def from_pretrained(
         micro_batch_size=micro_batch_size,
         memory_budget=memory_budget,
         host_budget=host_budget,
+        quantize=_quantize_of(quantization_config) or quantize,
         device=device,
         dtype=dtype,
         attn_implementation=attention,
@@ -117,6 +129,8 @@ def open_streamed(
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_budget: int | str | None = "auto",
+    quantize: str | None = None,
+    progress: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
@@ -128,6 +142,8 @@ def open_streamed(
     together: what this model has in common with others of the same folder.
     """
     model_folder = ModelFolder.open(model_dir)
+    if quantize is not None:
+        model_folder = _quantised(model_folder, quantize, progress)
     if attn_implementation is not None:
         model_folder.config._attn_implementation = attn_implementation
     device = resolve_device(device)
@@ -214,6 +230,53 @@ def open_streamed(
     return model.eval()
 
 
+def _quantize_of(given: Any) -> str | None:
+    """ "int8" or "nf4", of a BitsAndBytesConfig; ConfigError for one that means something else."""
+    if given is None:
+        return None
+    if not isinstance(given, BitsAndBytesConfig):
+        raise ConfigError("quantization_config must be a BitsAndBytesConfig.")
+    four = given.load_in_4bit
+    if four and (given.bnb_4bit_quant_type != "nf4" or given.bnb_4bit_use_double_quant):
+        raise ConfigError(
+            "of 4-bit types only NF4 with single quantisation is made: set "
+            'bnb_4bit_quant_type="nf4" and bnb_4bit_use_double_quant=False.'
+        )
+    if not four and not given.load_in_8bit or given.llm_int8_skip_modules:
+        raise ConfigError(
+            "quantization_config must say load_in_8bit or load_in_4bit, and llm_int8_skip_modules "
+            "must be left out: the head and the embedding always stay as they are."
+        )
+    return "nf4" if four else "int8"
+
+
+def _quantised(model_folder: ModelFolder, kind: str, progress: bool) -> ModelFolder:
+    """The folder with the matrices of its decoder layers quantised; made once."""
+    if kind not in KINDS:
+        raise ConfigError(f"quantize must be {' or '.join(KINDS)}, or None, not {kind!r}.")
+    if model_folder.quantised:
+        raise ConfigError(
+            f"{model_folder.model_dir.name} is quantised already and is streamed as it is stored: "
+            "leave quantize out."
+        )
+    model = skeleton(model_folder, torch.float32, torch.device("cpu"))
+    sources, names = find_sources(model, model_folder), set()
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                linear = type(module) is nn.Linear and name == "weight"
+                if parameter is not None and (linear or parameter.ndim > 2):  # or experts
+                    names.add(parameter)
+    wanted = {
+        entry.name
+        for name, parameter in model.named_parameters()
+        if parameter in names and name in sources
+        for entry in sources[name].entries
+        if takes(kind, entry.shape) and entry.dtype.is_floating_point
+    }
+    return quantised_copy(model_folder, kind, wanted, progress)
+
+
 def _host_bytes(host_budget: int | str | None) -> int:
     """Bytes of the host store; "auto" leaves an eighth of what is free to the rest."""
     if host_budget == "auto":
@@ -298,7 +361,7 @@ def _skeleton(
         dtype = _resolve_dtype(dtype, model_folder, device)
         model = make_class(model_class)._from_config(config, dtype=dtype)
     model.tie_weights()
-    model.name_or_path = config._name_or_path = str(model_folder.model_dir)
+    model.name_or_path = config._name_or_path = str(model_folder.base_dir)
     if (model_folder.model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder.model_dir)
     return model

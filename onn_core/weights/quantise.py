@@ -18,6 +18,7 @@ from onn_core.weights.shards import TensorEntry
 
 KINDS = ("int8", "nf4")
 NF4_BLOCK = 64
+BLOCK_ELEMENTS = 1 << 24  # that are quantised at a time
 INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -53,14 +54,14 @@ def layout(kind: str, name: str, shape: tuple[int, ...]) -> Layout:
 
 def quantise(kind: str, matrix: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that `layout` names, of a matrix (V, C) of any float dtype on a CPU."""
-    values = matrix.float()
+    step = NF4_BLOCK * max(1, BLOCK_ELEMENTS // (NF4_BLOCK * matrix.shape[1]))
+    rows = _int8_rows if kind == "int8" else _nf4_rows
+    made = [rows(matrix[start : start + step].float()) for start in range(0, len(matrix), step)]
+    packed, scale = (torch.cat(parts) for parts in zip(*made, strict=True))
     if kind == "int8":
-        scale = values.abs().amax(1)
-        values = values * (127 / scale.clamp(min=1e-38))[:, None]
-        return [values.round_().clamp_(-127, 127).to(torch.int8), scale]
-    packed, absmax = _quantise_nf4(values.flatten())
+        return [packed, scale]
     text = torch.frombuffer(bytearray(state(tuple(matrix.shape))), dtype=torch.uint8)
-    return [packed, absmax, torch.tensor(NF4), text]
+    return [packed, scale, torch.tensor(NF4), text]
 
 
 def stored_as(kind: str, shape: tuple[int, ...]) -> Quantised:
@@ -81,9 +82,19 @@ def state(shape: tuple[int, ...]) -> bytes:
     return json.dumps(fields | {"shape": list(shape)}).encode()
 
 
-def _quantise_nf4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """values (n,) float32 -> packed (n/2, 1) uint8 and absmax (n/64,), as `quantize_4bit` does."""
-    code = torch.tensor(NF4)
+def _int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values (v, C) float32 -> numbers (v, C) int8 and the largest of each row (v,)."""
+    scale = values.abs().amax(1)
+    numbers = (values * (127 / scale.clamp(min=1e-38))[:, None]).round_().clamp_(-127, 127)
+    return numbers.to(torch.int8), scale
+
+
+def _nf4_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values (v, C) float32 -> packed (n/2, 1) uint8 and absmax (n/64,), as `quantize_4bit` does.
+
+    v is a multiple of 64, so that no block goes on, or these are the last rows.
+    """
+    code, values = torch.tensor(NF4), values.flatten()
     n_whole = len(values) // NF4_BLOCK * NF4_BLOCK
     blocks = values[:n_whole].view(-1, NF4_BLOCK)
     absmax = blocks.abs().amax(1)
