@@ -32,9 +32,9 @@ def train_many(
     """Train every run of `configs`; a layer that is resident takes the batches of all.
 
     The runs share model_dir, dtype, device, memory_budget and quantize, and may differ in all
-    else. Each run's adapter, losses and evaluations are equal bit for bit to those of the run alone, and so
-    are its files; its times and bytes are those of the passes that it shares. More runs than the
-    budget has room for go one group after another.
+    else. Each run's adapter, losses and evaluations are equal bit for bit to those of the run
+    alone, and so are its files; its times and bytes are those of the passes that it shares. More
+    runs than the budget has room for go one group after another.
 
     resume: continue each run from its newest checkpoint, and begin those that have none. on_step:
     called after each optimizer step of a run with its record so far.

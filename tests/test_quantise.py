@@ -118,7 +118,7 @@ def test_it_is_made_once_and_again_where_a_file_changed(cache):
 
 
 def test_what_was_interrupted_goes_on(cache, monkeypatch):
-    base = toy_dir("llama", shard="40KB", n_layers=2)
+    base = toy_dir("llama", shard="20KB", n_layers=2)
     n_shards = len(list(base.glob("*.safetensors")))
     assert n_shards > 3
     real, done = quantise.quantise, []
