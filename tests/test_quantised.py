@@ -142,6 +142,33 @@ def test_dora_and_adapters_on_experts(tmp_path):
     assert_same(got, want, 1e-6)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("dora", [False, True])
+def test_int8_is_multiplied_a_few_rows_at_a_time(dora, micro_batch_size, tmp_path, monkeypatch):
+    """Without a scratch, where no adapter looks at the weight itself, as DoRA does."""
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
+    packed, dense = both("qwen2", "llm-int8", tmp_path)
+    settings = {"use_dora": dora, "init_lora_weights": dora}
+    models = [with_lora(in_memory(dense), **settings)]
+    models.append(with_lora(streamed(packed, micro_batch_size=micro_batch_size), **settings))
+    for model in models:
+        model(**toy_batch())
+        torch.manual_seed(4)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    want, got = (step(model, toy_batch()) for model in models)
+    assert_same(got, want, CLOSE)
+    assert bool(models[1].base_model.model.streaming.stream.scratch.n_bytes) == dora
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_in_a_narrow_dtype(dtype, tmp_path):
+    packed, dense = both("llama", "llm-int8", tmp_path, dtype)
+    want = step(with_lora(in_memory(dense, dtype=torch.float32)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want, 0.1)
+
+
 def test_slots_and_plan_count_what_is_stored(tmp_path):
     base = toy_dir("llama", torch.bfloat16)
     packed, dense = quantised(base, "nf4", tmp_path, torch.bfloat16)

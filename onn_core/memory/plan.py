@@ -288,7 +288,8 @@ def _count_terms(
 
 def _work_bytes(sizes: Sizes) -> int:
     """What it takes to make one packed weight dense, beside its buffer."""
-    packed = [weight for unit in sizes.layers for weight in unit if weight.packed]
+    weights = [weight for unit in sizes.layers for weight in unit]
+    packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
     # What transformers makes of several matrices is in fresh memory first, and so are those.
     merged = [2 * w.dense_bytes for w in packed if w.source.quantised is None]
     return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)

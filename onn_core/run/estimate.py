@@ -16,7 +16,7 @@ from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
-from onn_core.weights.dequantise import Quantised
+from onn_core.weights.dequantise import Quantised, is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source
 from onn_core.weights.geometry import GEOMETRIES, geometry
@@ -51,16 +51,19 @@ def geometry_of(
     the linear layers' matrices are stored, None, "int8" or "nf4". stored: of a quantised folder,
     the matrices by the names of their parameters.
     """
-    compute_dtype = compute_dtype or dtype
+    compute_dtype, stored = compute_dtype or dtype, stored or {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
     names = {id(p): name for name, p in model.named_parameters()}
+
+    def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
+        made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
+        made.in_blocks = on_cpu and source is not None and is_llm_int8(source.quantised)
+        return made
+
     units = [
-        [
-            StreamedWeight(source, tuple(p.shape), dtype, on_device=not on_cpu, module=place)
-            for place, (source, p) in enumerate(_matrices(layer, names, quantize, stored or {}))
-        ]
+        [weight(place, *one) for place, one in enumerate(_matrices(layer, names, quantize, stored))]
         for layer in layers
     ]
     n_rows, hidden_size = model.get_output_embeddings().weight.shape

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from onn_core.errors import ConfigError
@@ -27,7 +29,8 @@ class Binding:
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.parameter.set(self.weight.values)
+        if not self.weight.in_blocks or self.weight.dense is not None:
+            self.parameter.set(self.weight.values)
 
     def clear(self) -> None:
         self.parameter.set(self.absent)
@@ -72,6 +75,7 @@ class LayerWeights:
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
         # Packed weights that stay dense in this visit: nobody knows when they are used.
         self._always_dense: set[StreamedWeight] = set()
+        self._needed_dense: set[StreamedWeight] = set()  # adapters look at their values
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
 
@@ -94,6 +98,7 @@ class LayerWeights:
             self._n_parameters = len(self.parameters)
             self._usual_calls.clear()
             fuse_lora(self.module)
+            self._needed_dense = self._find_needed_dense()
         with self.streaming.visit(phase, self.number, of, wait=False):
             self._previous = None
             try:
@@ -133,7 +138,8 @@ class LayerWeights:
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The values (shape) of a weight; a packed one's are made where its turn comes."""
         self.streaming.stream.wait(weight)
-        if weight.packed and weight.dense is None:
+        by_blocks = weight.in_blocks and weight not in self._needed_dense
+        if weight.packed and weight.dense is None and not by_blocks:
             # A function may need all weights of its module at once.
             modules = {binding.module for binding in self._by_weight[weight]} | self._holders
             busy = {one for module in modules for one in self._by_module[module]}
@@ -152,6 +158,15 @@ class LayerWeights:
             self.at_address.pop(weight.values.untyped_storage().data_ptr(), None)
         self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
+
+    def _find_needed_dense(self) -> set[StreamedWeight]:
+        """The weights that an adapter may use past their module, as DoRA does."""
+        found: set[StreamedWeight] = set()
+        for tuner in self.module.modules():
+            plain = type(tuner) is lora.Linear and not tuner.lora_variant
+            if isinstance(tuner, BaseTunerLayer) and not plain:
+                found |= set(self._by_module.get(tuner.get_base_layer(), ()))
+        return found
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""

@@ -32,7 +32,13 @@ from onn_core.memory.plan import Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
-from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
+from onn_core.ops.matmul import (
+    ScaledMatmul,
+    cast_in_cache,
+    has_fast_matmul,
+    linear,
+    prepare_linear,
+)
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.streaming.batching import Batching
 from onn_core.streaming.embedding import EmbeddingRows
@@ -44,6 +50,7 @@ from onn_core.streaming.model import streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming, Visits
+from onn_core.weights.dequantise import is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
@@ -458,6 +465,9 @@ def _fill(
                     shape = tuple(parameter.shape)
                     alone = place if type(module) is nn.Linear else None
                     weight = StreamedWeight(source, shape, in_memory, on_device, alone)
+                    if not on_device and alone is not None and is_llm_int8(source.quantised):
+                        weight.in_blocks = True
+                        int8_linear(module, weight)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                 absent = nan.expand(parameter.shape)
                 if weight is not None:
@@ -479,6 +489,22 @@ def _fill(
                 values = buffer if source is None else source.read(model_folder).to(buffer.dtype)
                 module._buffers[name] = values.to(device)
     return bindings, end_sources
+
+
+def int8_linear(module: nn.Linear, weight: StreamedWeight) -> None:
+    """Let a linear layer multiply by int8 numbers, unless its weight is there as it means."""
+
+    def parts() -> tuple[torch.Tensor, torch.Tensor]:
+        numbers, largest = weight.stored_tensors()
+        return numbers, largest.float() * weight.source.quantised.factor
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if weight.dense is not None:
+            return linear(x, module.weight, module.bias)
+        out = ScaledMatmul.apply(x, weight.tensor, parts)
+        return out if module.bias is None else out + module.bias
+
+    module.forward = forward
 
 
 def _read(source: Source, model_folder: ModelFolder, like: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,11 @@ BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at mos
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
 
+def is_llm_int8(one: "Quantised | None") -> bool:
+    """Whether it is whole numbers with one factor a row: bitsandbytes' 8 bits, and ours."""
+    return type(one) is Scaled and one.factor != 1
+
+
 def work_bytes(on_cpu: bool) -> int:
     """Memory that making a matrix dense takes, beside the matrix."""
     return BLOCK_BYTES * BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"]

@@ -43,6 +43,7 @@ class StreamedWeight:
     on_device: bool = False  # its slot is memory of a device, which no file is read into
     # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
     module: int | None = None
+    in_blocks: bool = False  # packed, but multiplied as it is stored, a few rows at a time
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
@@ -57,8 +58,10 @@ class StreamedWeight:
 
     @property
     def values(self) -> torch.Tensor | None:
-        """(shape), where they are now."""
-        return self.dense if self.packed else self.tensor
+        """(shape), where they are now; of a weight in blocks what its slot holds."""
+        if self.dense is None and (self.in_blocks or not self.packed):
+            return self.tensor
+        return self.dense
 
     @property
     def is_idle(self) -> bool:
@@ -196,7 +199,7 @@ def count_dense(units: Sequence[Sequence[StreamedWeight]], whole_unit: bool) -> 
     counts: Counter = Counter()
     largest = 0  # of those that take turns
     for unit in units:
-        packed = [weight for weight in unit if weight.packed]
+        packed = [weight for weight in unit if weight.packed and not weight.in_blocks]
         turns = [w for w in packed if w.module is not None and not whole_unit]
         counts |= Counter(weight.dense_bytes for weight in packed if weight not in turns)
         largest = max([largest, *(weight.dense_bytes for weight in turns)])
