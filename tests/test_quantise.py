@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_models import ENGLISH
 from toy import assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import onn_core
 from onn_core.errors import ConfigError, ModelFolderError
@@ -200,3 +202,17 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("ONN_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelFolderError, match="set ONN_CACHE"):
         streamed(toy_dir("llama", n_layers=2), quantize="nf4")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("kind", "rise"), [("int8", 0.005), ("nf4", 0.08)])
+def test_loss_of_a_real_model_hardly_rises(kind, rise, smollm2_dir):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    losses = [
+        onn_core.perplexity(
+            streamed(smollm2_dir, quantize=how), tokenizer, [{"text": ENGLISH}, {"text": readme}]
+        ).loss
+        for how in (None, kind)
+    ]
+    assert abs(losses[1] / losses[0] - 1) < rise, losses
