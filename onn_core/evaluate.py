@@ -23,9 +23,9 @@ from torch.utils import _pytree as pytree
 from onn_core import data
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import IGNORED, shift_labels
+from onn_core.streaming.call import is_cache
 from onn_core.streaming.head import Logits
 from onn_core.streaming.model import StreamedModel
-from onn_core.streaming.recompute import is_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,19 @@ from onn_core.memory.plan import Plan, Sizes, bytes_read
 from onn_core.weights.slots import count_dense
 
 # What the host does for an adapted layer and a micro-batch, in launches of a small kernel: on one
-# machine 3 ms forward and 6.5 ms backward, recompute included, at 9.4 us a launch.
-FORWARD_LAUNCHES = 300
-BACKWARD_LAUNCHES = 700
-# Of the shorter of copy and compute: they overlap, but not wholly.
-NOT_OVERLAPPED = 0.1
+# machine 14 ms forward and backward, recompute included, at 10.3 us a launch.
+FORWARD_LAUNCHES = 400
+BACKWARD_LAUNCHES = 930
+# Of a micro-batch whose matmul, with its adapter's, runs at half the speed of a large one's.
+HALF_SPEED_TOKENS = 800
+# A graph of them that was captured: its kernels are this many times as fast to begin, and once a
+# visit Python takes a few launches, and the weights are copied on the device.
+CAPTURED_SPEED_UP = 6
+CAPTURED_LAUNCHES = 60
+DEVICE_COPY_BYTES_PER_S = 1.5e12
+# Of the shorter of copy and compute: they overlap, but not wholly. Boundary activations that come
+# from the host share the bus with the weights, and either may wait for the other.
+NOT_OVERLAPPED = {"memory": 0.1, "host": 0.2}
 MEASURED_TOKENS = 4096
 MEASURED_WIDTH = 4096
 COPIED_BYTES = 64 << 20
@@ -33,25 +41,31 @@ class Costs:
         """Seconds of a training step on (batch_size, n_tokens) under `plan`."""
         n_layers, n_back = len(sizes.layers), sizes.n_back
         micro_tokens = plan.micro_batch_size * n_tokens
-        matmul_s = 2 * sizes.layer_parameters * micro_tokens / self.flops_per_s
-        forward_s = max(FORWARD_LAUNCHES * self.launch_s, matmul_s)
-        backward_s = max(BACKWARD_LAUNCHES * self.launch_s, 2 * matmul_s)  # recompute and dL/dh
+        matmul_s = 2 * sizes.layer_parameters * (micro_tokens + HALF_SPEED_TOKENS)
+        matmul_s /= self.flops_per_s
+        launch_s = self.launch_s / (CAPTURED_SPEED_UP if plan.captured else 1)
+        forward_s = max(FORWARD_LAUNCHES * launch_s, matmul_s)
+        backward_s = max(BACKWARD_LAUNCHES * launch_s, 2 * matmul_s)  # recompute and dL/dh
         compute_s = n_layers * forward_s + n_back * backward_s - plan.n_reserved * forward_s
         compute_s *= plan.n_micro_batches
         compute_s += self._dense_s(sizes, plan)
+        if plan.captured:
+            layer_bytes = sum(weight.dense_bytes for weight in sizes.layers[0])
+            visit_s = CAPTURED_LAUNCHES * self.launch_s + layer_bytes / DEVICE_COPY_BYTES_PER_S
+            compute_s += (n_layers + n_back) * visit_s
         copied = bytes_read(sizes, plan, n_layers - n_back)
         if plan.boundaries == "host":
             copied += n_back * batch_size * n_tokens * sizes.hidden_bytes
         copy_s = copied / self.copy_bytes_per_s
         # Matrix by matrix a slot is filled when the matrix before is done.
-        not_overlapped = 1 if plan.by_matrix else NOT_OVERLAPPED
+        not_overlapped = 1 if plan.by_matrix else NOT_OVERLAPPED[plan.boundaries]
         return max(copy_s, compute_s) + not_overlapped * min(copy_s, compute_s)
 
     def _dense_s(self, sizes: Sizes, plan: Plan) -> float:
         """Packed weights: once a visit if the scratch holds a layer, else at every use."""
         layer = sum(weight.dense_bytes for weight in sizes.layers[0] if weight.packed)
         n_times = len(sizes.layers) + sizes.n_back
-        if plan.dense != count_dense(sizes.layers, whole_unit=True):
+        if not plan.captured and plan.dense != count_dense(sizes.layers, whole_unit=True):
             n_times = (len(sizes.layers) + 2 * sizes.n_back) * plan.n_micro_batches
         return n_times * layer / self.dense_bytes_per_s
 
