@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("kind", "rise"), [("int8", 0.005), ("nf4", 0.08)])
+@pytest.mark.parametrize(("kind", "rise"), [("int8", 0.005), ("nf4", 0.15)])
 def test_loss_of_a_real_model_hardly_rises(kind, rise, smollm2_dir):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
