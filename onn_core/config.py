@@ -78,6 +78,8 @@ class TrainConfig:
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
         free, less an eighth. A CPU needs none.
+    quantize: "int8" or "nf4": quantise a dense folder once, into the cache; None streams it as it
+        is stored.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
@@ -115,6 +117,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     memory_budget: int | str | None = None
     host_budget: int | str | None = "auto"
+    quantize: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     # optimisation
@@ -198,6 +201,7 @@ class TrainConfig:
             if not isinstance(self.chat_template, str | os.PathLike) or not str(self.chat_template):
                 raise ConfigError("chat_template must be the text or the path of a template.")
             object.__setattr__(self, "chat_template", str(self.chat_template))
+        _require_choice("quantize", self.quantize, (None, "int8", "nf4"))
         _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
         if self.target_parameters and self.lora_dropout:
             raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
@@ -300,4 +304,4 @@ def _require_number(
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")

@@ -10,7 +10,14 @@ from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
-from onn_core.weights.slots import StreamedWeight, count_slots, few_slots, slots_bytes
+from onn_core.weights.dequantise import work_bytes
+from onn_core.weights.slots import (
+    StreamedWeight,
+    count_dense,
+    count_slots,
+    few_slots,
+    slots_bytes,
+)
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
 # On a CPU the heap with its gaps, in activations: measured on phi-4 with 256 and 512 tokens.
@@ -70,6 +77,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
+    dense_copies: int = 0  # of packed weights, where they are used
     captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property
@@ -103,6 +111,7 @@ class Plan:
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
     head: "HeadPlan | None" = None
+    dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
 
     @functools.cached_property
@@ -149,6 +158,9 @@ def make_plan(
         weights.append((1, count_slots(sizes.layers, 1, prefetch=False) + head))
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
+    # A layer that is dense as a whole is made dense once a visit, not once a micro-batch.
+    scratches = [count_dense(sizes.layers, whole_unit=whole) for whole in (True, False)]
+    scratches = scratches[:1] if scratches[0] == scratches[1] else scratches
     places = ("memory", "disk" if sizes.on_cpu else "host")
     micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
@@ -167,20 +179,24 @@ def make_plan(
             batch_size % size or not n_resident or size * n_tokens > MAX_CAPTURED_TOKENS
         ):
             continue
-        count = functools.partial(
-            _count_terms, sizes, slots, place, batch_size, size, n_tokens, captured
-        )
-        n_micro = -(-batch_size // size)
-        plan = Plan(slots, n_resident, size, n_micro, 0, place, count, captured=captured)
-        if budget is None:
-            return plan
-        if sizes.margin * plan.peak_bytes > budget:
-            continue
-        fractions = GRAPH_FRACTIONS if sizes.step_s else (None,)
-        for most in fractions[:1] if captured else fractions:
-            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
-            plans.append(_add_residents(full, sizes, budget))
-        if sizes.step_s is None:
+        # Graphs have the whole layer dense in memory of their own.
+        for dense in scratches if n_resident and not captured else scratches[-1:]:
+            given = (dense, slots, place, batch_size, size, n_tokens, captured)
+            count = functools.partial(_count_terms, sizes, *given)
+            n_micro = -(-batch_size // size)
+            plan = Plan(slots, n_resident, size, n_micro, 0, place, count, dense=dense)
+            plan = dataclasses.replace(plan, captured=captured)
+            if budget is None:
+                return plan
+            if sizes.margin * plan.peak_bytes > budget:
+                continue
+            fractions = GRAPH_FRACTIONS if sizes.step_s else (None,)
+            for most in fractions[:1] if captured else fractions:
+                full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+                plans.append(_add_residents(full, sizes, budget))
+            if sizes.step_s is None:
+                break
+        if plans and sizes.step_s is None:
             break
     if plans:
         plan = plans[0]
@@ -261,6 +277,7 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
 
 def _count_terms(
     sizes: Sizes,
+    dense: Counter,
     slots: Counter,
     place: str,
     batch_size: int,
@@ -282,7 +299,7 @@ def _count_terms(
     activations, captured_visits = max(forward + batch_bytes, backward, head), 0
     if captured:
         activations = max(forward + batch_bytes, head)
-        weights = max(sum(weight.slot_bytes for weight in layer) for layer in sizes.layers)
+        weights = max(sum(map(_captured_bytes, layer)) for layer in sizes.layers)
         fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
         pool = int(POOL_FACTOR * max(forward, backward))
         captured_visits = weights + fixed + pool + CAPTURE_BYTES
@@ -292,8 +309,22 @@ def _count_terms(
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
         activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+        dense_copies=slots_bytes(dense) + _work_bytes(sizes),
         captured_visits=captured_visits,
     )
+
+
+def _captured_bytes(weight: StreamedWeight) -> int:
+    return weight.dense_bytes if weight.packed else weight.slot_bytes
+
+
+def _work_bytes(sizes: Sizes) -> int:
+    """What it takes to make one packed weight dense, beside its buffer."""
+    weights = [weight for unit in sizes.layers for weight in unit]
+    packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
+    # What transformers makes of several matrices is in fresh memory first, and so are those.
+    merged = [2 * w.dense_bytes for w in packed if w.source.quantised is None]
+    return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)
 
 
 def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:

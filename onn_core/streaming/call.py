@@ -254,7 +254,7 @@ class SavedTensors:
                 self._known.add(memory.data_ptr())
             return tensor, tensor._version
         self._uses_left[weight] += 1
-        offset = tensor.storage_offset() - weight.tensor.storage_offset()
+        offset = tensor.storage_offset() - weight.values.storage_offset()
         return weight, tensor.shape, tensor.stride(), offset
 
     def unpack(self, packed: Any) -> torch.Tensor:

@@ -114,9 +114,11 @@ class Captures:
         """Where the weights of the visited layer lie for its graphs, each in its shape."""
         found, taken = [], {}
         for weight in weights:
-            number = taken[weight.slot_bytes] = taken.get(weight.slot_bytes, -1) + 1
-            like = torch.empty(weight.slot_bytes, dtype=torch.uint8, device="meta")
-            found.append(weight.view(self.fixed(("weight", number), like)))
+            size = weight.dense_bytes if weight.packed else weight.slot_bytes
+            number = taken[size] = taken.get(size, -1) + 1
+            like = torch.empty(size, dtype=torch.uint8, device="meta")
+            memory = self.fixed(("weight", number), like)
+            found.append(memory[: weight.dense_bytes].view(weight.dtype).view(weight.shape))
         return found
 
     def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

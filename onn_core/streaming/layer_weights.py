@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from onn_core.errors import ConfigError
@@ -27,7 +29,8 @@ class Binding:
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.parameter.set(self.weight.tensor)
+        if not self.weight.in_blocks or self.weight.dense is not None:
+            self.parameter.set(self.weight.values)
 
     def clear(self) -> None:
         self.parameter.set(self.absent)
@@ -72,6 +75,9 @@ class LayerWeights:
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
+        # Packed weights that stay dense in this visit: nobody knows when they are used.
+        self._always_dense: set[StreamedWeight] = set()
+        self._needed_dense: set[StreamedWeight] = set()  # adapters look at their values
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
 
@@ -112,6 +118,7 @@ class LayerWeights:
         if is_new:  # learn calls anew
             self._usual_calls.clear()
             fuse_lora(self.module)
+            self._needed_dense = self._find_needed_dense()
         with self.streaming.visit(phase, self.number, of, wait=False):
             self._previous = None
             try:
@@ -119,12 +126,17 @@ class LayerWeights:
                     self._request_from(0)
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
                     modules = {binding.module for binding in bindings}
-                    if not all(map(self._usual_calls.get, modules)) or modules & self.wrapped:
+                    known = all(map(self._usual_calls.get, modules))
+                    if weight.packed:  # in the first visit, too: a layer may be large when dense
+                        known = weight.module is not None
+                    if not known or modules & self.wrapped:
                         self._fetch(weight)
+                        self._always_dense.add(weight)
                 if is_new:
                     self._fill_magnitudes()
                 yield
             finally:
+                self._always_dense.clear()
                 for weight in self._by_weight:
                     self.drop(weight)
 
@@ -158,15 +170,37 @@ class LayerWeights:
         self.streaming.stream.request(weight)
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        return self.streaming.stream.wait(weight)
+        """The values (shape) of a weight; a packed one's are made where its turn comes."""
+        self.streaming.stream.wait(weight)
+        by_blocks = weight.in_blocks and weight not in self._needed_dense
+        if weight.packed and weight.dense is None and not by_blocks:
+            # A function may need all weights of its module at once.
+            modules = {binding.module for binding in self._by_weight[weight]} | self._holders
+            busy = {one for module in modules for one in self._by_module[module]}
+            scratch = self.streaming.stream.scratch
+            evicted = scratch.fill(weight, busy | self._always_dense)
+            for binding in self._by_weight.get(evicted, ()):
+                binding.clear()
+        self.at_address[weight.values.untyped_storage().data_ptr()] = weight
+        return weight.values
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
         for binding in self._by_weight[weight]:
             binding.clear()
-        if weight.tensor is not None:
-            self.at_address.pop(weight.tensor.untyped_storage().data_ptr(), None)
+        if weight.values is not None:
+            self.at_address.pop(weight.values.untyped_storage().data_ptr(), None)
+        self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
+
+    def _find_needed_dense(self) -> set[StreamedWeight]:
+        """The weights that an adapter may use past their module, as DoRA does."""
+        found: set[StreamedWeight] = set()
+        for tuner in self.module.modules():
+            plain = type(tuner) is lora.Linear and not tuner.lora_variant
+            if isinstance(tuner, BaseTunerLayer) and not plain:
+                found |= set(self._by_module.get(tuner.get_base_layer(), ()))
+        return found
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""
@@ -195,8 +229,7 @@ class LayerWeights:
     def _fetch(self, weight: StreamedWeight) -> None:
         if self._by_matrix:
             self._request_from(list(self._by_weight).index(weight))
-        memory = self.wait(weight).untyped_storage()
-        self.at_address[memory.data_ptr()] = weight
+        self.wait(weight)
         for binding in self._by_weight[weight]:
             binding.fill()
 

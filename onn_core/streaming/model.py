@@ -279,7 +279,7 @@ class StreamedModel:
             streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        streaming.stream.set_slots(self.plan.slots)
+        streaming.stream.set_slots(self.plan.slots, self.plan.dense)
         if streaming.captures is not None and not self.plan.captured:
             streaming.captures.clear()
 

@@ -1,6 +1,7 @@
 """A Hugging Face folder as an index, validated before any weight is read."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -44,7 +45,7 @@ class ModelFolder:
     """
 
     def __init__(self, model_dir: Path, gguf: Sequence[Path] = ()):
-        self.model_dir = model_dir
+        self.model_dir = self.base_dir = model_dir  # base_dir: by which adapters name the model
         self.gguf = gguf
         self.tensors: dict[str, TensorEntry] = {}
         self.quantised: dict[str, Quantised] = {}
@@ -145,6 +146,15 @@ class ModelFolder:
                 block = np.empty(min(block_bytes, entry.n_bytes - start), np.uint8)
                 _read_into(descriptor, entry.path, block, entry.offset + start)
                 yield block
+
+    def fingerprint(self) -> str:
+        """The shards' sizes and times and the tensors' names, dtypes and shapes, hashed."""
+        found = hashlib.sha256()
+        for path, seen in sorted(self._stamps.items()):
+            found.update(f"{path.name} {seen}\n".encode())
+        for name, entry in sorted(self.tensors.items()):
+            found.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+        return found.hexdigest()
 
     def check_unchanged(self) -> None:
         """ModelFolderError if the size or the modification time of a shard is not as at `open`."""

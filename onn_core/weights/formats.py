@@ -36,13 +36,15 @@ class Source:
     """The tensors of the model folder that one parameter is made of.
 
     convert: makes it of them, on the device that they are on. quantised: set if they are one
-    quantised matrix and `convert` does no more than make it dense.
+    quantised matrix and `convert` does no more than make it dense. packed: quantised matrices are
+    among them.
     """
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
     converted_shape: torch.Size | None = None
     quantised: Quantised | None = None
+    packed: bool = False
 
     @property
     def entry(self) -> TensorEntry:
@@ -103,7 +105,7 @@ class Source:
         part = dataclasses.replace(part, name=f"{entry.name} from row {start}")
         shape = (stop - start, *self.shape[1:])
         one = dataclasses.replace(self.quantised, entries=(part,), shape=shape)
-        return _dense(one, self.convert.keywords["dtype"])
+        return _dense(one, self.convert.keywords["dtype"], packed=False)
 
     def gathered(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """stored (U, ...), rows of a matrix that is stored by rows -> their values (U, C)."""
@@ -151,12 +153,12 @@ def _source(model_folder: ModelFolder, key: str, dtype: torch.dtype) -> Source:
     one = model_folder.quantised.get(key)
     if one is None:
         return Source((model_folder.tensors[key],))
-    return _dense(one, dtype)
+    return _dense(one, dtype, packed=True)
 
 
-def _dense(one: Quantised, dtype: torch.dtype) -> Source:
+def _dense(one: Quantised, dtype: torch.dtype, packed: bool) -> Source:
     convert = functools.partial(one.dense, dtype=dtype)
-    return Source(one.entries, convert, torch.Size(one.shape), one)
+    return Source(one.entries, convert, torch.Size(one.shape), one, packed)
 
 
 def _converted(
@@ -193,7 +195,10 @@ def _converted(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
-    return {target: Source(entries, maker(target), made[target].shape) for target in made}
+    packed = any(source.packed for source in before)
+    return {
+        target: Source(entries, maker(target), made[target].shape, packed=packed) for target in made
+    }
 
 
 def _check(
