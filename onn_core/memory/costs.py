@@ -17,6 +17,8 @@ BACKWARD_LAUNCHES = 1300
 SPLIT_LAUNCHES = 1.5  # times as many, where LoRA multiplies in parts
 # Of a micro-batch whose matmul, with its adapter's, runs at half the speed of a large one's.
 HALF_SPEED_TOKENS = 800
+# Of a layer's time at the speed of its matmul alone: attention, norms and adapters take the rest.
+MATMUL_SHARE = 0.75
 # A graph of them that was captured: its kernels are this many times as fast to begin, and once a
 # visit Python takes a few launches, and the weights are copied on the device.
 CAPTURED_SPEED_UP = 6
@@ -44,7 +46,7 @@ class Costs:
         n_layers, n_back = len(sizes.layers), sizes.n_back
         micro_tokens = plan.micro_batch_size * n_tokens
         matmul_s = 2 * sizes.layer_parameters * (micro_tokens + HALF_SPEED_TOKENS)
-        matmul_s /= self.flops_per_s
+        matmul_s /= MATMUL_SHARE * self.flops_per_s
         launch_s = self.launch_s * (SPLIT_LAUNCHES if micro_tokens >= SPLIT_TOKENS else 1)
         launch_s /= CAPTURED_SPEED_UP if plan.captured else 1
         forward_s = max(FORWARD_LAUNCHES * launch_s, matmul_s)
