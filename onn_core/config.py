@@ -95,6 +95,9 @@ class TrainConfig:
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
     shuffle_targets: 0, or the number of a shuffle of all training targets, for a control.
     eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
+    early_stopping_patience, early_stopping_threshold: as in transformers, stop when the held-out
+        loss was not below its best by more than the threshold in so many evaluations in a row; None
+        never stops early. The adapter is that of the last step.
     """
 
     model_dir: str
@@ -138,6 +141,8 @@ class TrainConfig:
     eval_every: int = 0
     eval_samples: int = 64
     eval_batch_size: int | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     seed: int = 0
     # checkpoints
     checkpoint_every: int = 0
@@ -169,6 +174,10 @@ class TrainConfig:
             require_integer(name, getattr(self, name), 0)
         if self.eval_batch_size is not None:
             require_integer("eval_batch_size", self.eval_batch_size, 1)
+        if self.early_stopping_patience is not None:
+            require_integer("early_stopping_patience", self.early_stopping_patience, 1)
+            if not self.eval_every:
+                raise ConfigError("early_stopping_patience counts evaluations: set eval_every.")
         if self.micro_batch_size is not None:
             require_integer("micro_batch_size", self.micro_batch_size, 1)
             if self.micro_batch_size > self.batch_size:
@@ -180,6 +189,7 @@ class TrainConfig:
         _require_number("lora_dropout", self.lora_dropout, 0, below=1)
         _require_number("learning_rate", self.learning_rate, 0)
         _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("early_stopping_threshold", self.early_stopping_threshold, 0)
         _require_number("checkpoint_minutes", self.checkpoint_minutes, 0)
         _require_number("held_out_fraction", self.held_out_fraction, 0, below=1)
         if self.max_grad_norm is not None:

@@ -70,6 +70,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     wall_s: float = 0.0
     status: str = "running"  # "finished", or "stopped: why"
+    stopped_early: str = ""  # why it finished before max_steps: what early stopping saw
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

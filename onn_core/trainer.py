@@ -27,7 +27,7 @@ from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
-from onn_core.run.stopping import Stop
+from onn_core.run.stopping import Stop, early_stop
 from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
@@ -176,15 +176,19 @@ class ChunkedLoraTrainer:
                     self.saver.step_finished()
                 self._evaluate_if_due(record, started)
                 record.wall_s = time.perf_counter() - started
-                if step == n_done:
-                    continue
-                bar.update()
-                bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
-                peak = peak_memory_bytes(self.device, self._memory_before)
-                record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
-                self.on_step(record)
-                self.saver.save_if_due(record)
-                self.stop.check()
+                if step < config.max_steps:
+                    rule = config.early_stopping_patience, config.early_stopping_threshold
+                    record.stopped_early = early_stop(record.evals, *rule)
+                if step > n_done:
+                    bar.update()
+                    bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
+                    peak = peak_memory_bytes(self.device, self._memory_before)
+                    record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
+                    self.on_step(record)
+                    self.saver.save_if_due(record)
+                    self.stop.check()
+                if record.stopped_early:
+                    break
 
     # --- one optimizer step -----------------------------------------------------------------
 

@@ -157,6 +157,40 @@ def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monk
     assert n_bytes() <= 1.1 * max(each) < 0.6 * sum(each)
 
 
+EARLY = {"early_stopping_patience": 2, "early_stopping_threshold": 10}  # no loss falls so far
+
+
+def test_a_run_that_stops_early_leaves_the_others_going(small, tmp_path):
+    runs = {"early": EARLY, "going": {"early_stopping_patience": 2}, "last": DIFFERENT["last"]}
+    records = together(small, tmp_path / "many", runs)
+    alone(small, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+    assert [len(record.steps) for record in records] == [4, 7, 4]
+    assert [record.status for record in records] == 3 * ["finished"]
+    assert "by more than 10 in 2 evaluations; the best was" in records[0].stopped_early
+    assert not records[1].stopped_early and not records[2].stopped_early
+
+
+def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, tmp_path):
+    def fail(record):
+        if len(record.steps) == 3:
+            raise RuntimeError("planted")
+
+    early = config(small, tmp_path / "early", **EARLY)
+    with pytest.raises(RuntimeError, match="planted"):
+        onn_core.train_many([early], on_step=fail)
+    assert len(onn_core.train_many([early], resume=True)[0].steps) == 4
+    alone(small, tmp_path, {"alone": EARLY})
+    require_equal(tmp_path / "early", tmp_path / "alone")
+    assert len(onn_core.train_many([early], resume=True)[0].steps) == 4
+    patient = dataclasses.replace(early, early_stopping_patience=9)  # goes on, as if always so
+    record = onn_core.ChunkedLoraTrainer(patient).train(resume=True)
+    alone(small, tmp_path, {"whole": {}})
+    require_equal(tmp_path / "early", tmp_path / "whole")
+    assert len(record.steps) == 7 and not record.stopped_early
+
+
 @pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
 def test_what_runs_must_share_is_named(name, small, tmp_path):
     other = {"dtype": "bfloat16", "memory_budget": "4GB", "output_dir": str(tmp_path / "a")}
