@@ -191,6 +191,27 @@ def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, tmp_path):
     assert len(record.steps) == 7 and not record.stopped_early
 
 
+def test_evaluations_of_runs_share_passes(small, tmp_path, monkeypatch):
+    """Most passes evaluate; runs that do so at other times or in other batches add next to none."""
+    fixed = {"max_steps": 3, "eval_every": 1, "eval_batch_size": 1, "held_out_fraction": 0.2}
+    fixed |= {"gradient_accumulation_steps": 1}
+    runs = {"a": {}, "seed": {"seed": 1}, "rank": {"lora_rank": 2}}
+    others = {
+        "rarely": {"eval_every": 2},
+        "whole": {"eval_batch_size": 3},
+        "never": {"eval_every": 0},
+    }
+    n_bytes = count_reads(monkeypatch)
+    alone(small, tmp_path / "alone", {"a": {}}, **fixed)
+    one = n_bytes()
+    together(small, tmp_path / "same", runs, **fixed)
+    assert n_bytes() == one
+    together(small, tmp_path / "others", {"a": {}} | others, **fixed)
+    assert n_bytes() <= 1.05 * one
+    require_equal(tmp_path / "same/a", tmp_path / "alone/a")
+    require_equal(tmp_path / "others/a", tmp_path / "alone/a")
+
+
 @pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
 def test_what_runs_must_share_is_named(name, small, tmp_path):
     other = {"dtype": "bfloat16", "memory_budget": "4GB", "output_dir": str(tmp_path / "a")}

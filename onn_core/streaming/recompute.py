@@ -51,6 +51,8 @@ class Call:
             for begin in range(0, self.batch_size, group)
             for start in range(begin, min(begin + group, self.batch_size), size)
         ]
+        n_graded = self.batch_size if passes.n_graded is None else passes.n_graded
+        self.graded = [i for i, rows in enumerate(self.slices) if rows.start < n_graded]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors
         if len(self.slices) > 1 and with_cache:  # which a probe would not grow
@@ -95,7 +97,7 @@ class Call:
             for number, rows in enumerate(self.slices):
                 weights.begin_micro_batch(rows is self.slices[-1])
                 self.random_states.append(random_state(self.streaming.device))
-                if inputs and reserves:
+                if inputs and reserves and number in self.graded:
                     graph = self.build_graph(number, inputs, reserves)
                     planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
                     self.graphs.append(graph)
@@ -271,10 +273,10 @@ class Visit(torch.autograd.Function):
         in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
         out_rows = call.out_rows or [None] * len(grads)
         with weights.visit("backward", call.of):
-            for number, rows in enumerate(call.slices):
-                graph = call.graph_of(number, inputs)
+            for number in call.graded:
+                graph, rows = call.graph_of(number, inputs), call.slices[number]
                 by_matrix = call.streaming.planner.plan.by_matrix
-                graph.saved.drops = by_matrix or rows is call.slices[-1]
+                graph.saved.drops = by_matrix or number == call.graded[-1]
                 grad_of = [
                     (out, cut(grad, place, rows))
                     for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
