@@ -78,6 +78,10 @@ class TrainConfig:
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
         free, less an eighth. A CPU needs none.
+    objective: "sft" learns answers; "dpo" prefers chosen answers to rejected ones (rows of prompt,
+        chosen and rejected), against the base without its adapter. batch_size then counts pairs,
+        micro_batch_size single answers.
+    dpo_beta: how dear it is to go away from the base, as TRL's beta.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
@@ -121,6 +125,8 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     # optimisation
+    objective: str = "sft"
+    dpo_beta: float = 0.1
     max_steps: int | None = None
     num_train_epochs: float | None = None
     gradient_accumulation_steps: int = 1
@@ -196,6 +202,8 @@ class TrainConfig:
             _require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True)
         if self.loss_scale not in (None, "dynamic"):
             _require_number("loss_scale", self.loss_scale, 0, open_below=True)
+        _require_number("dpo_beta", self.dpo_beta, 0, open_below=True)
+        _require_choice("objective", self.objective, ("sft", "dpo"))
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("train_on", self.train_on, ("all", "last"))
@@ -204,6 +212,11 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         if self.train_on == "last" and not self.completion_only:
             raise ConfigError('train_on "last" needs completion_only: without, all is learned.')
+        if self.objective == "dpo":
+            for name in ("packing", "shuffle_targets", "completion_only", "train_on"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ConfigError(f'objective "dpo" takes no {name}: set it to {default!r}.')
         if self.chat_template is not None:
             if not isinstance(self.chat_template, str | os.PathLike) or not str(self.chat_template):
                 raise ConfigError("chat_template must be the text or the path of a template.")
