@@ -293,7 +293,7 @@ class _TokenLosses(torch.autograd.Function):
             found = entropy.token_losses()
             losses = found.new_zeros(len(flat_labels)) if losses is None else losses
             losses[counted] = found
-            if graded:
+            if graded and len(counted):
                 ctx.grads.append((counted, entropy.result()[1]))
         ctx.like = hidden.new_empty(0), hidden.shape
         return losses.view(labels.shape)

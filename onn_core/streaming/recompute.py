@@ -170,7 +170,7 @@ class Call:
     def _on_device(self, whole: torch.Tensor, place: Rows | None, number: int) -> torch.Tensor:
         if whole.device == self.streaming.device:
             return cut(whole, place, self.slices[number])
-        boundaries, n_parts = self.streaming.host_boundaries, len(self.slices)
+        boundaries, n_parts = self.streaming.host_boundaries, len(self.graded)
         return boundaries.part(whole, lambda n: cut(whole, place, self.slices[n]), number, n_parts)
 
     def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
