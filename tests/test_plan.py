@@ -31,7 +31,7 @@ from onn_core.memory.plan import (
     weights_read,
 )
 from onn_core.run.estimate import geometry_of, predict
-from onn_core.streaming.recompute import Graph
+from onn_core.streaming.call import Graph
 from onn_core.weights.geometry import geometry
 from onn_core.weights.slots import count_slots, few_slots, slots_bytes
 

@@ -16,8 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from onn_core.streaming.call import is_cache
 from onn_core.streaming.model import StreamedModel
-from onn_core.streaming.recompute import is_cache
 
 Choice = str | bool  # an adapter by its name; True: as the layers are; False: none
 

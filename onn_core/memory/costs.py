@@ -12,6 +12,11 @@ from onn_core.memory.plan import Plan, Sizes, bytes_read
 # machine 3 ms forward and 6.5 ms backward, recompute included, at 9.4 us a launch.
 FORWARD_LAUNCHES = 300
 BACKWARD_LAUNCHES = 700
+# A graph of them that was captured: its kernels are this many times as fast to begin, and once a
+# visit Python takes a few launches, and the weights are copied on the device.
+CAPTURED_SPEED_UP = 6
+CAPTURED_LAUNCHES = 60
+DEVICE_COPY_BYTES_PER_S = 1.5e12
 # Of the shorter of copy and compute: they overlap, but not wholly.
 NOT_OVERLAPPED = 0.1
 MEASURED_TOKENS = 4096
@@ -32,10 +37,15 @@ class Costs:
         n_layers, n_back = len(sizes.layers), sizes.n_back
         micro_tokens = plan.micro_batch_size * n_tokens
         matmul_s = 2 * sizes.layer_parameters * micro_tokens / self.flops_per_s
-        forward_s = max(FORWARD_LAUNCHES * self.launch_s, matmul_s)
-        backward_s = max(BACKWARD_LAUNCHES * self.launch_s, 2 * matmul_s)  # recompute and dL/dh
+        launch_s = self.launch_s / (CAPTURED_SPEED_UP if plan.captured else 1)
+        forward_s = max(FORWARD_LAUNCHES * launch_s, matmul_s)
+        backward_s = max(BACKWARD_LAUNCHES * launch_s, 2 * matmul_s)  # recompute and dL/dh
         compute_s = n_layers * forward_s + n_back * backward_s - plan.n_reserved * forward_s
         compute_s *= plan.n_micro_batches
+        if plan.captured:
+            layer_bytes = sum(weight.n_bytes for weight in sizes.layers[0])
+            visit_s = CAPTURED_LAUNCHES * self.launch_s + layer_bytes / DEVICE_COPY_BYTES_PER_S
+            compute_s += (n_layers + n_back) * visit_s
         copied = bytes_read(sizes, plan, n_layers - n_back)
         if plan.boundaries == "host":
             copied += n_back * batch_size * n_tokens * sizes.hidden_bytes

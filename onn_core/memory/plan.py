@@ -23,6 +23,10 @@ TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments o
 MAX_GRAPH_FRACTION = 1 / 8
 # What is tried where the time of a step decides.
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
+# Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
+CAPTURE_BYTES = 160 << 20
+# Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
+MAX_CAPTURED_TOKENS = 2048
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
@@ -64,6 +68,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
+    captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property
     def total(self) -> int:
@@ -96,6 +101,7 @@ class Plan:
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
     head: "HeadPlan | None" = None
+    captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -145,21 +151,31 @@ def make_plan(
     micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
         micro = [min(micro_batch_size, batch_size)]
-    tries = itertools.product(weights, places, micro)
+    tries = itertools.product(weights, places, micro, (False, True))
+    if sizes.step_s is None:
+        tries = [t for t in tries if not t[3]]
     if micro_batch_size is None and budget is not None and sizes.step_s is None:
         fast = _fast_micro_batch(sizes, batch_size, n_tokens)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
         # matrix by matrix, each micro-batch reads all anew
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
     plans: list[Plan] = []
-    for (n_resident, slots), place, size in tries:
-        count = functools.partial(_count_terms, sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
+    for (n_resident, slots), place, size, captured in tries:
+        if captured and (
+            batch_size % size or not n_resident or size * n_tokens > MAX_CAPTURED_TOKENS
+        ):
+            continue
+        count = functools.partial(
+            _count_terms, sizes, slots, place, batch_size, size, n_tokens, captured
+        )
+        n_micro = -(-batch_size // size)
+        plan = Plan(slots, n_resident, size, n_micro, 0, place, count, captured=captured)
         if budget is None:
             return plan
         if sizes.margin * plan.peak_bytes > budget:
             continue
-        for most in GRAPH_FRACTIONS if sizes.step_s else (None,):
+        fractions = GRAPH_FRACTIONS if sizes.step_s else (None,)
+        for most in fractions[:1] if captured else fractions:
             full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
             plans.append(_add_residents(full, sizes, budget))
         if sizes.step_s is None:
@@ -248,8 +264,12 @@ def _count_terms(
     batch_size: int,
     micro_batch_size: int,
     n_tokens: int,
+    captured: bool = False,
 ) -> Terms:
     """The peak of a layer's visit, or of the head, with what it is given and makes.
+
+    captured: layers have a pool of their own, and fixed memory for a layer's weights, inputs and
+    outputs; an evaluation still runs them as they are.
 
     Forward, the embedding is resident too: transformers refers to it until the last layer is done.
     """
@@ -257,13 +277,19 @@ def _count_terms(
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
-    activations = max(forward + batch_bytes, backward, head)
+    activations, captured_visits = max(forward + batch_bytes, backward, head), 0
+    if captured:
+        activations = max(forward + batch_bytes, head)
+        weights = max(sum(weight.slot_bytes for weight in layer) for layer in sizes.layers)
+        fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
+        captured_visits = weights + fixed + max(forward, backward) + CAPTURE_BYTES
     return Terms(
         weights=slots_bytes(slots),
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
         activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+        captured_visits=captured_visits,
     )
 
 
@@ -273,7 +299,9 @@ def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> Head
         return None
     n = batch_size * n_tokens
     forward, backward, _ = sizes.visit_bytes(plan.micro_batch_size, n_tokens)
-    room = max(forward + n * sizes.hidden_bytes, backward, head_bytes(sizes, n))
+    room = max(forward + n * sizes.hidden_bytes, head_bytes(sizes, n))
+    if not plan.captured:  # else the memory of layers is their own
+        room = max(room, backward)
     chunks = [chunk for chunk in (n >> shift for shift in range(n.bit_length())) if chunk]
     tries = [
         HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks

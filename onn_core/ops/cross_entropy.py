@@ -48,7 +48,6 @@ class OnlineCrossEntropy:
 
     def __post_init__(self):
         n_tokens, hidden_size = self.hidden.shape
-        self._host_labels = self.labels.cpu()  # so that no block waits for the device to find its
         self._wide = torch.promote_types(self.hidden.dtype, torch.float32)
         new = functools.partial(self.hidden.new_zeros, n_tokens, dtype=self._wide)
         self._top = new().fill_(-torch.inf)  # running maximum
@@ -62,7 +61,7 @@ class OnlineCrossEntropy:
             self._pull = torch.zeros(  # sum of exp * weight
                 shape, dtype=self._wide, device=home, pin_memory=pinned
             )
-            self._pushes: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, label's weight
+            self._push: torch.Tensor | None = None  # the label's weight
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
@@ -108,14 +107,14 @@ class OnlineCrossEntropy:
         so_far.mul_(shrink[:, None]).add_(matmul_grad(pull, weight))
         if self._pull.device != pull.device:
             self._pull[tokens].copy_(so_far, non_blocking=True)
-        columns = self._host_labels[tokens] - first
-        rows = ((columns >= 0) & (columns < len(weight))).nonzero()[:, 0]
-        if len(rows):
-            there = rows.to(pull.device, non_blocking=True)
-            push = weight[column[there]]
-            push = push if slope is None else push.to(self._wide) * slope[there]
-            home = self._pull.device
-            self._pushes.append(((tokens.start + rows).to(home), push.to(home, non_blocking=True)))
+        push = weight[column] if slope is None else weight[column].to(self._wide) * slope
+        if self._push is None:
+            pinned = self._pull.is_pinned()
+            self._push = torch.zeros_like(self._pull, dtype=push.dtype, pin_memory=pinned)
+        # Where the label is elsewhere it is not this block's; nobody waits to learn where.
+        so_far = self._push[tokens].to(push.device, non_blocking=True)
+        push = torch.where(here[:, None], push, so_far)
+        self._push[tokens].copy_(push, non_blocking=True)
 
     def token_losses(self) -> torch.Tensor:
         """The loss of each token (n,) in float32 or wider, 0 where it is not counted."""
@@ -131,6 +130,5 @@ class OnlineCrossEntropy:
         if home != self.hidden.device:
             torch.cuda.synchronize(self.hidden.device)
         grad = self._pull.div_(self._sum[:, None].to(home))
-        for rows, push in self._pushes:
-            grad[rows] -= push.to(grad.dtype)
+        grad -= self._push
         return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class LayerWeights:
         # Where an adapter wraps an expert's parameter, it takes the weight before the module runs.
         self.wrapped: set[nn.Module] = set()
         self.parameters: list[nn.Parameter] = []  # of the layer and its adapters now
-        self._n_parameters = 0
+        self.inside: list[nn.Module] = []  # the modules in the layer now, without itself
+        self._is_new = True  # adapters came or went
+        self._fetches = True
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
@@ -75,8 +77,26 @@ class LayerWeights:
 
     def find_parameters(self) -> list[nn.Parameter]:
         """Look which parameters the layer and its adapters have now."""
-        self.parameters = find_parameters(self.module)
+        found = find_parameters(self.module)
+        if list(map(id, found)) != list(map(id, self.parameters)):
+            self.parameters, self._is_new = found, True
+            self.inside = [m for m in self.module.modules() if m is not self.module]
         return self.parameters
+
+    @property
+    def all(self) -> list[StreamedWeight]:
+        """The layer's weights, in the order in which they are fetched."""
+        return list(self._by_weight)
+
+    @property
+    def bound(self) -> Collection[nn.Module]:
+        """The modules that have streamed weights."""
+        return self._by_module.keys()
+
+    @property
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that are always resident: adapters, norms."""
+        return [p for p in self.parameters if type(p) is not StreamedParameter]
 
     @property
     def _by_matrix(self) -> bool:
@@ -88,8 +108,8 @@ class LayerWeights:
 
         Those of modules that are not known to be called are there from the beginning.
         """
-        if len(self.parameters) != self._n_parameters:  # adapters came or went: learn calls anew
-            self._n_parameters = len(self.parameters)
+        is_new, self._is_new = self._is_new, False
+        if is_new:  # learn calls anew
             self._usual_calls.clear()
             fuse_lora(self.module)
         with self.streaming.visit(phase, self.number, of, wait=False):
@@ -101,11 +121,25 @@ class LayerWeights:
                     modules = {binding.module for binding in bindings}
                     if not all(map(self._usual_calls.get, modules)) or modules & self.wrapped:
                         self._fetch(weight)
-                self._fill_magnitudes()
+                if is_new:
+                    self._fill_magnitudes()
                 yield
             finally:
                 for weight in self._by_weight:
                     self.drop(weight)
+
+    @contextlib.contextmanager
+    def at(self, memory: Mapping[StreamedWeight, torch.Tensor]) -> Iterator[None]:
+        """Inside, each of the layer's weights is in `memory`; none is fetched."""
+        self._fetches = False
+        try:
+            for binding in self._bindings:
+                binding.parameter.set(memory[binding.weight])
+            yield
+        finally:
+            for binding in self._bindings:
+                binding.clear()
+            self._fetches = True
 
     def begin_micro_batch(self, last: bool) -> None:
         """Another micro-batch, or a gradient, comes; weights are dropped early in the `last`."""
@@ -168,6 +202,8 @@ class LayerWeights:
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
+        if not self._fetches:
+            return
         self._calls[module] += 1
         before, self._previous = self._previous, module
         last = (self._by_matrix or self._last_micro_batch) and before not in self._holders

@@ -30,6 +30,7 @@ from onn_core.memory.together import Part
 from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.streaming.batching import Batching
+from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
@@ -189,7 +190,10 @@ def open_streamed(
     )
     host_memory = HostMemory(device)
     boundaries = HostBoundaries(host_memory, device)
-    streaming = Streaming(stream, planner, visits, Passes(), Batching(), boundaries, device, member)
+    captures = Captures(device) if device.type == "cuda" and member is None else None
+    streaming = Streaming(
+        stream, planner, visits, Passes(), Batching(), boundaries, device, member, captures
+    )
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)
@@ -198,7 +202,8 @@ def open_streamed(
     rows = None
     if by_rows:
         in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
-        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device, in_store)
+        source = end_sources[embedding]
+        rows = EmbeddingRows(embedding, model_folder, source, device, host_memory, in_store)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:
@@ -210,6 +215,8 @@ def open_streamed(
     model.connect(streaming, model_folder, streamed_layers, streamed_head, rows)
     weakref.finalize(model, stream.close)
     weakref.finalize(model, host_memory.close)
+    if captures is not None:
+        weakref.finalize(model, captures.clear)
     return model.eval()
 
 

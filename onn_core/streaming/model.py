@@ -158,6 +158,8 @@ class StreamedModel:
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give back the weights' memory and stop the readers; the next forward starts them."""
         self.streaming.stream.close(timeout_s)
+        if self.streaming.captures is not None:
+            self.streaming.captures.clear()
 
     # --- what trainers and users ask of any model --------------------------------------------
 
@@ -293,6 +295,8 @@ class StreamedModel:
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
         streaming.stream.set_slots(self.plan.slots)
+        if streaming.captures is not None and not self.plan.captured:
+            streaming.captures.clear()
 
     def _trained(self) -> dict[int | None, list[nn.Parameter]]:
         """The trained parameters of each layer that has some; None: of all that is outside them.
