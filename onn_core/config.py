@@ -79,9 +79,9 @@ class TrainConfig:
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
         free, less an eighth. A CPU needs none.
     objective: "sft" learns answers; "dpo" prefers chosen answers to rejected ones (rows of prompt,
-        chosen and rejected), against the base without its adapter. batch_size then counts pairs,
-        micro_batch_size single answers.
-    dpo_beta: how dear it is to go away from the base, as TRL's beta.
+        chosen and rejected), against the base without any adapter, also where `adapter` continues
+        one. batch_size then counts pairs, micro_batch_size single answers.
+    dpo_beta: how strongly the base holds what is trained, as TRL's beta.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
