@@ -1,14 +1,16 @@
-"""Seconds a step, of ours and of PEFT all on the GPU: `python tests/gpu_steps.py OUT.json`.
+"""Seconds a step, of ours, of peers and of PEFT all on the GPU: `tests/gpu_steps.py OUT.json`.
 
 On Llama-3-8B's geometry at random, LoRA of rank 8 on every projection of every layer in float32,
 AdamW: each system opens the folder afresh for every case, in this process. A row is written as soon
-as it is measured. Memory is what the allocator reserves after the first step.
+as it is measured. Memory is what the allocator reserves after the first step. Peers that are
+installed (see `gpu_peers.py`) run in processes of their own.
 """
 
 import datetime
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import peft
 import torch
+from gpu_peers import MODULES, is_installed
 from transformers import AutoModelForCausalLM
 
 import onn_core
@@ -75,6 +78,7 @@ def measure(folder: Path, budget: str | None, batch_size: int, n_tokens: int) ->
         plan = base.plan
         row |= {"micro_batch_size": plan.micro_batch_size, "layers_resident": plan.n_resident}
         row |= {"graphs_reserved": plan.n_reserved, "boundaries": plan.boundaries}
+        row["captured"] = plan.captured
         base.close()
     return row
 
@@ -92,6 +96,13 @@ def main() -> None:
                 write_json(Path(sys.argv[1]), record)
                 gc.collect()
                 torch.cuda.empty_cache()
+        for system in filter(is_installed, MODULES):
+            command = [sys.executable, Path(__file__).with_name("gpu_peers.py"), system, folder]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+            found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+            print(*map(json.dumps, found), sep="\n", flush=True)
+            rows += found
+            write_json(Path(sys.argv[1]), record)
 
 
 if __name__ == "__main__":

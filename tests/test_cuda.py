@@ -8,6 +8,7 @@ from toy import (
     FLOAT16_TOLERANCE,
     assert_same,
     in_memory,
+    prefer_plans,
     reserving_graphs,
     step,
     streamed,
@@ -94,3 +95,45 @@ def test_sums_of_the_head_on_the_host(monkeypatch):
     want = step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch)
     monkeypatch.setattr("onn_core.ops.cross_entropy.GRADIENT_BYTES", 0)
     assert_same(step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch), want, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_replayed_visits_are_those_that_run_as_they_are(family, micro_batch_size):
+    batch = on_device(toy_batch(batch_size=4))
+    steps = {}
+    for captured in (False, True):
+        base = streamed(
+            toy_dir(family, torch.bfloat16),
+            device="cuda",
+            memory_budget="2GB",
+            micro_batch_size=micro_batch_size,
+        )
+        prefer_plans(base, lambda plan, captured=captured: plan.captured == captured)
+        model = with_lora(base)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        steps[captured] = []
+        for _ in range(4):  # the first runs as it is, the second is captured
+            with model.disable_adapter(), torch.no_grad():  # between two steps, as it is
+                model(**batch)
+            steps[captured].append(step(model, batch))
+            for parameter, grad in zip(trained, steps[captured][-1][1].values(), strict=True):
+                parameter.grad = grad
+            optimizer.step()
+        assert base.plan.captured == captured
+        base.close()
+    for got, want in zip(steps[True], steps[False], strict=True):
+        assert_same(got, want)
+
+
+def test_a_layer_with_dropout_is_not_replayed():
+    batch = on_device(toy_batch(batch_size=4))
+    found = {}
+    for captured in (False, True):
+        base = streamed(toy_dir("llama"), device="cuda", memory_budget="2GB")
+        prefer_plans(base, lambda plan, captured=captured: plan.captured == captured)
+        model = with_lora(base, lora_dropout=0.5)
+        found[captured] = [step(model, batch) for _ in range(3)]
+    for got, want in zip(found[True], found[False], strict=True):
+        assert_same(got, want)

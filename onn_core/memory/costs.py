@@ -9,16 +9,19 @@ import torch
 from onn_core.memory.plan import Plan, Sizes, bytes_read
 
 # What the host does for an adapted layer and a micro-batch, in launches of a small kernel: on one
-# machine 3 ms forward and 6.5 ms backward, recompute included, at 9.4 us a launch.
-FORWARD_LAUNCHES = 300
-BACKWARD_LAUNCHES = 700
+# machine 15.7 ms forward and backward, recompute included, at 8.4 us a launch.
+FORWARD_LAUNCHES = 550
+BACKWARD_LAUNCHES = 1300
+# Of a micro-batch whose matmul, with its adapter's, runs at half the speed of a large one's.
+HALF_SPEED_TOKENS = 800
 # A graph of them that was captured: its kernels are this many times as fast to begin, and once a
 # visit Python takes a few launches, and the weights are copied on the device.
 CAPTURED_SPEED_UP = 6
 CAPTURED_LAUNCHES = 60
 DEVICE_COPY_BYTES_PER_S = 1.5e12
-# Of the shorter of copy and compute: they overlap, but not wholly.
-NOT_OVERLAPPED = 0.1
+# Of the shorter of copy and compute: they overlap, but not wholly. Boundary activations that come
+# from the host share the bus with the weights, and either may wait for the other.
+NOT_OVERLAPPED = {"memory": 0.1, "host": 0.2}
 MEASURED_TOKENS = 4096
 MEASURED_WIDTH = 4096
 COPIED_BYTES = 64 << 20
@@ -36,7 +39,8 @@ class Costs:
         """Seconds of a training step on (batch_size, n_tokens) under `plan`."""
         n_layers, n_back = len(sizes.layers), sizes.n_back
         micro_tokens = plan.micro_batch_size * n_tokens
-        matmul_s = 2 * sizes.layer_parameters * micro_tokens / self.flops_per_s
+        matmul_s = 2 * sizes.layer_parameters * (micro_tokens + HALF_SPEED_TOKENS)
+        matmul_s /= self.flops_per_s
         launch_s = self.launch_s / (CAPTURED_SPEED_UP if plan.captured else 1)
         forward_s = max(FORWARD_LAUNCHES * launch_s, matmul_s)
         backward_s = max(BACKWARD_LAUNCHES * launch_s, 2 * matmul_s)  # recompute and dL/dh
@@ -50,7 +54,7 @@ class Costs:
         if plan.boundaries == "host":
             copied += n_back * batch_size * n_tokens * sizes.hidden_bytes
         copy_s = copied / self.copy_bytes_per_s
-        return max(copy_s, compute_s) + NOT_OVERLAPPED * min(copy_s, compute_s)
+        return max(copy_s, compute_s) + NOT_OVERLAPPED[plan.boundaries] * min(copy_s, compute_s)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buff
 HEAP_FACTOR = 1.95
 # Of a budget, for what the sum does not see. A CUDA allocator is counted to the byte.
 CPU_MARGIN = 1.05
-CUDA_MARGIN = 1.02
+CUDA_MARGIN = 1.04
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 # Where reading is the limit, reserved graphs take at most this part of a budget.
 MAX_GRAPH_FRACTION = 1 / 8
@@ -25,8 +25,10 @@ MAX_GRAPH_FRACTION = 1 / 8
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
 # Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
 CAPTURE_BYTES = 160 << 20
+# Their pool takes more than what is in use at once, since it is cut anew for each graph.
+POOL_FACTOR = 1.5
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
-MAX_CAPTURED_TOKENS = 2048
+MAX_CAPTURED_TOKENS = 4096
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
@@ -282,7 +284,8 @@ def _count_terms(
         activations = max(forward + batch_bytes, head)
         weights = max(sum(weight.slot_bytes for weight in layer) for layer in sizes.layers)
         fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
-        captured_visits = weights + fixed + max(forward, backward) + CAPTURE_BYTES
+        pool = int(POOL_FACTOR * max(forward, backward))
+        captured_visits = weights + fixed + pool + CAPTURE_BYTES
     return Terms(
         weights=slots_bytes(slots),
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),

@@ -213,6 +213,8 @@ class CapturedLayer:
         of_input, total = None, None
         for number, rows in enumerate(call.slices):
             self._load([leaf for leaf, _ in call.leaves_of(number, [whole])])
+            if number == 0:  # not before: what `fill` makes room for would fill the bus first
+                self.fill()
             part = grad if single else call.out_rows[0].cut(grad, rows)
             self.captures.fixed("gradient", part).copy_(part)
             self._backward.replay()

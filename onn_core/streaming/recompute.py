@@ -33,7 +33,6 @@ class Visit(torch.autograd.Function):
         with weights.visit("backward", call.of):
             replays = sized and captured and captured.can_run_backward(call, *inputs, ctx.trained)
             if replays:
-                captured.fill()
                 input_grads[0], trained_grads = captured.backward(
                     call, *inputs, ctx.trained, *grads, *in_rows
                 )
