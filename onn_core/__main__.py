@@ -55,7 +55,8 @@ def train(arguments: argparse.Namespace) -> None:
         records = [ChunkedLoraTrainer(configs[0]).train(resume=arguments.resume)]
     for config, record in zip(configs, records, strict=True):
         loss = f", loss {record.steps[-1].loss:.4f}" if record.steps else ""
-        print(f"{record.status} after {len(record.steps)} steps{loss}")
+        early = f" ({record.stopped_early})" if record.stopped_early else ""
+        print(f"{record.status} after {len(record.steps)} steps{loss}{early}")
         print(Path(config.output_dir) / "adapter")
 
 

@@ -119,7 +119,8 @@ def _set_up(
             member, config = trainer.base.streaming.member, trainer.config
             member.n_passes = config.max_steps * config.gradient_accumulation_steps
             if config.eval_every:
-                member.expect(config.eval_batch_size or config.batch_size, config.max_length)
+                n_rows = (config.eval_batch_size or config.batch_size) * trainer.rows_in_visit
+                member.expect(n_rows, config.max_length)
             run.trainer, run.random = trainer, random_state(device)
             group.append(run)
             continue

@@ -294,7 +294,6 @@ def _count_terms(
     """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
-    waiting = 4 if place == "host" else 2  # two more are still on their way there
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
     activations, captured_visits = max(forward + batch_bytes, backward, head), 0
@@ -309,7 +308,7 @@ def _count_terms(
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
-        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + waiting * batch_bytes,
+        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
         dense_copies=slots_bytes(dense) + _work_bytes(sizes),
         captured_visits=captured_visits,
     )

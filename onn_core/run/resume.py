@@ -5,11 +5,11 @@ number stands for the position in the data and in the schedule.
 """
 
 import array
-import dataclasses
 import hashlib
 import time
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
-from onn_core.data.examples import Example
+from onn_core.data.examples import Example, Pair, unpaired
 from onn_core.errors import OnnError
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import Checkpoints, remove_leftovers
@@ -30,6 +30,7 @@ from onn_core.weights.folder import ModelFolder
 MAY_DIFFER = {
     *("model_dir", "data", "output_dir", "adapter", "chunk_size", "memory_budget", "progress"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 }
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter that has had a gradient
 
@@ -158,7 +159,9 @@ class RunSaver:
                 "threads: the resumed run may differ from a whole one in the last bits.",
                 stacklevel=3,
             )
-        return dataclasses.replace(saved.record, config=fresh.config, status="running")
+        saved.record.config, saved.record.status = fresh.config, "running"
+        saved.record.stopped_early = ""
+        return saved.record
 
     def step_finished(self) -> None:
         """Call when the record has the step that has just changed the state."""
@@ -214,7 +217,7 @@ class RunSaver:
 
 
 def describe_run(
-    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example]
+    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example | Pair]
 ) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run, as JSON values.
 
@@ -227,7 +230,7 @@ def describe_run(
             row = torch.zeros(1, dtype=torch.int64)
             first = model_folder.read_rows(name, row) if entry.shape else model_folder.read(name)
             weights.update(first.flatten().view(torch.uint8).numpy())
-    for example in examples:
+    for example in chain.from_iterable(unpaired([one]) for one in examples):
         text.update(array.array("q", [len(example.input_ids), *example.input_ids]))
         text.update(array.array("q", example.labels))
     settings = {k: v for k, v in config.to_dict().items() if k not in MAY_DIFFER}

@@ -51,6 +51,8 @@ class Call:
             for begin in range(0, self.batch_size, group)
             for start in range(begin, min(begin + group, self.batch_size), size)
         ]
+        n_graded = self.batch_size if passes.n_graded is None else passes.n_graded
+        self.graded = [i for i, rows in enumerate(self.slices) if rows.start < n_graded]
         self.rows_of: list[Rows | None] = [None] * len(leaves)
         self.out_rows: list[Rows | None] = []  # of the output tensors
         if len(self.slices) > 1 and with_cache:  # which a probe would not grow
@@ -107,7 +109,7 @@ class Call:
                     self.random_states.append(random_state(device))
                 if captured is not None:
                     part = captured.forward(self, rows)
-                elif inputs and reserves:
+                elif inputs and reserves and number in self.graded:
                     graph = self.build_graph(number, inputs, reserves)
                     planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
                     self.graphs.append(graph)
@@ -191,7 +193,7 @@ class Call:
     def _on_device(self, whole: torch.Tensor, place: Rows | None, number: int) -> torch.Tensor:
         if whole.device == self.streaming.device:
             return cut(whole, place, self.slices[number])
-        boundaries, n_parts = self.streaming.host_boundaries, len(self.slices)
+        boundaries, n_parts = self.streaming.host_boundaries, len(self.graded)
         return boundaries.part(
             whole, lambda whole, n: cut(whole, place, self.slices[n]), number, n_parts
         )

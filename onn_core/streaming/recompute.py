@@ -36,10 +36,10 @@ class Visit(torch.autograd.Function):
                 input_grads[0], trained_grads = captured.backward(
                     call, *inputs, ctx.trained, *grads, *in_rows
                 )
-            for number, rows in enumerate(() if replays else call.slices):
-                graph = call.graph_of(number, inputs)
+            for number in () if replays else call.graded:
+                graph, rows = call.graph_of(number, inputs), call.slices[number]
                 by_matrix = call.streaming.planner.plan.by_matrix
-                graph.saved.drops = by_matrix or rows is call.slices[-1]
+                graph.saved.drops = by_matrix or number == call.graded[-1]
                 grad_of = [
                     (out, cut(grad, place, rows))
                     for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
