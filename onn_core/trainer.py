@@ -22,6 +22,7 @@ from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.preference import N_ROWS, run_pairs, train_adapters_only
 from onn_core.processes import ALONE, Processes
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
 from onn_core.run.checkpoints import require_writable
@@ -29,7 +30,7 @@ from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
-from onn_core.run.stopping import Stop
+from onn_core.run.stopping import Stop, early_stop
 from onn_core.streaming.loading import open_streamed, resolve_device
 from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
@@ -58,6 +59,8 @@ class ChunkedLoraTrainer:
         together: Together | None = None,
     ):
         self.config = config
+        self.by_pairs = config.objective == "dpo"
+        self.n_sides = 2 if self.by_pairs else 1  # rows of a sample in a batch
         self.on_step = on_step
         self.together = together
         self.output_dir = Path(config.output_dir)
@@ -81,6 +84,8 @@ class ChunkedLoraTrainer:
             micro_batch_size=config.micro_batch_size,
             memory_budget=config.memory_budget,
             host_budget=config.host_budget,
+            quantize=config.quantize,
+            progress=config.progress,
             device=config.device,
             dtype=config.dtype,
             together=self.together,
@@ -114,7 +119,8 @@ class ChunkedLoraTrainer:
         n_parameters = self.base.num_parameters()
         self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.base.fit(-(-config.batch_size // processes.size), config.max_length)
+        self._train_mode()
+        self.base.fit(self.n_rows(config.batch_size), config.max_length)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -137,6 +143,7 @@ class ChunkedLoraTrainer:
                 "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
                 "dtype": dtype_name(self.base.dtype),
+                "quantised": (self.base.model_folder.quantisation or {}).get("quant_method"),
                 **describe_experts(self.base),
             },
             data=corpus.facts,
@@ -207,16 +214,24 @@ class ChunkedLoraTrainer:
                     self.saver.step_finished()
                 self._evaluate_if_due(record, started)
                 record.wall_s = time.perf_counter() - started
-                if step == n_done:
-                    continue
-                bar.update()
-                bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
-                peak = peak_memory_bytes(self.device, self._memory_before)
-                record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
-                if self.processes.is_first:
-                    self.on_step(record)
-                self.saver.save_if_due(record)
-                self.stop.check()
+                if step < config.max_steps:
+                    rule = config.early_stopping_patience, config.early_stopping_threshold
+                    record.stopped_early = early_stop(record.evals, *rule)
+                if step > n_done:
+                    bar.update()
+                    bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
+                    peak = peak_memory_bytes(self.device, self._memory_before)
+                    record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
+                    if self.processes.is_first:
+                        self.on_step(record)
+                    self.saver.save_if_due(record)
+                    self.stop.check()
+                if record.stopped_early:
+                    break
+
+    def n_rows(self, n_samples: int) -> int:
+        """Rows in a visit of a layer, at most, of a batch of which each process has its part."""
+        return -(-n_samples // self.processes.size) * (N_ROWS if self.by_pairs else 1)
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -229,7 +244,8 @@ class ChunkedLoraTrainer:
 
         processes = self.processes
         n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
-        own = [data.rows_of(part, processes.rank, processes.size) for part in parts]
+        n_samples = sum(map(self._count_samples, parts))
+        own = [self._own(part) for part in parts]
         draws = random.Random(f"step {config.seed} {step} {processes.rank}")  # of dropout
         torch.manual_seed(draws.getrandbits(63))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
@@ -258,7 +274,7 @@ class ChunkedLoraTrainer:
         loss, grad_norm = optimizer_step(
             self._forward,
             own,
-            n_counted,
+            n_samples if self.by_pairs else n_counted,
             self.optimizer,
             scaler=self.scaler,
             max_grad_norm=config.max_grad_norm,
@@ -271,7 +287,7 @@ class ChunkedLoraTrainer:
         stopped, done = time.perf_counter(), self.base.counts() - before
         return StepRecord(
             step=step,
-            samples=sum(len(part["labels"]) for part in parts),
+            samples=n_samples,
             tokens=sum(part["labels"].numel() for part in parts),
             counted_tokens=n_counted,
             loss=loss,
@@ -294,30 +310,54 @@ class ChunkedLoraTrainer:
     def _forward(self, num_items_in_batch: int, **batch: torch.Tensor) -> Any:
         """The model's outputs; their loss is summed and divided by `num_items_in_batch`."""
         batch = {name: values.to(self.device) for name, values in batch.items()}
+        if self.by_pairs:
+            beta = self.config.dpo_beta
+            return run_pairs(self.model, self.base, batch, beta, num_items_in_batch)
         return self.model(**batch, num_items_in_batch=num_items_in_batch)
 
-    def evaluate(self, examples: Sequence[data.Example] | None = None) -> float:
-        """Mean loss over the counted tokens of held-out (or given) examples; no graph."""
+    def _count_samples(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["labels"]) // self.n_sides
+
+    def _own(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this process takes of a batch."""
+        return data.rows_of(batch, self.processes.rank, self.processes.size, self.n_sides)
+
+    def _train_mode(self) -> None:
+        train_adapters_only(self.model) if self.by_pairs else self.model.train()
+
+    def evaluate(
+        self, examples: Sequence[data.Example | data.Pair] | None = None
+    ) -> tuple[float, float | None]:
+        """Mean loss over the counted tokens of held-out (or given) examples; no graph.
+
+        Of pairs it is the mean over them, and the accuracy comes along, else None.
+        """
         examples = self.held_out[: self.config.eval_samples] if examples is None else examples
-        size, total, n_counted = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
+        size, total, n_items = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
+        n_right = 0
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-                n_counted += int((batch["labels"] != data.IGNORED).sum())
-                batch = data.rows_of(batch, self.processes.rank, self.processes.size)
-                total += float(self._forward(1, **batch).loss)
-        self.model.train()
+                if self.by_pairs:
+                    n_items += self._count_samples(batch)
+                else:
+                    n_items += int((batch["labels"] != data.IGNORED).sum())
+                outputs = self._forward(1, **self._own(batch))
+                total += float(outputs.loss)
+                n_right += outputs.n_right if self.by_pairs else 0
+        self._train_mode()
         self.base.check_files()
         self.processes.meet()
-        return self.processes.sum(total) / n_counted
+        total, n_right = self.processes.sum(total), self.processes.sum(n_right)
+        return total / n_items, n_right / n_items if self.by_pairs else None
 
     def _evaluate_if_due(self, record: RunRecord, started: float) -> None:
         step, config = len(record.steps), self.config
         due = config.eval_every and (step % config.eval_every == 0 or step == config.max_steps)
         if due and all(done.step != step for done in record.evals):
-            samples, loss = sum(done.samples for done in record.steps), self.evaluate()
-            record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, loss))
+            samples, found = sum(done.samples for done in record.steps), self.evaluate()
+            record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, *found))
 
     def _batches(self, n_done: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The batches of each step after `n_done`; number i depends on the seed and i alone."""

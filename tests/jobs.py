@@ -22,7 +22,8 @@ from transformers import (
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.run.resume import RunSaver
-from onn_core.streaming.recompute import Call, Visit
+from onn_core.streaming.call import Call
+from onn_core.streaming.recompute import Visit
 from onn_core.trainer import ChunkedLoraTrainer
 from onn_core.weights.reader import DirectFiles
 
@@ -179,7 +180,8 @@ def run_counting(small: list[str], output_dir: str, **changes: object) -> None:
     made.train()
     units = made.base.streaming.stream.units
     weights = {weight for unit in units for weight in unit}
-    found = {"read": made.base.counts().bytes_read, "weights": len(weights)}
+    found = {"read": made.base.counts().bytes_read}
+    found["tensors"] = sum(len(weight.source.entries) for weight in weights)
     found["bytes"] = sum(weight.n_bytes for weight in weights)
     Path(output_dir, f"read-{made.processes.rank}").write_text(json.dumps(found))
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from forks import Forks
 from safetensors.torch import load_file
-from small import adapter, config, numbers, require_equal, trainer, write_small
+from small import adapter, config, numbers, require_equal, rows, trainer, write_small
 from toy import difference
 
 import onn_core
@@ -45,9 +45,11 @@ def alone(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forks():
-    made = Forks()
-    yield made
+def forks(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = Forks()
+        yield made
     made.close()
 
 
@@ -65,8 +67,9 @@ def require_close(folder, other):
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert expected.abs().max() > 0 and difference(ours[name], expected) <= ROUNDING, name
-    (ours, evals, status), (theirs, evals_theirs, status_theirs) = numbers(folder), numbers(other)
-    assert len(ours) == len(theirs) and status == status_theirs
+    ours, evals, *ended = numbers(folder)
+    theirs, evals_theirs, *ended_theirs = numbers(other)
+    assert len(ours) == len(theirs) and ended == ended_theirs
     for step, expected in zip(ours, theirs, strict=True):
         for key in ("samples", "tokens", "counted_tokens", "skipped", "loss_scale"):
             assert step[key] == expected[key], key
@@ -74,6 +77,7 @@ def require_close(folder, other):
         norm, expected_norm = float(step["grad_norm"]), float(expected["grad_norm"])
         assert norm == pytest.approx(expected_norm, rel=1e-4, nan_ok=True)
     assert [e["loss"] for e in evals] == pytest.approx([e["loss"] for e in evals_theirs], rel=1e-5)
+    assert [e["accuracy"] for e in evals] == [e["accuracy"] for e in evals_theirs]
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -85,6 +89,34 @@ def test_processes_train_what_one_trains(n, forks, small, alone, tmp_path):
         record = onn_core.RunRecord.load(tmp_path / name / "record.json")
         assert record.environment["processes"] == n
         assert len(record.steps) == 5
+
+
+def require_as_alone(forks, small, folder, changes):
+    """Two processes and one train the same; returns the record of the two."""
+    code, errors = launch(forks, 2, "run_each", small, folder, runs={"two": changes})
+    assert code == 0, errors
+    trainer(small, folder / "one", **changes).train()
+    require_close(folder / "two", folder / "one")
+    return onn_core.RunRecord.load(folder / "two/record.json")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_processes_train_pairs_as_one_does(batch_size, forks, small, tmp_path):
+    """Also where one of them has no pair, in training or of the three that are held out."""
+    pairs = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": "No."} for r in rows()]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = SAME | {"objective": "dpo", "dpo_beta": 0.5, "data": str(path), "loss_scale": None}
+    changes |= {"batch_size": batch_size, "eval_batch_size": 2}
+    record = require_as_alone(forks, small, tmp_path, changes)
+    assert [step.samples for step in record.steps] == [2 * batch_size] * 5
+    assert record.evals[0].accuracy == 0 and record.evals[-1].accuracy > 0
+
+
+def test_processes_stop_early_as_one_does(forks, small, tmp_path):
+    early = {"eval_every": 1, "early_stopping_patience": 2, "early_stopping_threshold": 10.0}
+    record = require_as_alone(forks, small, tmp_path, SAME | early)
+    assert "by more than 10 in 2 evaluations" in record.stopped_early and len(record.steps) == 2
 
 
 def saved_step(folder):
@@ -144,16 +176,19 @@ def test_what_ends_one_process_ends_all_with_the_last_step_saved(
     assert all(said in sentence for sentence in sentences), sentences
 
 
-def test_processes_of_a_host_read_the_model_once(forks, small, tmp_path):
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_processes_of_a_host_read_the_model_once(quantize, forks, small, tmp_path):
     """Together, and never again: in five steps of twice two passes, and evaluations."""
-    changes = RUNS["uneven"] | {"host_budget": "1GB"}
+    changes = RUNS["uneven"] | {"host_budget": "1GB", "quantize": quantize}
     code, errors = launch(forks, 3, "run_counting", small, tmp_path, **changes)
     assert code == 0, errors
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("read-*"))]
     assert len(found) == 3
-    n_weights, weights_bytes = found[0]["weights"], found[0]["bytes"]
+    n_tensors, weights_bytes = found[0]["tensors"], found[0]["bytes"]
     read = sum(one["read"] for one in found)
-    assert weights_bytes <= read <= weights_bytes + 2 * 4096 * n_weights  # in whole pages
+    assert weights_bytes <= read <= weights_bytes + 2 * 4096 * n_tensors  # in whole pages
+    trainer(small, tmp_path / "one", **changes).train()
+    require_close(tmp_path, tmp_path / "one")
 
 
 def test_a_full_disk_ends_all_with_one_sentence(forks, small, tmp_path):

@@ -5,11 +5,11 @@ step's number alone, so that number stands for the position in the data and in t
 """
 
 import array
-import dataclasses
 import hashlib
 import time
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
-from onn_core.data.examples import Example
+from onn_core.data.examples import Example, Pair, unpaired
 from onn_core.errors import OnnError
 from onn_core.processes import ALONE, Processes
 from onn_core.record import RunRecord
@@ -30,13 +30,8 @@ from onn_core.weights.folder import ModelFolder
 # goes, not its numbers.
 MAY_DIFFER = {
     *("model_dir", "data", "output_dir", "adapter", "chunk_size", "memory_budget", "progress"),
-    *(
-        "host_budget",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "keep_checkpoints",
-        "verify_weights",
-    ),
+    *("host_budget", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("verify_weights", "early_stopping_patience", "early_stopping_threshold"),
 }
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter that has had a gradient
 
@@ -155,7 +150,9 @@ class RunSaver:
                 "bits, and in what dropout draws.",
                 stacklevel=3,
             )
-        return dataclasses.replace(saved.record, config=fresh.config, status="running")
+        saved.record.config, saved.record.status = fresh.config, "running"
+        saved.record.stopped_early = ""
+        return saved.record
 
     def _find(self, resume: bool) -> Checkpoint | None:
         """The checkpoint to continue from, in the process that writes; what is in the way goes."""
@@ -229,7 +226,7 @@ class RunSaver:
 
 
 def describe_run(
-    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example]
+    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example | Pair]
 ) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run, as JSON values.
 
@@ -242,7 +239,7 @@ def describe_run(
             row = torch.zeros(1, dtype=torch.int64)
             first = model_folder.read_rows(name, row) if entry.shape else model_folder.read(name)
             weights.update(first.flatten().view(torch.uint8).numpy())
-    for example in examples:
+    for example in chain.from_iterable(unpaired([one]) for one in examples):
         text.update(array.array("q", [len(example.input_ids), *example.input_ids]))
         text.update(array.array("q", example.labels))
     settings = {k: v for k, v in config.to_dict().items() if k not in MAY_DIFFER}

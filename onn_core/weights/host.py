@@ -1,5 +1,6 @@
 """Host memory on the way to a device: pinned buffers, the host store, a reader's staging."""
 
+import types
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from onn_core.errors import ConfigError
 from onn_core.processes import local_rank, n_local
 from onn_core.weights.reader import host_buffer
 from onn_core.weights.shared import SharedMemory, is_shared
-from onn_core.weights.slots import READ_BYTES, StreamedWeight
+from onn_core.weights.slots import READ_BYTES, Read, StreamedWeight
 
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
@@ -26,6 +27,14 @@ def pin(memory: torch.Tensor, device: torch.device) -> None:
 
 def unpin(memory: torch.Tensor) -> None:
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+def as_seen_by(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A pinned tensor in host memory as one of the device, which reads it over the bus."""
+    place = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False)}
+    memory = types.SimpleNamespace(__cuda_array_interface__=place | {"version": 3})
+    with torch.cuda.device(device):
+        return torch.as_tensor(memory, device=device).view(tensor.dtype).view(tensor.shape)
 
 
 class HostStore:
@@ -53,7 +62,7 @@ class HostStore:
             for weight in weights:
                 self._places[weight] = start, piece
                 start, piece = start + weight.host_bytes, piece + len(weight.reads())
-                what += f" {weight.source.entry} {weight.shape} {weight.dtype}"
+                what += f" {weight.source.entries} {weight.shape} {weight.dtype}"
             self._of_shared = what, total, piece, budget
             self._shared = open_shared(*self._of_shared)
             budget = self._shared.budget
@@ -79,17 +88,16 @@ class HostStore:
         self._shared = self._shared or open_shared(*self._of_shared)
         self._memory[weight] = self._shared.part(self._places[weight][0], weight.host_bytes)
 
-    def reads(self, weight: StreamedWeight) -> list[tuple[int, int]]:
-        """Those of a weight, in the order for this process: each begins at another part."""
-        reads = weight.reads()
+    def reads(self, weight: StreamedWeight) -> list[tuple[int, Read]]:
+        """Those of a weight, numbered, in the order of this process: each begins elsewhere."""
+        reads = list(enumerate(weight.reads()))
         first = len(reads) * local_rank() // n_local() if self._places else 0
         return reads[first:] + reads[:first]
 
-    def piece(self, weight: StreamedWeight, start: int) -> AbstractContextManager[bool]:
-        """Around the read of a weight that begins at `start`: whether it has yet to be done."""
+    def piece(self, weight: StreamedWeight, number: int) -> AbstractContextManager[bool]:
+        """Around a weight's read of this number: whether it has yet to be done."""
         if self._shared is None or not self.holds(weight):
             return nullcontext(True)
-        number = max(0, start - weight.first_page) // READ_BYTES if weight.source.direct else 0
         return self._shared.piece(self._places[weight][1] + number)
 
     def memory(self, weight: StreamedWeight) -> torch.Tensor:

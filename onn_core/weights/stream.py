@@ -22,8 +22,9 @@ from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
+from onn_core.weights.scratch import Scratch
 from onn_core.weights.shards import TensorEntry
-from onn_core.weights.slots import Slot, StreamedWeight
+from onn_core.weights.slots import Read, Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one
 # alone read 2.8 GB/s, as fast as two.
@@ -47,7 +48,8 @@ class WeightStream:
 
     model_folder: where the weights lie. units: the weights of each unit. slots: size in bytes ->
     how many. host_budget: bytes of host memory that may hold weights for a device, or for several
-    processes. check: called while the compute waits; it may raise, to abandon a step.
+    processes. dense: size in bytes -> buffers of the scratch. check: called while the compute
+    waits; it may raise, to abandon a step.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class WeightStream:
         slots: Counter,
         device: torch.device,
         host_budget: int = 0,
+        dense: Counter | None = None,
     ):
         self.schedule = Schedule(units, slots, self.new_slot)
+        self.scratch = Scratch(device, dense or Counter())
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # read -> hash of its bytes; None checks none
@@ -73,9 +77,9 @@ class WeightStream:
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         every = [weight for unit in self.units for weight in unit]
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
-        self.store = HostStore(device, every, host_budget, str(model_folder.stamps))
+        self.store = HostStore(device, every, host_budget, model_folder.fingerprint())
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
-        self._reads: deque[tuple[StreamedWeight, int, int]] = deque()
+        self._reads: deque[tuple[StreamedWeight, int, Read]] = deque()
         self._error: Exception | None = None
         lock = threading.RLock()
         self._ready = threading.Condition(lock)  # a weight, or an error
@@ -125,7 +129,7 @@ class WeightStream:
             self._fetch()
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        """The tensor of a weight of the unit that was entered, when it is ready.
+        """What the slot of a weight of the unit that was entered holds, when it is ready.
 
         ModelFolderError if a file fails, ConfigError if a slot's memory cannot be had.
         """
@@ -158,8 +162,11 @@ class WeightStream:
         with self._ready:
             self.schedule.reorder(unit, weights)
 
-    def set_slots(self, slots: Counter) -> None:
+    def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
         """Go on with other slots; what is resident is evicted if they differ."""
+        if dense is not None and dense != self.scratch.counts:
+            self.scratch.clear()
+            self.scratch.counts = dense
         if slots != self.schedule.slots:
             self._stop(CLOSE_S)
             self.schedule.slots = slots
@@ -194,6 +201,7 @@ class WeightStream:
         self._readers.clear()
         self._reads.clear()
         self.schedule.clear()
+        self.scratch.clear()
         self._error = None
         self.files.close()
         return True
@@ -218,7 +226,7 @@ class WeightStream:
                 continue
             reads = self.store.reads(weight)
             weight.reads_left = len(reads)
-            self._reads.extend((weight, start, stop) for start, stop in reads)
+            self._reads.extend((weight, *read) for read in reads)
             self._work.notify(len(reads))
 
     def _copy(self, weight: StreamedWeight) -> None:
@@ -268,12 +276,12 @@ class WeightStream:
                     self._work.wait()
                 if self._closed:
                     return
-                weight, start, stop = self._reads.popleft()
+                weight, number, read = self._reads.popleft()
             n_read, error, started = 0, self._error, time.perf_counter()
             try:
                 if error is None:
-                    with self.store.piece(weight, start) as absent:
-                        n_read = self.fetch(weight, start, stop, staging) if absent else 0
+                    with self.store.piece(weight, number) as absent:
+                        n_read = self.fetch(weight, read, staging) if absent else 0
             except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
             with self._ready:
@@ -303,25 +311,29 @@ class WeightStream:
             self._ready.notify_all()
             self._fetch()  # what evicts this weight may have waited for it
 
-    def fetch(self, weight: StreamedWeight, start: int, stop: int, staging: Staging) -> int:
-        """Read bytes start:stop of the weight's file to where it goes; returns the bytes read."""
+    def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> int:
+        """Read a part of the weight's files to where it goes; returns the bytes read."""
         source, in_store = weight.source, self.store.holds(weight)
         memory = self.store.memory(weight) if in_store else weight.slot.memory
         used = None if in_store else weight.slot.used
-        if not source.direct:
+        if not weight.packed and not source.direct:
             values = source.read(self.model_folder)
             self._verify(source.entry, 0, values)
             staging.copy(weight.view(memory), values, used)
             return source.n_bytes
-        entry = source.entry
-        if weight.in_place and memory.device.type == "cpu":
-            target = memory[start - weight.first_page :]
+        entry, start, stop, at = read
+        as_stored = weight.packed or weight.in_place
+        if as_stored and memory.device.type == "cpu":
+            target = memory[at:]
             n_read = self.files.read(entry.path, start, stop, target)
             self._verify(entry, start, target[: stop - start])
             return n_read
         buffer = staging.buffer()
         n_read = self.files.read(entry.path, start, stop, buffer)
         self._verify(entry, start, buffer[: stop - start])
+        if weight.packed:
+            staging.copy(memory[at : at + stop - start], buffer[: stop - start], used)
+            return n_read
         begin = max(start, entry.offset)  # from the first whole element on; it may be cast
         values = buffer[begin - start : stop - start].view(entry.dtype)
         first = (begin - entry.offset) // entry.dtype.itemsize
