@@ -67,16 +67,25 @@ def perplexity(
     examples = data.tokenize(data.read_rows(text), tokenizer, max_length).examples
     examples = examples.longest_first()
     totals, n_tokens = 0.0, 0
-    with _evaluating(model) as (base, n_ways):
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            batch = data.collate(part, tokenizer.pad_token_id)
-            with _halves(base, len(part)):
-                losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
-            totals = totals + losses.double().view(n_ways, -1).sum(-1).cpu()  # (n_ways,)
-            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
+    for part, losses in _losses_by_batch(model, tokenizer, examples, batch_size):
+        totals = totals + losses.double().flatten(1).sum(-1).cpu()  # (n_ways,)
+        n_tokens += sum(label != IGNORED for example in part for label in example.labels)
     losses = (totals / n_tokens).tolist()
     return Perplexity(n_tokens, *(x for loss in losses for x in (loss, _exponential(loss))))
+
+
+def token_losses(
+    model: Any, tokenizer: Any, examples: Sequence[data.Example], *, batch_size: int = 32
+) -> list[torch.Tensor]:
+    """The loss of each token of each example, in nats: (2, T) with the adapter and without it.
+
+    (1, T) of a model without an adapter. A token that is not counted has 0.
+    """
+    found = []
+    for part, losses in _losses_by_batch(model, tokenizer, examples, batch_size):
+        losses = F.pad(losses, (1, 0)).cpu()  # each was at the token before
+        found += [losses[:, row, : len(own.input_ids)] for row, own in enumerate(part)]
+    return found
 
 
 def answers(
@@ -114,6 +123,19 @@ def answers(
             texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
             found += [texts[row::n_rows] for row in range(n_rows)]
     return [Answer(prompt, *texts) for prompt, texts in zip(prompts, found, strict=True)]
+
+
+def _losses_by_batch(
+    model: Any, tokenizer: Any, examples: Sequence[data.Example], batch_size: int
+) -> Iterator[tuple[Sequence[data.Example], torch.Tensor]]:
+    """Batches of examples, each with the losses of its next tokens: (n_ways, B, T)."""
+    with _evaluating(model) as (base, n_ways):
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            batch = data.collate(part, tokenizer.pad_token_id)
+            with _halves(base, len(part)):
+                losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
+            yield part, losses.unflatten(0, (n_ways, -1))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
+from onn_core.ops.making import MAKING
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
 from onn_core.weights.folder import ModelFolder
@@ -43,7 +44,7 @@ def geometry_of(
     dtype: of the weights in memory. compute_dtype: of the activations, if another.
     """
     compute_dtype = compute_dtype or dtype
-    with torch.device("meta"):
+    with MAKING, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
     units = [
