@@ -178,16 +178,22 @@ class Explorer:
         if self._quiet:
             return
         try:
-            outline, config = self.outline, self.config
-            self._draw_picture(outline, config)
-            self.trained_layers = select_layers(config.sparse_layers, outline.n_layers)
-            self.require_data(config)
+            self._draw_picture(self.outline, self.config)
             alive = self.run is not None and self.run.alive  # it would disturb what is measured
-            self.predicted = outline.predict(config, measured=not alive)
-            self.prediction.value = self._describe(outline, config, self.predicted)
+            config, found = self.config, self._check(measured=not alive)
+            self.predicted = found
+            self.trained_layers = select_layers(config.sparse_layers, self.outline.n_layers)
+            self.prediction.value = self._describe(self.outline, config, found)
             self.export.describe(config)
+            if "alert" in self.status.value:  # of a start that could not be
+                self._show_state()
         except (OnnError, OSError) as error:
             self.prediction.value = panels.alert(str(error))
+
+    def _check(self, measured: bool = False) -> dict[str, Any]:
+        """What is predicted; OnnError if what is chosen cannot be run."""
+        self.require_data(self.config)
+        return self.outline.predict(self.config, measured)
 
     def _describe(self, outline: Outline, config: TrainConfig, found: dict[str, Any]) -> str:
         sure = found["measured"]
@@ -253,7 +259,7 @@ class Explorer:
 
     def start(self) -> None:
         """Begin a run in its own folder; returns at once."""
-        self.require_data(self.config)
+        self._check()
         settings = self.config.to_dict() | {"output_dir": str(self.new_folder())}
         self.begin([TrainConfig(**settings)])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ipywidgets as w
 import yaml
+from IPython.display import HTML
 
 import onn_core
 from onn_core.config import expand_grid
@@ -51,6 +52,11 @@ class Panel:
             self.thread = threading.Thread(target=self.guarded, args=(act,), daemon=True)
             self.thread.start()
 
+    def show(self) -> HTML:
+        """Do it now; what it shows, for the notebook."""
+        self.guarded(self.act)
+        return HTML(self.out.value)
+
     def guarded(self, act: Callable[[], Any]) -> None:
         """Show what a user can fix, in place of what was shown."""
         try:
@@ -84,6 +90,7 @@ class Panel:
             if not run.alive:
                 trainer.base.close()
 
+        self.out.value = ""
         if not run.between_steps(between) and not self.out.value:
             self.out.value = '<div role="status">after this step …</div>'
 
