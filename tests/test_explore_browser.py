@@ -66,7 +66,8 @@ class Notebook:
         self.menu("Run", "runmenu:run-all")
 
     def status(self):
-        told = "[...document.querySelectorAll('[role=status], [role=alert]')]"
+        own = ".jupyter-widgets [role=status], .jupyter-widgets [role=alert]"
+        told = f"[...document.querySelectorAll('{own}')]"
         return self.page.execute_script(f"return {told}.map(x => x.innerText).join(' ')")
 
     def until_status(self, words):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ def _visit(model_dir: os.PathLike, n_samples: int, n_tokens: int, rank: int) -> 
     """The second of two steps on the model in `model_dir`, which has one layer; adapters are 0."""
     base = from_pretrained(model_dir)
     lora = peft.LoraConfig(r=rank, target_modules=linear_names(decoder_layers(base)))
-    model = peft.get_peft_model(base, lora, low_cpu_mem_usage=True).train()
+    with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = peft.get_peft_model(base, lora, low_cpu_mem_usage=True).train()
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     zeros = {name: torch.zeros_like(p, device=base.device) for name, p in adapter.items()}
     peft.set_peft_model_state_dict(model, zeros, low_cpu_mem_usage=True)

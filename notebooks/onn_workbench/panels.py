@@ -139,15 +139,11 @@ class Runs(Panel):
         self.fill()
 
     def fill(self) -> None:
-        last = [row for row in self.rows if row[self.order] is None]
         there = [row for row in self.rows if row[self.order] is not None]
-        numbers = self.order != "run"
-        there = (
-            sorted(there, key=lambda r: r[self.order], reverse=self.reverse)
-            if numbers
-            else (there[::-1] if self.reverse else there)
-        )
-        self.shown = there + last
+        if self.order != "run":  # these have their order already
+            there.sort(key=lambda row: row[self.order])
+        unknown = [row for row in self.rows if row[self.order] is None]
+        self.shown = there[:: -1 if self.reverse else 1] + unknown
         lines = [self._titles()]
         for row in self.shown:
             past = self.explorer.past[row["run"]]
@@ -222,7 +218,7 @@ class Ask(OfARun):
     def __init__(self, explorer: Any):
         self.prompt = w.Textarea(description="Prompt", rows=2, **WIDE)
         self.prompt.value = "What is AI?"
-        self.n_tokens = w.Text(value="64", description="New tokens", layout={"width": "180px"})
+        self.n_tokens = w.Text(value="24", description="New tokens", layout={"width": "180px"})
         button = self.button("Ask", self.act, "comment")
         said = "A paused run answers at once, one that goes on after its step."
         super().__init__(explorer, "Ask", said, self.prompt, self.n_tokens, button)
@@ -230,7 +226,7 @@ class Ask(OfARun):
     def act(self) -> None:
         prompt, n_tokens = self.prompt.value.strip(), self.n_tokens.value.strip()
         if not prompt or not n_tokens.isdigit() or not int(n_tokens):
-            raise ConfigError("write a prompt, and how many new tokens there may be, such as 64.")
+            raise ConfigError("write a prompt, and how many new tokens there may be, such as 24.")
 
         def ask(model: Any, tokenizer: Any, *_: Any) -> None:
             (found,) = onn_core.answers(model, tokenizer, [prompt], max_new_tokens=int(n_tokens))
@@ -294,12 +290,8 @@ class Export(OfARun):
 
     def describe(self, config: Any) -> None:
         """What a merge needs, and the chosen settings as text."""
-        folder = next(
-            x
-            for x in [Path(self.into.value).absolute(), *Path(self.into.value).absolute().parents]
-            if x.exists()
-        )
-        free = shutil.disk_usage(folder).free / 1e9
+        into = Path(self.into.value).absolute()
+        free = shutil.disk_usage(next(x for x in (into, *into.parents) if x.exists())).free / 1e9
         need = self.explorer.outline.dense_bytes / 1e9
         self.said.value = f"The merged model takes {need:.2f} GB; the disk has {free:,.0f} GB free."
         parts = []
