@@ -22,7 +22,9 @@ from onn_workbench import preview, runs
 THIS = "this run"
 WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
 CELL = "overflow:hidden;text-overflow:ellipsis;white-space:nowrap;padding:0 6px;line-height:28px"
-WIDTHS = dict(zip(runs.COLUMNS, (150, 260, 80, 60, 110, 70, 80, 80, 90, 90), strict=True))
+WIDTHS = dict(zip(runs.COLUMNS, (130, 260, 70, 50, 120, 60, 70, 70, 70, 80), strict=True))
+GO_ON = {"width": "100px", "height": "28px", "flex": "none"}  # the button of a line of the table
+LINE = {"flex": "none", "width": "max-content", "overflow": "visible"}
 COPY = "navigator.clipboard.writeText(this.nextElementSibling.innerText)"
 
 
@@ -149,16 +151,18 @@ class Runs(Panel):
             past = self.explorer.past[row["run"]]
             if past.label not in self.checks:
                 tip = f"Draw {past.label}"
-                box = w.Checkbox(indent=False, tooltip=tip, layout={"width": "24px"})
+                box = w.Checkbox(
+                    indent=False, tooltip=tip, layout={"width": "24px", "flex": "none"}
+                )
                 box.observe(lambda _: self.explorer.draw(), "value")
                 self.checks[past.label] = box
-            parts = [self.checks[past.label], w.HTML(self._line(row))]
+            go_on = w.Label(layout=dict(GO_ON))
             if past.can_continue:
-                parts.append(w.Button(description="Continue", icon="play"))
-                parts[-1].tooltip = f"Continue {past.label} from its newest checkpoint"
-                parts[-1].layout = {"width": "100px", "height": "28px", "flex": "none"}
-                parts[-1].on_click(lambda _, past=past: self.explorer.go_on_with(past))
-            lines.append(w.HBox(parts, layout={"flex": "none"}))
+                go_on = w.Button(description="Continue", icon="play", layout=dict(GO_ON))
+                go_on.tooltip = f"Continue {past.label} from its newest checkpoint"
+                go_on.on_click(lambda _, past=past: self.explorer.go_on_with(past))
+            parts = [self.checks[past.label], go_on, w.HTML(self._line(row))]
+            lines.append(w.HBox(parts, layout=dict(LINE)))
         self.table.children = lines
 
     def _titles(self) -> w.HBox:
@@ -169,7 +173,9 @@ class Runs(Panel):
             titles.append(w.Button(description=name + arrow, layout=layout))
             titles[-1].tooltip = f"Sort by {name}"
             titles[-1].on_click(lambda _, name=name: self.sort(name))
-        return w.HBox([w.Label(layout={"width": "28px", "flex": "none"}), *titles])
+        return w.HBox(
+            [w.Label(layout={"width": "132px", "flex": "none"}), *titles], layout=dict(LINE)
+        )
 
     def sort(self, name: str) -> None:
         self.reverse = not self.reverse if name == self.order else False
