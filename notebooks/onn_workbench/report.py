@@ -3,13 +3,14 @@
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from IPython.display import display
 
+from onn_core.config import TrainConfig
 from onn_core.record import RunRecord
 from onn_workbench.figure import Figure, Line, Panel
+from onn_workbench.tables import frame
 
 
 def summary_table(records: dict[str, RunRecord]) -> pd.DataFrame:
@@ -33,12 +34,6 @@ def summary_table(records: dict[str, RunRecord]) -> pd.DataFrame:
             }
         )
     return frame(rows, "run")
-
-
-def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> pd.DataFrame:
-    """A pandas frame of `rows`, whose counts stay whole when it is transposed."""
-    columns = None if rows else [index] if isinstance(index, str) else index
-    return pd.DataFrame(rows, columns=columns, dtype=object).set_index(index)
 
 
 def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
@@ -82,6 +77,29 @@ class LiveLine:
         held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
         text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"
         bundle = {"text/plain": f"{text}, {record.wall_s:.0f} s"}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)
+
+
+class LiveLines:
+    """An `on_step` of several runs that shows the last step of each in a line."""
+
+    def __init__(self, configs: dict[str, TrainConfig]):
+        self.configs = {label: config.without_paths() for label, config in configs.items()}
+        self.lines: dict[str, str] = {}
+        self.handle = None
+
+    def __call__(self, record: RunRecord) -> None:
+        step, n_steps = record.steps[-1], record.config["max_steps"]
+        label = next((name for name, own in self.configs.items() if own == record.config), "a run")
+        held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
+        self.lines[label] = (
+            f"{label}: step {step.step} of {n_steps}: loss {step.loss:.3f}{held_out}"
+        )
+        known = [self.lines[name] for name in [*self.configs, "a run"] if name in self.lines]
+        bundle = {"text/plain": "\n".join(known)}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
         else:

@@ -13,7 +13,7 @@ from onn_core.run.estimate import geometry_of, predict
 from onn_workbench.ceilings import Ceilings
 from onn_workbench.figure import Bars, Figure, Line, Panel
 from onn_workbench.live import phase_bars
-from onn_workbench.report import frame
+from onn_workbench.tables import frame
 
 SCHEMA_VERSION = 1
 OWN = ("onn", "cached")  # of the systems, those that are this project

@@ -9,8 +9,8 @@ import pandas as pd
 
 from onn_core.record import RunRecord, describe_environment, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
-from onn_workbench.report import frame
 from onn_workbench.stability import FIXES, Event, Outcome
+from onn_workbench.tables import frame
 
 SCHEMA_VERSION = 1
 
