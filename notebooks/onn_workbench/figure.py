@@ -267,8 +267,8 @@ def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, A
     x["zeroline"] = y["zeroline"] = False
     for axis, is_log in ((x, panel.log_x), (y, panel.log_y)):
         axis |= {"type": "log", "exponentformat": "power"} if is_log else {"type": "linear"}
-    if ticks := _count_ticks(panel):
-        x |= {"tickvals": ticks, "ticktext": list(map(str, ticks))}
+    if ticks := _log_ticks(panel):
+        x |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     if panel.from_zero:
         y["rangemode"] = "tozero"
     if panel.rows:
@@ -314,19 +314,16 @@ def _traces(part: Line | Bars, number: str, in_legend: Any) -> list[dict[str, An
     return [band | {"showlegend": False}, trace]
 
 
-def _are_counts(panel: Panel) -> bool:
-    points = [float(x) for part in panel.parts if isinstance(part, Line) for x in part.x]
-    return bool(points) and all(x.is_integer() for x in points)
-
-
-def _count_ticks(panel: Panel) -> list[int]:
-    """The ticks of a logarithmic axis of counts: 1, 2, 5, 10 ...; there is no half of a step."""
-    if not panel.log_x or panel.rows or not _are_counts(panel):
-        return []
+def _log_ticks(panel: Panel) -> list[float]:
+    """The ticks of a logarithmic axis: 1, 2, 5, 10 ... between its points, so no half of a step."""
     points = [x for part in panel.parts if isinstance(part, Line) for x in part.x]
-    decades = range(len(str(int(max(points)))))
-    ticks = [factor * 10**decade for decade in decades for factor in (1, 2, 5)]
-    return [tick for tick in ticks if min(points) <= tick <= max(points)] or [int(min(points))]
+    if not panel.log_x or not points:
+        return []
+    low, high = min(points), max(points)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) < 6 else (1,)
+    ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
+    return [tick for tick in ticks if low <= tick <= high] or [low]
 
 
 def _draw_panel(panel: Panel, axes: Any) -> None:
@@ -362,12 +359,13 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
     if panel.rows:
         axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         axes.set_ylim(len(panel.rows) - 0.5, -0.5)
-    if ticks := _count_ticks(panel):
-        axes.set_xticks(ticks, list(map(str, ticks)))
+    if ticks := _log_ticks(panel):
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.minorticks_off()
         if len(ticks) == 1:
             axes.set_xlim(ticks[0] / 2, 2 * ticks[0])
-    elif not panel.rows and _are_counts(panel):
+    points = [float(x) for part in panel.parts if isinstance(part, Line) for x in part.x]
+    if points and not panel.log_x and not panel.rows and all(x.is_integer() for x in points):
         axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from IPython.display import display
@@ -40,6 +41,17 @@ def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
     """Whether held-out loss fell, in every run, by more than `least_fall` of where it began."""
     falls = [1 - record.evals[-1].loss / record.evals[0].loss for record in records]
     return min(falls) > least_fall
+
+
+def answers_reading(answers: Sequence[Any]) -> str:
+    """How the answers changed, in numbers; answers: of `onn_core.answers`, with an adapter."""
+    changed = sum(one.answer != one.base_answer for one in answers)
+    before, after = (
+        statistics.fmean(len(getattr(one, name).split()) for one in answers)
+        for name in ("base_answer", "answer")
+    )
+    lengths = f"{before:.0f} words before and {after:.0f} after, on average"
+    return f"{changed} of {len(answers)} answers changed; {lengths}."
 
 
 def learning_curve(records: dict[str, RunRecord]) -> Figure:

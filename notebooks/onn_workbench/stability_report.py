@@ -96,13 +96,6 @@ def step_table(record: RunRecord) -> pd.DataFrame:
     return frame(rows, "step")
 
 
-def shown(frame: Any) -> Any:
-    """`frame` for a notebook: text at the left, no index apart."""
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
-    style = frame.reset_index().style if frame.index.name else frame.style
-    return style.set_uuid("table").set_table_styles(left).hide(axis="index")
-
-
 def headroom(curves: dict[str, dict[int, float]]) -> Figure:
     """Largest values by layer against the range of float16."""
     levels = {"float16, largest": 65504.0, "float16, smallest normal": 2.0**-14}

@@ -11,6 +11,7 @@ import pandas as pd
 
 # "1,234", "-3.1 %", "+0.049 ± 0.022", "0.1 to 0.3", "1e-05"
 NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*(?:e[-+]?\d+)?|inf|nan)"
+MOST_DECIMALS = 3
 NUMERIC = re.compile(rf"{NUMBER}(?: (?:±|to) {NUMBER})?(?: ?%)?")
 
 
@@ -91,12 +92,15 @@ def _texts(values: list[Any]) -> list[str]:
 
 
 def _form(sizes: list[float]) -> str:
-    """A format with which the smallest of the numbers that are not 0 has two digits."""
+    """The decimals to which the numbers were rounded, or two digits of the smallest but 0."""
     sizes = [size for size in sizes if 0 < size < math.inf]
     least = min(sizes, default=1.0)
     if least < 1e-3:
         return "{:.3g}"
-    return f"{{:,.{max(0, min(3, 1 - math.floor(math.log10(least))))}f}}"
+    decimals = max((len(repr(size).partition(".")[2]) for size in sizes), default=1)
+    if decimals > MOST_DECIMALS:
+        decimals = max(0, min(MOST_DECIMALS, 1 - math.floor(math.log10(least))))
+    return f"{{:,.{decimals}f}}"
 
 
 def _is_missing(value: Any) -> bool:
