@@ -16,6 +16,7 @@ from onn_workbench.tables import frame
 
 AXES = {"samples": "samples seen", "steps": "optimizer steps (logarithmic)"}
 SHUFFLED = "control, shuffled targets"
+MARKED = 20  # points at most of a line of gradient norms whose points are marked
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
@@ -174,7 +175,8 @@ def norm_figure(runs: Runs) -> Figure:
         for layer in record.steps[0].grad_norm_by_layer:
             x = [step.step for step in record.steps]
             norms = [step.grad_norm_by_layer[layer] for step in record.steps]
-            lines.append(Line("", x, norms, width=1, colour=scale.colour(int(layer))))
+            mode = "lines" if len(x) > MARKED else "lines+markers"
+            lines.append(Line("", x, norms, mode=mode, width=1, colour=scale.colour(int(layer))))
         y = "gradient norm of a layer"
         panels.append(Panel(lines, "optimizer steps", y, label, log_y=True, scale=scale))
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]

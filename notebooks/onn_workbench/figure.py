@@ -321,7 +321,7 @@ def _log_ticks(panel: Panel) -> list[float]:
         return []
     low, high = min(points), max(points)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) < 6 else (1,)
+    factors = (1, 2, 5) if len(decades) < 4 else (1, 3) if len(decades) < 6 else (1,)
     ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
     return [tick for tick in ticks if low <= tick <= high] or [low]
 

@@ -25,6 +25,7 @@ th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.7rem; text-align: left
          vertical-align: top }
 thead th { border-bottom: 2px solid #444 }
 img { max-width: 100%; height: auto } .wide { overflow-x: auto } a { color: #00568a }
+.small img { width: 16rem; max-width: none }
 pre { background: #f4f4f4; padding: 0.6rem; overflow-x: auto }
 """
 CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
@@ -39,13 +40,14 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "04_speed.html": "time per sample, memory, percent of the limit",
     "07_sweep.html": "many runs in one pass over the weights, and the best of them",
     "06_your_own_loop.html": "Trainer, TRL, perplexity with and without the adapter, merge",
-    "learning_results.json": "every run of the learning study, step by step",
-    "sweep.json": "every run of the sweep, step by step",
+    "learning_results.json": "every run of the learning study",
+    "sweep.json": "every run of the sweep",
     "stability.json": "every run of the stability study",
     "training_benchmark.json": "every row of the speed benchmark",
 }
 SAID = {
-    "Records": "JSON with a schema version; the others are one run each, step by step.",
+    "Records": "JSON with a schema version; the others are one run each: its first steps one by one, "
+    "then stretches of steps.",
     "Metrics": "A number a line: name, value, step, epoch, context; the arguments of AIM's track.",
     "Notebooks": "As they were executed; JupyterLab shows their figures live.",
 }
@@ -105,8 +107,9 @@ def write_index(folder: str | os.PathLike, title: str) -> None:
             lines, png = summary_of(notebook)
             said += "".join(f"<br><strong>{html.escape(line)}</strong>" for line in lines)
             small = f'<a href="{link}">{picture(png, "")}</a>' if png else ""
-        cells = [small] * (kind == "Pages") + [f'<a href="{link}">{link}</a>', said]
-        rows[kind].append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        cells = f'<td><a href="{link}">{link}</a></td><td>{said}</td>'
+        cells = f'<td class="small">{small}</td>{cells}' if kind == "Pages" else cells
+        rows[kind].append(f"<tr>{cells}</tr>")
     sections = {
         kind: ["<table><tbody>", *of, "</tbody></table>", paragraph(SAID.get(kind, ""))]
         for kind, of in rows.items()

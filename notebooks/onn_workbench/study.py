@@ -87,7 +87,7 @@ def train(
         record = RunRecord.load(folder / "record.json")
         if record.status == "finished" and record.config == config.without_paths():
             on_step(record)
-            return record
+            return thinned(record)
 
     def watch(record: RunRecord) -> None:
         on_step(record)
@@ -98,7 +98,7 @@ def train(
     try:
         trainer.train(resume and bool(Checkpoints(folder, 1).paths()))
     except NonFiniteError:
-        return trainer.record
+        return thinned(trainer.record)
     except _TimeSpent:
         record = trainer.record
         if record.evals[-1].step < len(record.steps):
@@ -109,7 +109,7 @@ def train(
         record.status = "finished"
         record.save(folder / "record.json")
     shutil.rmtree(folder / FOLDER)  # its record and its adapter are all that is used
-    return trainer.record
+    return thinned(trainer.record)
 
 
 def train_all(

@@ -1,6 +1,8 @@
 """Many runs in one pass over the weights: which settings, what came of each, what it cost."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import statistics
@@ -123,7 +125,8 @@ def train_alone(config: TrainConfig, n_steps: int) -> Alone:
         changes = {"max_steps": n_steps, "eval_every": n_steps, "output_dir": folder}
         short = dataclasses.replace(config, **changes, progress=False)
         before = _read_bytes()
-        record = onn_core.ChunkedLoraTrainer(short).train()
+        with contextlib.redirect_stderr(io.StringIO()):  # what it says of the data was said before
+            record = onn_core.ChunkedLoraTrainer(short).train()
         n_bytes = _read_bytes() - before
     last = record.steps[-1]
     of_evals = (n_bytes - sum(step.bytes_read for step in record.steps)) / len(record.evals)
