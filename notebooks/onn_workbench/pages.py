@@ -46,7 +46,7 @@ CONTENTS = {  # what a file of results/<profile>/ is, in the order of the index
     "training_benchmark.json": "every row of the speed benchmark",
 }
 SAID = {
-    "Records": "JSON with a schema version; the others are one run each: its first steps one by one, "
+    "Records": "JSON with a schema version; others are one run each: its first steps one by one, "
     "then stretches of steps.",
     "Metrics": "A number a line: name, value, step, epoch, context; the arguments of AIM's track.",
     "Notebooks": "As they were executed; JupyterLab shows their figures live.",
