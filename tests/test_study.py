@@ -109,7 +109,7 @@ def test_pages_stand_alone_and_the_index_links_what_is_there(real, tmp_path):
     curves.write_files(real, tmp_path)
     pages.write_index(tmp_path, "Results")
     page = (tmp_path / "learning_validation.html").read_text()
-    assert "data:image/png;base64," in page and "<td>NO</td>" in page
+    assert "data:image/png;base64," in page and ">NO</td>" in page
     assert "Who &lt;b&gt;?" in page
     index = (tmp_path / "index.html").read_text()
     for name in ("learning_results.json", "learning_curves.png", "learning_validation.html"):
@@ -124,7 +124,7 @@ def test_curves_hold_every_point(real):
     first = record.evals[0].loss
     assert [point[1] for point in held_out] == [e.loss - first for e in record.evals]
     training = curves.training_curve([record], "steps")
-    assert [point[0] for point in training] == [1, 2.5]
+    assert [point[0] for point in training] == [2, 3]
     assert training[1][1] == pytest.approx(record.steps[2].loss)
 
 
