@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import peft
@@ -19,8 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedTokenizerBase
 
 from onn_core import data
+from onn_core.config import require_integer, require_learned
+from onn_core.data.corpus import say_what_is_lost, tokenize_data
+from onn_core.data.tokenizer import read_template, require_context, require_ids_fit
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import IGNORED, shift_labels
 from onn_core.streaming.head import Logits
@@ -58,19 +62,31 @@ def perplexity(
     *,
     max_length: int = 128,
     batch_size: int = 32,
+    chat_template: str | None = None,
+    completion_only: bool = True,
+    train_on: str = "all",
 ) -> Perplexity:
     """The perplexity of a streamed model, or a PeftModel of one, on what `TrainConfig.data` takes.
 
     Of a conversation the answers count, of plain text every token but the first of each piece of
-    `max_length` tokens.
+    `max_length` tokens. The settings are those of TrainConfig; a line on stderr says what was cut.
+    Raises ConfigError for a wrong setting, DataError for text that cannot be used.
     """
-    examples = data.tokenize(data.read_rows(text), tokenizer, max_length).examples
-    examples = examples.longest_first()
+    require_integer("max_length", max_length, 2)
+    require_integer("batch_size", batch_size)
+    require_learned(completion_only, train_on)
+    tokenizer = _with_template(tokenizer, chat_template)
     totals, n_tokens = 0.0, 0
     with _evaluating(model) as (base, n_ways):
+        require_context(base.config, max_length, "max_length")
+        learned = {"completion_only": completion_only, "train_on": train_on}
+        dataset = tokenize_data(text, tokenizer, max_length, **learned)
+        require_ids_fit(tokenizer, dataset.tokens.largest_id(), _n_embeddings(base))
+        say_what_is_lost(dataset, max_length)
+        examples = dataset.examples.longest_first()
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
-            batch = data.collate(part, tokenizer.pad_token_id)
+            batch = data.collate(part, _pad_id(tokenizer, base))
             with _halves(base, len(part)):
                 losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
             totals = totals + losses.double().view(n_ways, -1).sum(-1).cpu()  # (n_ways,)
@@ -82,19 +98,37 @@ def perplexity(
 def answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     *,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    chat_template: str | None = None,
 ) -> list[Answer]:
     """What a streamed model, or a PeftModel of one, answers: the likeliest token each time.
 
-    Each prompt is a user's turn in the tokenizer's chat template; without one, a line. The whole
-    batch goes through a layer at once: a pass over the weights gives one token to every answer.
+    prompts: one or several. Each is a user's turn in the chat template, the tokenizer's or the one
+    that is given as in TrainConfig; without one, a line. The whole batch goes through a layer at
+    once: a pass over the weights gives one token to every answer. Raises ConfigError for a wrong
+    setting, DataError for a prompt that the template or the model cannot take.
     """
+    require_integer("max_new_tokens", max_new_tokens)
+    require_integer("batch_size", batch_size)
+    prompts = (
+        [prompts]
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        else list(prompts)
+    )
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigError(f'prompts must be texts such as ["What is AI?"], not {prompt!r:.60}.')
+    tokenizer = _with_template(tokenizer, chat_template)
     asked = [data.prompt_ids(prompt, tokenizer) for prompt in prompts]
-    pad_id, found = tokenizer.pad_token_id or 0, []
+    found = []
     with _evaluating(model) as (base, n_ways):
+        pad_id = _pad_id(tokenizer, base)
+        for ids in asked:
+            require_ids_fit(tokenizer, max(ids), _n_embeddings(base))
+            require_context(base.config, len(ids) + max_new_tokens, "a prompt with max_new_tokens")
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
             length, n_rows = max(map(len, part)), len(part)
@@ -114,6 +148,30 @@ def answers(
             texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
             found += [texts[row::n_rows] for row in range(n_rows)]
     return [Answer(prompt, *texts) for prompt, texts in zip(prompts, found, strict=True)]
+
+
+def _with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """The tokenizer, or where there is a template a copy that has it."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is no tokenizer: give that of AutoTokenizer."
+            "from_pretrained(model_dir)."
+        )
+    if chat_template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
+
+def _n_embeddings(base: Any) -> int:
+    return len(base.get_input_embeddings().weight)
+
+
+def _pad_id(tokenizer: Any, base: Any) -> int:
+    """The id to pad with; what it is does not matter, if the embedding has it."""
+    pad_id = tokenizer.pad_token_id or 0
+    return pad_id if pad_id < _n_embeddings(base) else 0
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from onn_core.adapters.lora import (
 )
 from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
+from onn_core.data.tokenizer import require_context
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
@@ -76,12 +77,7 @@ class ChunkedLoraTrainer:
         digests = self.base.keep_digests() if config.verify_weights else None
         self.device = self.base.device
         self.tokenizer = data.load_tokenizer(config.model_dir)
-        context = getattr(self.base.config, "max_position_embeddings", None)
-        if context is not None and config.max_length > context:
-            raise ConfigError(
-                f"max_length {config.max_length} is more than the model's context of {context} "
-                "tokens: lower it."
-            )
+        require_context(self.base.config, config.max_length, "max_length")
         if config.packing:
             require_packing(self.base)
         corpus = prepare(config, self.tokenizer, len(self.base.get_input_embeddings().weight))

@@ -149,21 +149,20 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     once = isinstance(config.data, Iterator)
     if not once and (dataset := read_tokens(path)) is not None:
         return dataset, True
-    unused: set[str] = set()
-    dataset = tokenize(
-        read_rows(config.data, unused),
-        tokenizer,
-        config.max_length,
-        completion_only=config.completion_only,
-        train_on=config.train_on,
-        folder=folder,
-    )
-    dataset = dataclasses.replace(dataset, unused=sorted(unused))
+    learned = {"completion_only": config.completion_only, "train_on": config.train_on}
+    dataset = tokenize_data(config.data, tokenizer, config.max_length, folder=folder, **learned)
     if not once:
         with contextlib.suppress(OSError):
             write_tokens(path, dataset)
             dataset = read_tokens(path) or dataset
     return dataset, False
+
+
+def tokenize_data(source: Any, tokenizer: Any, max_length: int, **settings: Any) -> Dataset:
+    """`tokenize` of what `read_rows` takes, with what was left out of it."""
+    unused: set[str] = set()
+    dataset = tokenize(read_rows(source, unused), tokenizer, max_length, **settings)
+    return dataclasses.replace(dataset, unused=sorted(unused))
 
 
 def _key(config: TrainConfig, tokenizer: Any) -> str:
