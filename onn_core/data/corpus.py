@@ -37,6 +37,7 @@ from onn_core.data.rows import files_of, is_saved_dataset, read_rows
 from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir, sha256_of
+from onn_core.weights.reader import give_back_memory
 
 # What decides how a folder's tokenizer works.
 TOKENIZER_FILES = (
@@ -49,6 +50,7 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 FORMAT = 3  # of a file of the cache, or of what is in it
+BYTES_PER_EXAMPLE = 32  # its length, place, prompt, and its number in the split and in an epoch
 MAX_NAMED = 9  # columns and files that are not used
 # What such a file says of a Dataset apart from its tokens.
 FACTS = ("rows", "truncated", "dropped", "unanswered", "length_95", "reasoning_left_out", "unused")
@@ -57,11 +59,17 @@ SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What a run trains and evaluates on; facts: what its record says of it, JSON values."""
+    """What a run trains and evaluates on.
+
+    facts: what its record says of it, JSON values. digest: a hash of all tokens. held_bytes: what
+    of it is in memory, not in the file.
+    """
 
     train: Examples
     held_out: Examples
     facts: dict[str, Any]
+    digest: str
+    held_bytes: int
 
 
 def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None) -> Corpus:
@@ -96,7 +104,10 @@ def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None
         "tokenize_s": round(seconds, 3),
         "tokens_cached": cached,
     }
-    return Corpus(train, held_out, facts | ({"packed_rows": n_rows} if config.packing else {}))
+    facts |= {"packed_rows": n_rows} if config.packing else {}
+    digest, n_examples = dataset.tokens.digest(), len(dataset.examples)
+    give_back_memory()  # of the tokenizer: the plan counts on it
+    return Corpus(train, held_out, facts, digest, BYTES_PER_EXAMPLE * n_examples)
 
 
 def with_steps(config: TrainConfig, n_train: int) -> tuple[TrainConfig, int | None]:
