@@ -47,7 +47,12 @@ def dtype_name(dtype: Any) -> str:
 
 
 def expand_home(path: str | os.PathLike) -> str | os.PathLike:
-    """`path` with a leading "~" or "~user" as that home; ConfigError if it is not known."""
+    """`path` with a leading "~" or "~user" as that home; ConfigError if that is not known.
+
+    Or if `path` is none.
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise ConfigError(f"{path!r:.60} is no path: give one as text.")
     if not str(path).startswith("~"):
         return path
     try:
