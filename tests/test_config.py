@@ -115,3 +115,9 @@ def test_what_is_no_path_is_refused_in_a_sentence(value):
     for call in (onn_core.from_pretrained, lambda path: onn_core.merge("m", "a", path)):
         with pytest.raises(ConfigError, match="is no path"):
             call(value)
+
+
+@pytest.mark.parametrize("value", [5, None, "xyz", [None], [made().to_dict()]], ids=str)
+def test_runs_that_are_no_settings_are_refused_in_a_sentence(value):
+    with pytest.raises(ConfigError, match="takes a list of TrainConfig"):
+        onn_core.train_many(value)
