@@ -12,6 +12,7 @@ import yaml
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError, OnnError
 from onn_core.weights.geometry import GEOMETRIES
+from onn_core.weights.quantise import KINDS
 
 
 def read_settings(path: Path | None, changes: Sequence[str]) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def train(arguments: argparse.Namespace) -> None:
         records = [ChunkedLoraTrainer(configs[0]).train(resume=arguments.resume)]
     for config, record in zip(configs, records, strict=True):
         loss = f", loss {record.steps[-1].loss:.4f}" if record.steps else ""
-        print(f"{record.status} after {len(record.steps)} steps{loss}")
+        early = f" ({record.stopped_early})" if record.stopped_early else ""
+        print(f"{record.status} after {len(record.steps)} steps{loss}{early}")
         print(Path(config.output_dir) / "adapter")
 
 
@@ -86,6 +88,7 @@ def plan(arguments: argparse.Namespace) -> None:
             layers=arguments.layers,
             sparse_layers=arguments.sparse_layers,
             memory_budget=arguments.budget,
+            quantize=arguments.quantize,
             read_bytes_per_s=1e9 * arguments.read,
             flops_per_s=1e9 * arguments.gflops,
         )
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     added.add_argument("--layers", type=int, help="decoder layers (default: all of them)")
     added.add_argument("--sparse-layers", default="all", help='"all", "ends:4" or "last:8"')
     added.add_argument("--budget", help='memory such as "4GB" (default: no budget)')
+    added.add_argument("--quantize", choices=KINDS, help="of a folder that is not yet quantised")
     added.add_argument("--read", type=float, default=1.0, help="GB/s that the disk sustains")
     added.add_argument("--gflops", type=float, default=100, help="GFLOP/s of the matmul")
     arguments = parser.parse_args(argv)

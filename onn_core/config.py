@@ -67,7 +67,7 @@ def expand_home(path: str | os.PathLike) -> str | os.PathLike:
 class TrainConfig:
     """Settings of one training run; validated when made.
 
-    model_dir: Hugging Face folder with config.json and safetensors.
+    model_dir: Hugging Face folder with config.json and safetensors, or a GGUF file.
     data: "chatterbot", the path of a file (.json, .jsonl, .csv, .parquet, .txt ...) or of a folder
         of files, a `datasets.Dataset`, or an iterable of rows; `data.read_rows` says of what form.
     output_dir: where the adapter, the checkpoints and record.json go.
@@ -83,6 +83,12 @@ class TrainConfig:
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
         free, less an eighth. A CPU needs none.
+    quantize: "int8" or "nf4": quantise a dense folder once, into the cache; None streams it as it
+        is stored.
+    objective: "sft" learns answers; "dpo" prefers chosen answers to rejected ones (rows of prompt,
+        chosen and rejected), against the base without any adapter, also where `adapter` continues
+        one. batch_size then counts pairs, micro_batch_size single answers.
+    dpo_beta: how strongly the base holds what is trained, as TRL's beta.
     lora_dtype: "float32" (sound) or "model", the model's own dtype.
     checkpoint_every, checkpoint_minutes: steps, minutes from one checkpoint to the next, whichever
         comes first; 0 is never. The end of a run, whatever its cause, writes one as well.
@@ -100,6 +106,9 @@ class TrainConfig:
         overflows, doubled after 2000 that do not). A step that overflows is skipped.
     shuffle_targets: 0, or the number of a shuffle of all training targets, for a control.
     eval_batch_size: samples in a batch of the evaluation; None is `batch_size`.
+    early_stopping_patience, early_stopping_threshold: as in transformers, stop when the held-out
+        loss was not below its best by more than the threshold in so many evaluations in a row; None
+        never stops early. The adapter is that of the last step.
     """
 
     model_dir: str
@@ -120,9 +129,12 @@ class TrainConfig:
     micro_batch_size: int | None = None
     memory_budget: int | str | None = None
     host_budget: int | str | None = "auto"
+    quantize: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     # optimisation
+    objective: str = "sft"
+    dpo_beta: float = 0.1
     max_steps: int | None = None
     num_train_epochs: float | None = None
     gradient_accumulation_steps: int = 1
@@ -143,6 +155,8 @@ class TrainConfig:
     eval_every: int = 0
     eval_samples: int = 64
     eval_batch_size: int | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
     seed: int = 0
     # checkpoints
     checkpoint_every: int = 0
@@ -174,6 +188,10 @@ class TrainConfig:
             require_integer(name, getattr(self, name), 0)
         if self.eval_batch_size is not None:
             require_integer("eval_batch_size", self.eval_batch_size, 1)
+        if self.early_stopping_patience is not None:
+            require_integer("early_stopping_patience", self.early_stopping_patience, 1)
+            if not self.eval_every:
+                raise ConfigError("early_stopping_patience counts evaluations: set eval_every.")
         if self.micro_batch_size is not None:
             require_integer("micro_batch_size", self.micro_batch_size, 1)
             if self.micro_batch_size > self.batch_size:
@@ -185,21 +203,30 @@ class TrainConfig:
         _require_number("lora_dropout", self.lora_dropout, 0, below=1)
         _require_number("learning_rate", self.learning_rate, 0)
         _require_number("weight_decay", self.weight_decay, 0)
+        _require_number("early_stopping_threshold", self.early_stopping_threshold, 0)
         _require_number("checkpoint_minutes", self.checkpoint_minutes, 0)
         _require_number("held_out_fraction", self.held_out_fraction, 0, below=1)
         if self.max_grad_norm is not None:
             _require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True)
         if self.loss_scale not in (None, "dynamic"):
             _require_number("loss_scale", self.loss_scale, 0, open_below=True)
+        _require_number("dpo_beta", self.dpo_beta, 0, open_below=True)
+        _require_choice("objective", self.objective, ("sft", "dpo"))
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
         require_learned(self.completion_only, self.train_on)
         for name in ("packing", "verify_weights", "progress"):
             _require_switch(name, getattr(self, name))
+        if self.objective == "dpo":
+            for name in ("packing", "shuffle_targets", "completion_only", "train_on"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ConfigError(f'objective "dpo" takes no {name}: set it to {default!r}.')
         if self.chat_template is not None:
             if not isinstance(self.chat_template, str | os.PathLike) or not str(self.chat_template):
                 raise ConfigError("chat_template must be the text or the path of a template.")
             object.__setattr__(self, "chat_template", str(self.chat_template))
+        _require_choice("quantize", self.quantize, (None, "int8", "nf4"))
         _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
         if self.target_parameters and self.lora_dropout:
             raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
@@ -315,4 +342,4 @@ def _require_switch(name: str, value: Any) -> None:
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")

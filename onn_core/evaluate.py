@@ -1,35 +1,26 @@
-"""Perplexity and answers of a streamed model, with and without its adapter in one pass.
-
-Each batch holds its rows twice. A layer that is resident runs the first half with its adapters and
-the second without, each in micro-batches of its own, so the numbers are those of two passes over
-the weights for the reading of one.
-"""
+"""Perplexity and answers of a streamed model, with and without its adapter in one pass."""
 
 import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedTokenizerBase
 
 from onn_core import data
+from onn_core.adapters.by_rows import Choice, by_rows, find_tuners, repeated
+from onn_core.adapters.folder import load_adapter
 from onn_core.config import require_integer, require_learned
 from onn_core.data.corpus import say_what_is_lost, tokenize_data
 from onn_core.data.tokenizer import read_template, require_context, require_ids_fit
 from onn_core.errors import ConfigError
-from onn_core.ops.cross_entropy import IGNORED, shift_labels
-from onn_core.streaming.head import Logits
+from onn_core.ops.cross_entropy import IGNORED
 from onn_core.streaming.model import StreamedModel
-from onn_core.streaming.recompute import is_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,34 +56,34 @@ def perplexity(
     chat_template: str | None = None,
     completion_only: bool = True,
     train_on: str = "all",
-) -> Perplexity:
+    adapters: Sequence[str | os.PathLike] | None = None,
+) -> Perplexity | list[Perplexity]:
     """The perplexity of a streamed model, or a PeftModel of one, on what `TrainConfig.data` takes.
 
     Of a conversation the answers count, of plain text every token but the first of each piece of
     `max_length` tokens. The settings are those of TrainConfig; a line on stderr says what was cut.
+
+    adapters: PEFT folders; `model` then has no adapter yet, and has none afterwards. Returns what
+    each of them gives by itself, in their order, for one pass over the weights a batch: all of them
+    and the base are evaluated in it. Equal bit for bit to each alone, with the same micro-batches.
     Raises ConfigError for a wrong setting, DataError for text that cannot be used.
     """
     require_integer("max_length", max_length, 2)
     require_integer("batch_size", batch_size)
     require_learned(completion_only, train_on)
     tokenizer = _with_template(tokenizer, chat_template)
-    totals, n_tokens = 0.0, 0
-    with _evaluating(model) as (base, n_ways):
+    with _adapted(model, adapters) as (adapted, choices):
+        base, _ = streamed_base(adapted)
         require_context(base.config, max_length, "max_length")
         learned = {"completion_only": completion_only, "train_on": train_on}
         dataset = tokenize_data(text, tokenizer, max_length, **learned)
         require_ids_fit(tokenizer, dataset.tokens.largest_id(), _n_embeddings(base))
         say_what_is_lost(dataset, max_length)
-        examples = dataset.examples.longest_first()
-        for start in range(0, len(examples), batch_size):
-            part = examples[start : start + batch_size]
-            batch = data.collate(part, _pad_id(tokenizer, base))
-            with _halves(base, len(part)):
-                losses = _token_losses(model, base, _repeated(batch, n_ways, base.device))
-            totals = totals + losses.double().view(n_ways, -1).sum(-1).cpu()  # (n_ways,)
-            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
-    losses = (totals / n_tokens).tolist()
-    return Perplexity(n_tokens, *(x for loss in losses for x in (loss, _exponential(loss))))
+        batches = dataset.examples.longest_first(), _pad_id(tokenizer, base), batch_size
+        n_tokens, losses = _mean_losses(adapted, base, choices, *batches)
+    if adapters is None:
+        return _perplexity(n_tokens, losses)
+    return [_perplexity(n_tokens, [loss, losses[-1]]) for loss in losses[:-1]]
 
 
 def answers(
@@ -123,12 +114,13 @@ def answers(
             raise ConfigError(f'prompts must be texts such as ["What is AI?"], not {prompt!r:.60}.')
     tokenizer = _with_template(tokenizer, chat_template)
     asked = [data.prompt_ids(prompt, tokenizer) for prompt in prompts]
-    found = []
-    with _evaluating(model) as (base, n_ways):
-        pad_id = _pad_id(tokenizer, base)
-        for ids in asked:
-            require_ids_fit(tokenizer, max(ids), _n_embeddings(base))
-            require_context(base.config, len(ids) + max_new_tokens, "a prompt with max_new_tokens")
+    base, has_adapter = streamed_base(model)
+    choices = [True, False][: 1 + has_adapter]
+    pad_id, found = _pad_id(tokenizer, base), []
+    for ids in asked:
+        require_ids_fit(tokenizer, max(ids), _n_embeddings(base))
+        require_context(base.config, len(ids) + max_new_tokens, "a prompt with max_new_tokens")
+    with _evaluating(model):
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
             length, n_rows = max(map(len, part)), len(part)
@@ -136,9 +128,9 @@ def answers(
             padded = [[pad_id] * n + ids for n, ids in zip(n_pads, part, strict=True)]
             mask = [[0] * n + [1] * (length - n) for n in n_pads]
             batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
-            with _halves(base, n_rows):
+            with by_rows(base, n_rows, choices):
                 ids = model.generate(
-                    **_repeated(batch, n_ways, base.device),
+                    **repeated(batch, len(choices), base.device),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     num_beams=1,  # beams would be more rows than the batch has
@@ -174,90 +166,88 @@ def _pad_id(tokenizer: Any, base: Any) -> int:
     return pad_id if pad_id < _n_embeddings(base) else 0
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[tuple[Any, int]]:
-    """The streamed model inside `model`, and 2 if it has an adapter to compare with, else 1."""
+def streamed_base(model: Any) -> tuple[StreamedModel, bool]:
+    """The streamed model inside `model`, and whether it has an adapter to compare with.
+
+    ConfigError if none is inside, or the adapter cannot be switched off within a pass.
+    """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if not isinstance(base, StreamedModel):
         raise ConfigError(
             f"{type(model).__name__} is not streamed: give a model of onn_core.from_pretrained, or "
             "a PeftModel of one."
         )
-    inside = {tuner for layer in base.streamed_layers for tuner in _tuners(layer.module)}
-    if any(tuner not in inside for tuner in _tuners(base)):
+    inside = {tuner for layer in base.streamed_layers for tuner in find_tuners(layer.module)}
+    if any(tuner not in inside for tuner in find_tuners(base)):
         raise ConfigError(
             "an adapter outside the decoder layers cannot be switched off within a pass: evaluate "
             "with model.disable_adapter() and without."
         )
+    return base, bool(inside)
+
+
+def _mean_losses(
+    model: Any,
+    base: StreamedModel,
+    choices: Sequence[Choice],
+    examples: Sequence[data.Example],
+    pad_id: int | None,
+    batch_size: int,
+) -> tuple[int, list[float]]:
+    """The tokens that count in `examples`, and their mean loss under each choice of adapters."""
+    totals, n_tokens = 0.0, 0
+    with _evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            part = examples[start : start + batch_size]
+            batch = repeated(data.collate(part, pad_id), len(choices), base.device)
+            with by_rows(base, len(part), choices):
+                losses = base.token_losses(model, batch)  # (choices * B, T)
+            totals = totals + losses.double().view(len(choices), -1).sum(-1).cpu()
+            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
+    return n_tokens, (totals / n_tokens).tolist()
+
+
+def _perplexity(n_tokens: int, losses: Sequence[float]) -> Perplexity:
+    return Perplexity(n_tokens, *(x for loss in losses for x in (loss, _exponential(loss))))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            yield base, 2 if inside else 1
+            yield
     finally:
         model.train(training)
 
 
 @contextlib.contextmanager
-def _halves(base: Any, n_rows: int) -> Iterator[None]:
-    """Inside, each layer runs the first `n_rows` of a batch with its adapters, the rest without."""
-    twins: dict[Any, Any] = {}  # cache -> that of the half without adapters
-
-    def twin(value: Any) -> Any:
-        return twins[value] if is_cache(value) else value
-
-    @contextlib.contextmanager
-    def by_half(layer: nn.Module, rows: slice, args: tuple, kwargs: dict) -> Iterator[Any]:
-        for cache in filter(is_cache, pytree.tree_leaves((args, kwargs), is_leaf=is_cache)):
-            if cache not in twins:
-                twins[cache] = copy.deepcopy(cache)  # still empty
-        adapted = rows.start < n_rows
-        if not adapted:
-            args, kwargs = pytree.tree_map(twin, (args, kwargs), is_leaf=is_cache)
-        with _switched(layer, adapted):
-            yield args, kwargs
-
-    with base.rows_hook(by_half, group_size=n_rows):
-        yield
-
-
-@contextlib.contextmanager
-def _switched(layer: nn.Module, adapted: bool) -> Iterator[None]:
-    """Inside, the adapters of a layer are on or off; after, all is as it was."""
-    tuners = [tuner for tuner in _tuners(layer) if tuner.disable_adapters == adapted]
-    trained = [(p, p.requires_grad) for tuner in tuners for p in tuner.parameters()]
-    for tuner in tuners:
-        tuner.enable_adapters(adapted)
+def _adapted(
+    model: Any, adapters: Sequence[str | os.PathLike] | None
+) -> Iterator[tuple[Any, list[Choice]]]:
+    """The model to run, inside with the `adapters` if there are any, and what to choose of them."""
+    if adapters is None:
+        _, has_adapter = streamed_base(model)
+        yield model, [True, False][: 1 + has_adapter]
+        return
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Iterable):
+        raise ConfigError(f"adapters must be a list of folders, not {adapters!r:.60}.")
+    if not isinstance(model, StreamedModel) or find_tuners(model):
+        raise ConfigError(
+            "adapters are evaluated on a model of onn_core.from_pretrained that has none yet: give "
+            "that, or leave adapters out."
+        )
+    names: list[Choice] = []
     try:
-        yield
+        for folder in adapters:
+            name = f"adapter{len(names)}"
+            model = load_adapter(model, folder, adapter_name=name)
+            names.append(name)
+        yield model, [*names, False]
     finally:
-        for tuner in tuners:
-            tuner.enable_adapters(not adapted)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-
-
-def _token_losses(model: Any, base: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The cross-entropy of each label, 0 where it is not counted: (B, T)."""
-    labels = shift_labels(batch.pop("labels"))
-    with base.deferred_logits():
-        logits = model(**batch).logits  # (B, T, V)
-    if isinstance(logits, Logits) and not logits.changed:
-        return logits.token_losses(labels)
-    logits = logits.float().transpose(1, 2)  # (B, V, T)
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
-
-
-def _tuners(module: nn.Module) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """What an adapter put into `module`: its layers, and copies of modules that are trained."""
-    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-    return [part for part in module.modules() if isinstance(part, kinds)]
-
-
-def _repeated(
-    batch: dict[str, torch.Tensor], n_ways: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    return {name: values.repeat(n_ways, 1).to(device) for name, values in batch.items()}
+        if names:
+            model.unload()
 
 
 def _exponential(loss: float) -> float:

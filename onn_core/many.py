@@ -19,7 +19,7 @@ from onn_core.streaming.together import Together
 from onn_core.trainer import ChunkedLoraTrainer
 
 # One base on one device, in one memory; all else may differ.
-IN_COMMON = ("model_dir", "dtype", "device", "memory_budget")
+IN_COMMON = ("model_dir", "dtype", "device", "memory_budget", "quantize")
 
 JOIN_S = 0.2
 
@@ -31,10 +31,10 @@ def train_many(
 ) -> list[RunRecord]:
     """Train every run of `configs`; a layer that is resident takes the batches of all.
 
-    The runs share model_dir, dtype, device and memory_budget, and may differ in all else. Each
-    run's adapter, losses and evaluations are equal bit for bit to those of the run alone, and so
-    are its files; its times and bytes are those of the passes that it shares. More runs than the
-    budget has room for go one group after another.
+    The runs share model_dir, dtype, device, memory_budget and quantize, and may differ in all
+    else. Each run's adapter, losses and evaluations are equal bit for bit to those of the run
+    alone, and so are its files; its times and bytes are those of the passes that it shares. More
+    runs than the budget has room for go one group after another.
 
     resume: continue each run from its newest checkpoint, and begin those that have none. on_step:
     called after each optimizer step of a run with its record so far.
@@ -122,7 +122,8 @@ def _set_up(
             member, config = trainer.base.streaming.member, trainer.config
             member.n_passes = config.max_steps * config.gradient_accumulation_steps
             if config.eval_every:
-                member.expect(config.eval_batch_size or config.batch_size, config.max_length)
+                n_rows = (config.eval_batch_size or config.batch_size) * trainer.rows_in_visit
+                member.expect(n_rows, config.max_length)
             run.trainer, run.random = trainer, random_state(device)
             group.append(run)
             continue

@@ -30,7 +30,7 @@ class StepRecord:
     samples: int  # in this step
     tokens: int  # in this step, padding included
     counted_tokens: int  # with a label
-    loss: float  # mean over counted tokens
+    loss: float  # mean over counted tokens; over pairs with objective "dpo"
     learning_rate: float
     grad_norm: float  # before clipping
     grad_norm_by_layer: dict[str, float]
@@ -54,7 +54,8 @@ class EvalRecord:
     step: int
     samples_seen: int
     wall_s: float  # since the run began
-    loss: float  # mean over counted tokens
+    loss: float  # mean over counted tokens; over pairs with objective "dpo"
+    accuracy: float | None = None  # of pairs: how often the chosen answer has the larger reward
 
 
 @dataclasses.dataclass
@@ -70,6 +71,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     wall_s: float = 0.0
     status: str = "running"  # "finished", or "stopped: why"
+    stopped_early: str = ""  # why it finished before max_steps: what early stopping saw
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from onn_core.data.corpus import prepare, require_packing, with_steps
 from onn_core.data.tokenizer import require_context
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.preference import N_ROWS, run_pairs, train_adapters_only
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
 from onn_core.run.checkpoints import require_one_process, require_writable
 from onn_core.run.nonfinite import first_non_finite, grad_norm_by_layer
 from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
-from onn_core.run.stopping import Stop
+from onn_core.run.stopping import Stop, early_stop
 from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
@@ -53,6 +54,8 @@ class ChunkedLoraTrainer:
         together: Together | None = None,
     ):
         self.config = config
+        self.by_pairs = config.objective == "dpo"
+        self.rows_in_visit = N_ROWS if self.by_pairs else 1  # of a sample
         self.on_step = on_step
         self.together = together
         self.output_dir = Path(config.output_dir)
@@ -70,6 +73,8 @@ class ChunkedLoraTrainer:
             micro_batch_size=config.micro_batch_size,
             memory_budget=config.memory_budget,
             host_budget=config.host_budget,
+            quantize=config.quantize,
+            progress=config.progress,
             device=config.device,
             dtype=config.dtype,
             together=self.together,
@@ -98,7 +103,9 @@ class ChunkedLoraTrainer:
                 "held_out_fraction is 0: raise it, give more rows, or set eval_every to 0."
             )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.base.fit(config.batch_size, config.max_length, corpus.held_bytes)
+        self._train_mode()
+        n_rows = config.batch_size * self.rows_in_visit
+        self.base.fit(n_rows, config.max_length, corpus.held_bytes)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -121,6 +128,7 @@ class ChunkedLoraTrainer:
                 "parameters": n_parameters,
                 "trainable": count_trainable(self.model),
                 "dtype": dtype_name(self.base.dtype),
+                "quantised": (self.base.model_folder.quantisation or {}).get("quant_method"),
                 **describe_experts(self.base),
             },
             data=corpus.facts,
@@ -172,15 +180,19 @@ class ChunkedLoraTrainer:
                     self.saver.step_finished()
                 self._evaluate_if_due(record, started)
                 record.wall_s = time.perf_counter() - started
-                if step == n_done:
-                    continue
-                bar.update()
-                bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
-                peak = peak_memory_bytes(self.device, self._memory_before)
-                record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
-                self.on_step(record)
-                self.saver.save_if_due(record)
-                self.stop.check()
+                if step < config.max_steps:
+                    rule = config.early_stopping_patience, config.early_stopping_threshold
+                    record.stopped_early = early_stop(record.evals, *rule)
+                if step > n_done:
+                    bar.update()
+                    bar.set_postfix_str(f"loss {record.steps[-1].loss:.4f}")
+                    peak = peak_memory_bytes(self.device, self._memory_before)
+                    record.peak_memory_bytes = max(record.peak_memory_bytes, peak)
+                    self.on_step(record)
+                    self.saver.save_if_due(record)
+                    self.stop.check()
+                if record.stopped_early:
+                    break
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -192,6 +204,7 @@ class ChunkedLoraTrainer:
             group["lr"] = learning_rate(config, step)
 
         n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
+        n_samples = sum(map(self._count_samples, parts))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
         by_layer: dict[str, float] = {}
@@ -217,7 +230,7 @@ class ChunkedLoraTrainer:
         loss, grad_norm = optimizer_step(
             self._forward,
             parts,
-            n_counted,
+            n_samples if self.by_pairs else n_counted,
             self.optimizer,
             scaler=self.scaler,
             max_grad_norm=config.max_grad_norm,
@@ -229,7 +242,7 @@ class ChunkedLoraTrainer:
         stopped, done = time.perf_counter(), self.base.counts() - before
         return StepRecord(
             step=step,
-            samples=sum(len(part["labels"]) for part in parts),
+            samples=n_samples,
             tokens=sum(part["labels"].numel() for part in parts),
             counted_tokens=n_counted,
             loss=loss,
@@ -252,28 +265,48 @@ class ChunkedLoraTrainer:
     def _forward(self, num_items_in_batch: int, **batch: torch.Tensor) -> Any:
         """The model's outputs; their loss is summed and divided by `num_items_in_batch`."""
         batch = {name: values.to(self.device) for name, values in batch.items()}
+        if self.by_pairs:
+            beta = self.config.dpo_beta
+            return run_pairs(self.model, self.base, batch, beta, num_items_in_batch)
         return self.model(**batch, num_items_in_batch=num_items_in_batch)
 
-    def evaluate(self, examples: Sequence[data.Example] | None = None) -> float:
-        """Mean loss over the counted tokens of held-out (or given) examples; no graph."""
+    def _count_samples(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["labels"]) // (2 if self.by_pairs else 1)
+
+    def _train_mode(self) -> None:
+        train_adapters_only(self.model) if self.by_pairs else self.model.train()
+
+    def evaluate(
+        self, examples: Sequence[data.Example | data.Pair] | None = None
+    ) -> tuple[float, float | None]:
+        """Mean loss over the counted tokens of held-out (or given) examples; no graph.
+
+        Of pairs it is the mean over them, and the accuracy comes along, else None.
+        """
         examples = self.held_out[: self.config.eval_samples] if examples is None else examples
-        size, total, n_counted = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
+        size, total, n_items = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
+        n_right = 0
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-                total += float(self._forward(1, **batch).loss)
-                n_counted += int((batch["labels"] != data.IGNORED).sum())
-        self.model.train()
+                outputs = self._forward(1, **batch)
+                total += float(outputs.loss)
+                if self.by_pairs:
+                    n_items += self._count_samples(batch)
+                    n_right += outputs.n_right
+                else:
+                    n_items += int((batch["labels"] != data.IGNORED).sum())
+        self._train_mode()
         self.base.check_files()
-        return total / n_counted
+        return total / n_items, n_right / n_items if self.by_pairs else None
 
     def _evaluate_if_due(self, record: RunRecord, started: float) -> None:
         step, config = len(record.steps), self.config
         due = config.eval_every and (step % config.eval_every == 0 or step == config.max_steps)
         if due and all(done.step != step for done in record.evals):
-            samples, loss = sum(done.samples for done in record.steps), self.evaluate()
-            record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, loss))
+            samples, found = sum(done.samples for done in record.steps), self.evaluate()
+            record.evals.append(EvalRecord(step, samples, time.perf_counter() - started, *found))
 
     def _batches(self, n_done: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The batches of each step after `n_done`; number i depends on the seed and i alone."""

@@ -49,7 +49,7 @@ from transformers.pytorch_utils import Conv1D
 
 import onn_core.streaming.head
 from onn_core import OnnError
-from onn_core.streaming.recompute import Call
+from onn_core.streaming.call import Call
 
 TIMEOUT_S = 240
 MEMORY_BYTES = 8 << 30

@@ -1,14 +1,16 @@
-"""Seconds a step, of ours and of PEFT all on the GPU: `python tests/gpu_steps.py OUT.json`.
+"""Seconds a step, of ours, of peers and of PEFT all on the GPU: `tests/gpu_steps.py OUT.json`.
 
 On Llama-3-8B's geometry at random, LoRA of rank 8 on every projection of every layer in float32,
 AdamW: each system opens the folder afresh for every case, in this process. A row is written as soon
-as it is measured. Memory is what the allocator reserves after the first step.
+as it is measured. Memory is what the allocator reserves after the first step. Peers that are
+installed (see `gpu_peers.py`) run in processes of their own.
 """
 
 import datetime
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import peft
 import torch
+from gpu_peers import MODULES, is_installed
 from transformers import AutoModelForCausalLM
 
 import onn_core
@@ -24,13 +27,16 @@ from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import write_random_model
 
 CASES = ((1, 512), (8, 128), (32, 128), (32, 512), (128, 128))
-BUDGETS = ("4GB", "40GB", None)  # None: PEFT, all resident
+# (memory_budget, quantize); no budget: PEFT, all resident
+SETTINGS = (("4GB", None), ("40GB", None), ("2.5GB", "nf4"), (None, None))
 N_STEPS = 5  # timed, after one more
 
 
-def open_base(folder: Path, budget: str | None):
+def open_base(folder: Path, budget: str | None, quantize: str | None):
     if budget is not None:
-        return onn_core.from_pretrained(folder, memory_budget=budget, device="cuda")
+        return onn_core.from_pretrained(
+            folder, memory_budget=budget, quantize=quantize, device="cuda"
+        )
     base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": "cuda"})
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
@@ -38,9 +44,11 @@ def open_base(folder: Path, budget: str | None):
     return base
 
 
-def measure(folder: Path, budget: str | None, batch_size: int, n_tokens: int) -> dict:
+def measure(
+    folder: Path, budget: str | None, quantize: str | None, batch_size: int, n_tokens: int
+) -> dict:
     torch.manual_seed(0)
-    base = open_base(folder, budget)
+    base = open_base(folder, budget, quantize)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -63,6 +71,7 @@ def measure(folder: Path, budget: str | None, batch_size: int, n_tokens: int) ->
     row = {
         "system": "PEFT, all resident" if budget is None else "onn",
         "memory_budget": budget,
+        "quantize": quantize,
         "batch_size": batch_size,
         "sequence": n_tokens,
         "step_s": statistics.median(seconds[1:]),
@@ -75,6 +84,7 @@ def measure(folder: Path, budget: str | None, batch_size: int, n_tokens: int) ->
         plan = base.plan
         row |= {"micro_batch_size": plan.micro_batch_size, "layers_resident": plan.n_resident}
         row |= {"graphs_reserved": plan.n_reserved, "boundaries": plan.boundaries}
+        row["captured"] = plan.captured
         base.close()
     return row
 
@@ -85,13 +95,20 @@ def main() -> None:
         folder = write_random_model(Path(scratch) / "model", geometry("llama-3-8b"))
         record = {"date": datetime.date.today().isoformat(), "rows": rows}
         record["environment"] = describe_environment(torch.device("cuda"))
-        for budget in BUDGETS:
+        for setting in SETTINGS:
             for case in CASES:
-                rows.append(measure(folder, budget, *case))
+                rows.append(measure(folder, *setting, *case))
                 print(json.dumps(rows[-1]), flush=True)
                 write_json(Path(sys.argv[1]), record)
                 gc.collect()
                 torch.cuda.empty_cache()
+        for system in filter(is_installed, MODULES):
+            command = [sys.executable, Path(__file__).with_name("gpu_peers.py"), system, folder]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+            found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+            print(*map(json.dumps, found), sep="\n", flush=True)
+            rows += found
+            write_json(Path(sys.argv[1]), record)
 
 
 if __name__ == "__main__":

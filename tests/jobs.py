@@ -13,7 +13,8 @@ from small import DIFFERENT, config, trainer
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.run.resume import RunSaver
-from onn_core.streaming.recompute import Call, Visit
+from onn_core.streaming.call import Call
+from onn_core.streaming.recompute import Visit
 from onn_core.trainer import ChunkedLoraTrainer
 from onn_core.weights.reader import DirectFiles
 

@@ -118,7 +118,7 @@ def numbers(folder):
     for entry in record["steps"] + record["evals"]:
         for name in TIMES:
             entry.pop(name, None)
-    return record["steps"], record["evals"], record["status"]
+    return record["steps"], record["evals"], record["status"], record["stopped_early"]
 
 
 def require_equal(folder, other):

@@ -4,10 +4,13 @@ import os
 
 import pytest
 import torch
+from quantise import quantised
+from test_quantised import with_small_scratch
 from toy import (
     FLOAT16_TOLERANCE,
     assert_same,
     in_memory,
+    prefer_plans,
     reserving_graphs,
     step,
     streamed,
@@ -15,6 +18,8 @@ from toy import (
     toy_dir,
     with_lora,
 )
+
+from onn_core.ops import four_bit
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
@@ -94,3 +99,93 @@ def test_sums_of_the_head_on_the_host(monkeypatch):
     want = step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch)
     monkeypatch.setattr("onn_core.ops.cross_entropy.GRADIENT_BYTES", 0)
     assert_same(step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch), want, 1e-6)
+
+
+# ---- packed weights
+
+
+@pytest.mark.parametrize("kind", ["nf4-nested", "nf4", "llm-int8", "fp8-block", "gptq4-order"])
+@pytest.mark.parametrize(
+    ("family", "reserves", "micro_batch_size"),
+    [("llama", False, None), ("llama", True, 2), ("mixtral", False, None)],
+)
+@pytest.mark.parametrize("host_budget", ["auto", None])
+def test_packed_weights(kind, family, reserves, micro_batch_size, host_budget, tmp_path):
+    """From the host store or from disk, with a scratch that all layers share."""
+    folder, dense = quantised(toy_dir(family, n_layers=2), kind, tmp_path)
+    batch = on_device(toy_batch())
+    given = {"device": "cuda", "micro_batch_size": micro_batch_size}
+    want = step(with_lora(streamed(dense, **given)), batch)
+    base = with_small_scratch(streamed(folder, host_budget=host_budget, **given))
+    model = with_lora(reserving_graphs(base, 2) if reserves else base)
+    for _ in range(3):
+        assert_same(step(model, batch), want, 1e-5 if kind == "llm-int8" else None)
+
+
+def test_direct_reads_of_packed_weights(monkeypatch, tmp_path):
+    folder, dense = quantised(toy_dir("llama", n_layers=2), "nf4-nested", tmp_path)
+    batch = on_device(toy_batch())
+    want = step(with_lora(streamed(dense, device="cuda")), batch)
+    monkeypatch.setattr("onn_core.weights.slots.READ_BYTES", 4096)
+    monkeypatch.setattr("onn_core.weights.stream.host_memory_bytes", lambda: 0)
+    model = with_lora(with_small_scratch(streamed(folder, device="cuda", host_budget=None)))
+    for _ in range(3):
+        assert_same(step(model, batch), want)
+
+
+@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_of_four_bits(is_nf4, dtype):
+    kernel = four_bit.kernel(torch.device("cuda", 0), is_nf4)
+    assert kernel is not None, "neither triton nor bitsandbytes makes four bits dense here"
+    code = torch.tensor(four_bit.NF4, device="cuda")
+    for n, begin in ((64, 0), (4096 * 3, 1), (1 << 20, 7), (5 * 2048 + 64, 0)):
+        memory = torch.randint(256, (begin + n // 2,), dtype=torch.uint8, device="cuda")
+        absmax = torch.rand(-(-n // 64), device="cuda")
+        given = (memory[begin:], absmax, code if is_nf4 else code**3, 64)  # begins anywhere
+        want, got = (torch.zeros(n, dtype=dtype, device="cuda") for _ in range(2))
+        four_bit.in_plain_torch(*given, want)
+        kernel(*given, got)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_replayed_visits_are_those_that_run_as_they_are(family, micro_batch_size):
+    batch = on_device(toy_batch(batch_size=4))
+    steps = {}
+    for captured in (False, True):
+        base = streamed(
+            toy_dir(family, torch.bfloat16),
+            device="cuda",
+            memory_budget="2GB",
+            micro_batch_size=micro_batch_size,
+        )
+        prefer_plans(base, lambda plan, captured=captured: plan.captured == captured)
+        model = with_lora(base)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        steps[captured] = []
+        for _ in range(4):  # the first runs as it is, the second is captured
+            with model.disable_adapter(), torch.no_grad():  # between two steps, as it is
+                model(**batch)
+            steps[captured].append(step(model, batch))
+            for parameter, grad in zip(trained, steps[captured][-1][1].values(), strict=True):
+                parameter.grad = grad
+            optimizer.step()
+        assert base.plan.captured == captured
+        base.close()
+    for got, want in zip(steps[True], steps[False], strict=True):
+        assert_same(got, want)
+
+
+def test_a_layer_with_dropout_is_not_replayed():
+    batch = on_device(toy_batch(batch_size=4))
+    found = {}
+    for captured in (False, True):
+        base = streamed(toy_dir("llama"), device="cuda", memory_budget="2GB")
+        prefer_plans(base, lambda plan, captured=captured: plan.captured == captured)
+        model = with_lora(base, lora_dropout=0.5)
+        found[captured] = [step(model, batch) for _ in range(3)]
+    for got, want in zip(found[True], found[False], strict=True):
+        assert_same(got, want)

@@ -182,3 +182,55 @@ def test_wrong_arguments_are_sentences(folder, settings, message):
         given["text"] = [{"text": "a b c"}]
     with pytest.raises(OnnError, match=message):
         call(**given | settings)
+
+
+LORAS = (
+    {"r": 2},
+    {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+    {"layers_to_transform": [1]},
+)
+
+
+@pytest.mark.parametrize("how", [{}, {"micro_batch_size": 2}], ids=str)
+def test_several_adapters_and_the_base_in_one_pass_equal_each_alone(how, folder, text, tmp_path):
+    """Ranks, modules and layers differ; bytes are those of one pass, and the model is as it was."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    paths = []
+    for number, own in enumerate([*LORAS, {"use_dora": True}]):
+        made = with_lora(in_memory(folder), **own)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1 + 0.1 * number)
+        made.save_pretrained(tmp_path / str(number))
+        paths.append(tmp_path / str(number))
+    alone = []
+    for path in paths:
+        model = onn_core.load_adapter(streamed(folder, **how), path)
+        alone.append(onn_core.perplexity(model, tokenizer, text, max_length=40, batch_size=4))
+    model = streamed(folder, **how)
+    for _ in range(2):  # the second time, nothing of the first is left
+        before = model.counts().bytes_read
+        with model.trace() as events:
+            found = onn_core.perplexity(
+                model, tokenizer, text, max_length=40, batch_size=4, adapters=paths
+            )
+        assert found == alone
+    visits = [unit for phase, unit, _, _ in events if phase != "read"]
+    assert visits == 3 * [0, 1, 2, 3]  # batches of 4, 4 and 3 rows
+    base = streamed(folder, **how)
+    expected = onn_core.perplexity(base, tokenizer, text, max_length=40, batch_size=4)
+    assert {one.base_loss for one in found} == {expected.loss} and len(set(found)) == 4
+    again = model.counts().bytes_read
+    assert onn_core.perplexity(model, tokenizer, text, max_length=40, batch_size=4) == expected
+    assert model.counts().bytes_read - again == again - before
+
+
+def test_adapters_are_evaluated_on_a_model_that_has_none(folder, text):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(OnnError, match="that has none yet"):
+        onn_core.perplexity(with_lora(streamed(folder)), tokenizer, text, adapters=["a"])
+    model = streamed(folder)
+    with pytest.raises(OnnError, match="adapter_config.json"):
+        onn_core.perplexity(model, tokenizer, text, adapters=["no-such-folder"])
+    assert onn_core.perplexity(model, tokenizer, text, adapters=[]) == []

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ggufs import Type, toy_model, write_gguf
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from quantise import quantised
@@ -29,10 +31,11 @@ from toy import in_memory, streamed, toy_batch, toy_dir, with_lora
 import onn_core
 from onn_core.adapters import folder as adapters_folder
 from onn_core.adapters.folder import load_adapter
-from onn_core.data import corpus, load_rows, tokenize
+from onn_core.data import corpus, load_rows, load_tokenizer, tokenize
 from onn_core.errors import OnnError
 from onn_core.run.checkpoints import FILES, SUMS, Checkpoints
 from onn_core.weights.folder import INDEX_NAME, ModelFolder
+from onn_core.weights.gguf import read_header
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -187,9 +190,29 @@ def mutate_safetensors(draw, path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
+def mutate_gguf(draw, path: Path) -> None:
+    """Its header: a number where one may be, or bytes; or an end too soon."""
+    content = path.read_bytes()
+    end = min(tensor.offset for tensor in read_header(path).tensors)
+    place = draw(st.integers(0, end - 8))
+    if draw(st.booleans()):
+        kind = draw(st.sampled_from("BIQ"))
+        number = draw(st.sampled_from([0, 1, 2, 8, 9, 14, 30, 31, 33, 255, 10**6, 2**31, 2**63]))
+        stored = struct.pack(f"<{kind}", number % 256 ** struct.calcsize(f"<{kind}"))
+        content = content[:place] + stored + content[place + len(stored) :]
+    elif draw(st.integers(0, 4)):
+        header = mutate_bytes(draw, content[:end])
+        content = header[:end].ljust(end, b"\0") + content[end:]
+    else:
+        content = content[: draw(st.integers(0, len(content)))]
+    path.write_bytes(content)
+
+
 def mutate(draw, path: Path) -> None:
     if path.suffix == ".safetensors":
         mutate_safetensors(draw, path)
+    elif path.suffix == ".gguf":
+        mutate_gguf(draw, path)
     elif path.suffix == ".jsonl" and draw(st.booleans()):
         lines = path.read_bytes().splitlines()
         number = draw(st.integers(0, len(lines) - 1))
@@ -259,6 +282,21 @@ def quantised_folder(folder):
     return [paths[0], folder / "model.safetensors", folder / "model.safetensors"], load
 
 
+def gguf_file(folder):
+    _, load = configuration(folder)
+
+    def read():
+        # transformers is shown the header in a temporary file, which may be written there
+        tempfile.tempdir = str(folder.parent)
+        try:
+            load()
+            load_tokenizer(folder)("text")
+        finally:
+            tempfile.tempdir = None
+
+    return list(folder.iterdir()), read
+
+
 def adapter_folder(folder):
     return [
         folder / "adapter_config.json",
@@ -326,7 +364,7 @@ def fuzz(folder, attack, n_inputs):
     run()
 
 
-TARGETS = ("index", "llama", "adapter", "checkpoint", "text", "tokens")
+TARGETS = ("index", "llama", "gguf", "adapter", "checkpoint", "text", "tokens")
 FAMILIES = ("phi3", "gemma2", "mixtral", "gpt2")
 FORMATS = ("nf4-nested", "fp8-ragged", "ct-int4-order", "ct-nvfp4", "gptq4-order", "awq")
 TIERS = [
@@ -351,6 +389,10 @@ def test_mutated_files_are_read_or_refused(
     elif target in FORMATS:
         folder = quantised(base_dir("llama"), target, tmp_path_factory.mktemp("quantised"))[0]
         attack = quantised_folder
+    elif target == "gguf":
+        folder, attack = tmp_path_factory.mktemp("gguf"), gguf_file
+        sizes = {"hidden_size": 32, "intermediate_size": 64}
+        write_gguf(folder / "toy.gguf", "llama", Type.Q5_0, toy_model("llama", **sizes))
     elif target == "adapter":
         folder, attack = request.getfixturevalue("adapter_dir"), adapter_folder
     elif target == "checkpoint":

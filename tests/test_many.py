@@ -157,6 +157,71 @@ def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monk
     assert n_bytes() <= 1.1 * max(each) < 0.6 * sum(each)
 
 
+EARLY = {"early_stopping_patience": 2, "early_stopping_threshold": 10}  # no loss falls so far
+
+
+def test_a_run_that_stops_early_leaves_the_others_going(small, tmp_path):
+    runs = {"early": EARLY, "going": {"early_stopping_patience": 2}, "last": DIFFERENT["last"]}
+    records = together(small, tmp_path / "many", runs)
+    alone(small, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+    assert [len(record.steps) for record in records] == [4, 7, 4]
+    assert [record.status for record in records] == 3 * ["finished"]
+    assert "by more than 10 in 2 evaluations; the best was" in records[0].stopped_early
+    assert not records[1].stopped_early and not records[2].stopped_early
+
+
+def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, tmp_path):
+    def fail(record):
+        if len(record.steps) == 3:
+            raise RuntimeError("planted")
+
+    early = config(small, tmp_path / "early", **EARLY)
+    with pytest.raises(RuntimeError, match="planted"):
+        onn_core.train_many([early], on_step=fail)
+    assert len(onn_core.train_many([early], resume=True)[0].steps) == 4
+    alone(small, tmp_path, {"alone": EARLY})
+    require_equal(tmp_path / "early", tmp_path / "alone")
+    assert len(onn_core.train_many([early], resume=True)[0].steps) == 4
+    patient = dataclasses.replace(early, early_stopping_patience=9)  # goes on, as if always so
+    record = onn_core.ChunkedLoraTrainer(patient).train(resume=True)
+    alone(small, tmp_path, {"whole": {}})
+    require_equal(tmp_path / "early", tmp_path / "whole")
+    assert len(record.steps) == 7 and not record.stopped_early
+
+
+def test_every_run_has_a_line_of_the_bar(small, tmp_path, capsys):
+    runs = {"first": {"max_steps": 1}, "second": {"max_steps": 2}}
+    together(small, tmp_path, runs, progress=True, eval_every=0)
+    shown = capsys.readouterr().err
+    for name, own in runs.items():
+        n_steps = own["max_steps"]
+        assert re.search(rf"\b{name}\b[^\r\n]*{n_steps}/{n_steps}", shown)
+    assert "\n" in shown[: shown.index("second")] and "\x1b[A" in shown  # down a line, and up again
+
+
+def test_evaluations_of_runs_share_passes(small, tmp_path, monkeypatch):
+    """Most passes evaluate; runs that do so at other times or in other batches add next to none."""
+    fixed = {"max_steps": 3, "eval_every": 1, "eval_batch_size": 1, "held_out_fraction": 0.2}
+    fixed |= {"gradient_accumulation_steps": 1}
+    runs = {"a": {}, "seed": {"seed": 1}, "rank": {"lora_rank": 2}}
+    others = {
+        "rarely": {"eval_every": 2},
+        "whole": {"eval_batch_size": 3},
+        "never": {"eval_every": 0},
+    }
+    n_bytes = count_reads(monkeypatch)
+    alone(small, tmp_path / "alone", {"a": {}}, **fixed)
+    one = n_bytes()
+    together(small, tmp_path / "same", runs, **fixed)
+    assert n_bytes() <= 1.3 * one  # what is prefetched at the end of a run is a matter of time
+    together(small, tmp_path / "others", {"a": {}} | others, **fixed)
+    assert n_bytes() <= 1.3 * one
+    require_equal(tmp_path / "same/a", tmp_path / "alone/a")
+    require_equal(tmp_path / "others/a", tmp_path / "alone/a")
+
+
 @pytest.mark.parametrize("name", ["model_dir", "dtype", "device", "memory_budget", "output_dir"])
 def test_what_runs_must_share_is_named(name, small, tmp_path):
     other = {"dtype": "bfloat16", "memory_budget": "4GB", "output_dir": str(tmp_path / "a")}
@@ -182,6 +247,7 @@ def test_more_runs_than_fit_go_one_group_after_another(small, tmp_path, monkeypa
 
     def noted(group, resume):
         terms = group[0].trainer.base.plan.terms
+        assert not group[0].trainer.base.plan.n_reserved  # graphs of one would be room of another
         groups.append((len(group), terms.adapters, terms.total * 1.05))
         run_group(group, resume)
 

@@ -8,11 +8,23 @@ import torch
 import transformers
 from quantise import FORMATS, quantised
 from safetensors.torch import load_file, save_file
-from toy import GROUPED, assert_same, in_memory, step, streamed, toy_batch, toy_dir, with_lora
+from toy import (
+    GROUPED,
+    assert_same,
+    change_plan,
+    in_memory,
+    reserving_graphs,
+    step,
+    streamed,
+    toy_batch,
+    toy_dir,
+    with_lora,
+)
 
 import onn_core
 from onn_core.errors import ModelFolderError
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.slots import count_dense, few_slots, slots_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOSE = 1e-5  # LLM.int8 multiplies by a 127th, the reference divides by 127
@@ -65,6 +77,131 @@ def test_mxfp4_experts_of_gpt_oss(experts, tmp_path):
     settings = {"attn_implementation": "eager"}
     want = step(with_lora(in_memory(dense, **settings)), toy_batch())
     assert_same(step(with_lora(streamed(packed, **settings)), toy_batch()), want)
+
+
+# ---- stored bytes in the slots, and a scratch in which a weight is dense while it is used
+
+
+def with_small_scratch(model):
+    """A streamed model whose scratch holds the weights of one module: all layers share it."""
+    dense = count_dense(model.sizes.layers, whole_unit=False)
+    assert slots_bytes(dense) < slots_bytes(count_dense(model.sizes.layers, whole_unit=True))
+    model.streaming.stream.set_slots(model.plan.slots, dense)
+    return change_plan(model, dense=dense)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "reserves", "micro_batch_size"),
+    [
+        ("llama", "nf4-nested", False, None),
+        ("llama", "nf4-nested", True, 2),
+        ("phi3", "gptq4-order", False, 2),
+        ("mixtral", "fp8-block", True, None),
+        ("mixtral", "fp8-block", False, 2),
+    ],
+)
+def test_weights_that_share_a_scratch(family, kind, reserves, micro_batch_size, tmp_path):
+    """Two layers of one shape: what one saves for backward is overwritten by the other."""
+    packed, dense = both(family, kind, tmp_path)
+    want = step(with_lora(streamed(dense, micro_batch_size=micro_batch_size)), toy_batch())
+    base = with_small_scratch(streamed(packed, micro_batch_size=micro_batch_size))
+    model = with_lora(reserving_graphs(base, 2) if reserves else base)
+    for _ in range(2):
+        assert_same(step(model, toy_batch()), want)
+    assert base.streaming.stream.scratch.n_bytes == slots_bytes(base.plan.dense)
+
+
+def test_matrix_by_matrix(tmp_path):
+    packed, dense = both("llama", "nf4-nested", tmp_path)
+    want = step(with_lora(streamed(dense)), toy_batch())
+    base = with_small_scratch(streamed(packed))
+    slots = few_slots(base.sizes.layers, 1) + few_slots(base.sizes.head, 1)
+    base.streaming.stream.set_slots(slots)
+    model = with_lora(change_plan(base, slots=slots, n_resident=0))
+    for _ in range(2):
+        assert_same(step(model, toy_batch()), want)
+
+
+def test_dora_and_adapters_on_experts(tmp_path):
+    packed, dense = both("mixtral", "fp8-block", tmp_path)
+    settings = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    settings |= {"target_modules": ["q_proj"], "use_dora": False}
+    want = step(with_lora(in_memory(dense), **settings), toy_batch())
+    assert_same(step(with_lora(streamed(packed), **settings), toy_batch()), want, 1e-6)
+    packed, dense = both("llama", "nf4", tmp_path)
+    dora = {"use_dora": True, "init_lora_weights": True}
+    models = [with_lora(in_memory(dense), **dora)]
+    models.append(with_lora(with_small_scratch(streamed(packed)), **dora))
+    for model in models:
+        model(**toy_batch())  # the first forward makes the magnitudes
+        torch.manual_seed(4)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    want, got = (step(model, toy_batch()) for model in models)
+    assert_same(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("dora", [False, True])
+def test_int8_is_multiplied_a_few_rows_at_a_time(dora, micro_batch_size, tmp_path, monkeypatch):
+    """Without a scratch, where no adapter looks at the weight itself, as DoRA does."""
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
+    packed, dense = both("qwen2", "llm-int8", tmp_path)
+    settings = {"use_dora": dora, "init_lora_weights": dora}
+    models = [with_lora(in_memory(dense), **settings)]
+    models.append(with_lora(streamed(packed, micro_batch_size=micro_batch_size), **settings))
+    for model in models:
+        model(**toy_batch())
+        torch.manual_seed(4)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    want, got = (step(model, toy_batch()) for model in models)
+    assert_same(got, want, CLOSE)
+    assert bool(models[1].base_model.model.streaming.stream.scratch.n_bytes) == dora
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_in_a_narrow_dtype(dtype, tmp_path):
+    packed, dense = both("llama", "llm-int8", tmp_path, dtype)
+    want = step(with_lora(in_memory(dense, dtype=torch.float32)), toy_batch())
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want, 0.1)
+
+
+def test_slots_and_plan_count_what_is_stored(tmp_path):
+    base = toy_dir("llama", torch.bfloat16)
+    packed, dense = quantised(base, "nf4", tmp_path, torch.bfloat16)
+    small, large = (streamed(folder, memory_budget="64MB") for folder in (packed, dense))
+    pages = 4096 * 2 * 3  # a matrix's three tensors each begin anywhere in a page
+    for mine, theirs in zip(small.layer_weights(), large.layer_weights(), strict=True):
+        assert mine.n_bytes < 0.4 * theirs.n_bytes
+        assert mine.slot_bytes < mine.n_bytes + pages
+    small.fit(2, 8)
+    layer = sum(weight.n_bytes for weight in large.layer_weights())
+    assert slots_bytes(small.plan.dense) == layer
+    assert small.plan.terms.dense_copies > layer and not large.plan.terms.dense_copies
+    n_bytes = sum(
+        entry.n_bytes for one in small.model_folder.quantised.values() for entry in one.entries
+    )
+    step(with_lora(small), toy_batch())
+    head = sum(weight.n_bytes for unit in small.sizes.head for weight in unit)
+    assert (
+        n_bytes
+        <= small.counts().bytes_read - head
+        < n_bytes + pages * len(small.model_folder.quantised)
+    )
+
+
+def test_a_file_that_aligns_nothing(tmp_path):
+    packed, dense = both("llama", "ct-int4-zeros", tmp_path)
+    want = step(with_lora(in_memory(dense)), toy_batch())
+    path = packed / "model.safetensors"
+    content = path.read_bytes()
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:stop] + b" " * 3
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[stop:])
+    assert_same(step(with_lora(streamed(packed)), toy_batch()), want)
 
 
 def test_a_block_of_rows_is_that_part_of_the_matrix(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Signals to a process that trains: it saves, says how to go on, and ends."""
 
 import gc
+import math
 import os
 import signal
 import time
@@ -8,9 +9,12 @@ import time
 import pytest
 from forks import Forks
 from small import trainer, write_small
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 import onn_core
+from onn_core.record import EvalRecord
 from onn_core.run.checkpoints import Checkpoints
+from onn_core.run.stopping import early_stop
 
 LONG = {"max_steps": 100_000, "checkpoint_every": 3, "eval_every": 0}
 
@@ -85,3 +89,23 @@ def test_two_hundred_steps_leave_no_descriptor_and_no_memory(small, tmp_path):
     del made
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_early_stopping_is_that_of_transformers(patience, threshold):
+    losses = [2.0, 1.9, 1.85, 1.95, 1.82, 1.81, 1.6, math.nan, 1.6, 1.61, 1.62]
+    callback = EarlyStoppingCallback(patience, threshold)
+    arguments = TrainingArguments("unused", metric_for_best_model="loss", greater_is_better=False)
+    state, control = TrainerState(), TrainerControl()
+    theirs, evals = [], []
+    for step, loss in enumerate(losses):
+        evals.append(EvalRecord(step, step, 0.0, loss))
+        callback.on_evaluate(arguments, state, control, metrics={"eval_loss": loss})
+        theirs.append(control.should_training_stop)
+        assert bool(early_stop(evals, patience, threshold)) == theirs[-1]
+        if theirs[-1]:
+            break
+        if state.best_metric is None or loss < state.best_metric:  # as the Trainer does, after
+            state.best_metric = loss
+    assert theirs[-1] and not early_stop(evals, None, threshold)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import onn_core
 from onn_core.adapters.lora import linear_names
+from onn_core.memory.plan import Plan
 from onn_core.streaming.loading import decoder_layers
 
 N_LAYERS = 5
@@ -97,6 +99,16 @@ def reserving_graphs(model: transformers.PreTrainedModel, n_reserved: int = N_LA
     """A streamed model that reserves the graphs of its last layers, though not their weights."""
     terms = dataclasses.replace(model.plan.terms, graphs=n_reserved << 30)
     return change_plan(model, n_reserved=n_reserved, count_terms=lambda: terms)
+
+
+def prefer_plans(model: transformers.PreTrainedModel, wanted: Callable[[Plan], bool]) -> None:
+    """Let a streamed model with a budget take a plan that is `wanted` among those that fit."""
+    planner = model.streaming.planner
+
+    def step_s(sizes, plan, batch_size, n_tokens):
+        return not wanted(plan), plan.n_reserved, plan.n_resident
+
+    planner.sizes = dataclasses.replace(planner.sizes, step_s=step_s)
 
 
 def toy_batch(batch_size: int = 5, n_tokens: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ class NothingResident(WeightStream):
         weights, started = self.units[future[0].unit], time.perf_counter()
         for weight in weights:
             weight.slot = self.new_slot(weight.slot_bytes)
-            for start, stop in weight.reads():
-                self.counts.bytes_read += self.fetch(weight, start, stop, self.staging)
+            for read in weight.reads():
+                self.counts.bytes_read += self.fetch(weight, read, self.staging)
             if self.copy_stream is not None:
                 self.copy_stream.synchronize()
             weight.tensor, weight.in_use = weight.view(weight.slot.memory), True

@@ -100,7 +100,7 @@ def train(
         record = trainer.record
         if record.evals[-1].step < len(record.steps):
             samples = sum(step.samples for step in record.steps)
-            loss = trainer.evaluate()
+            loss, _ = trainer.evaluate()
             record.evals.append(EvalRecord(len(record.steps), samples, record.wall_s, loss))
             trainer.base.close()
         record.status = "finished"

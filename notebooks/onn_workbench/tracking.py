@@ -58,7 +58,9 @@ def metric_rows(record: RunRecord) -> Iterator[dict[str, Any]]:
             elif name != "step" and value is not None:
                 yield row(name, value, done.step, before, subset="train")
     for held in record.evals:
-        yield row("loss", held.loss, held.step, held.samples_seen, subset="held_out")
+        for name, value in (("loss", held.loss), ("accuracy", held.accuracy)):
+            if value is not None:
+                yield row(name, value, held.step, held.samples_seen, subset="held_out")
     last = record.steps[-1].step if record.steps else 0
     for name in ("wall_s", "peak_memory_bytes"):
         yield row(name, getattr(record, name), last, samples_seen)

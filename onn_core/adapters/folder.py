@@ -157,6 +157,7 @@ def load_adapter(
     model_folder: ModelFolder | None = None,
     trainable: bool = False,
     float32: bool = True,
+    adapter_name: str = "default",
 ) -> peft.PeftModel:
     """`model` with the LoRA or DoRA adapter of a PEFT folder, as `peft.PeftModel`.
 
@@ -167,6 +168,7 @@ def load_adapter(
     folder: what `save_pretrained` of PEFT, or a run of `ChunkedLoraTrainer`, wrote; a leading ~ is
     the home. trainable: to train it further; else it is frozen, for evaluation. float32: whether
     the adapter is held in float32 whatever the model's dtype, as PEFT does, or in the model's.
+    adapter_name: as PEFT's; a PeftModel gets one more adapter under it.
     model_folder: only for a model that `onn_core.from_pretrained` did not make: the opened folder
     of its weights.
 
@@ -184,13 +186,12 @@ def load_adapter(
     with room as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         try:
-            return peft.PeftModel.from_pretrained(
-                model,
-                _without_copies(Path(folder), copies, Path(temporary)) if copies else folder,
-                config=config,
-                is_trainable=trainable,
-                autocast_adapter_dtype=float32,
-            )
+            path = _without_copies(Path(folder), copies, Path(temporary)) if copies else folder
+            how = {"is_trainable": trainable, "autocast_adapter_dtype": float32}
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(path, adapter_name, **how)
+                return model
+            return peft.PeftModel.from_pretrained(model, path, adapter_name, config=config, **how)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise _unfit(folder, error) from error
 

@@ -3,9 +3,10 @@
 PEFT's own `merge` computes each changed matrix, one module at a time, so the result is bit-equal to
 `merge_and_unload` of the model in memory; everything else is copied as it is. The memory holds one
 module at a time: its matrix, and the float32 results of PEFT's matmuls. A quantised matrix is
-written dense, in the dtype of the model.
+written dense, in the dtype of the model; a GGUF file becomes a folder.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -24,11 +25,13 @@ from transformers import PreTrainedModel
 
 from onn_core.adapters.folder import load_adapter, read_adapter
 from onn_core.config import expand_home
-from onn_core.errors import ConfigError
+from onn_core.data.tokenizer import load_tokenizer
+from onn_core.errors import ConfigError, DataError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
 from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources
+from onn_core.weights.geometry import save_configs
 from onn_core.weights.quantised import BESIDE, OLD_GPTQ_NAME, without_settings
 from onn_core.weights.shards import TensorEntry, write_tensors
 
@@ -64,13 +67,14 @@ def merge(
             shards.setdefault(shard, {})[name] = dtype, shape
         for shard, own in shards.items():
             write_tensors(temporary / shard, own, merged.pieces)
-        for path in sorted(model_folder.model_dir.iterdir()):
-            wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, OLD_GPTQ_NAME)
-            if wanted and path.is_file() and not path.name.startswith("."):
-                shutil.copyfile(path, temporary / path.name)
-        if model_folder.quantised:
-            config = json.loads((temporary / "config.json").read_bytes())
-            write_json(temporary / "config.json", without_settings(config))
+        if model_folder.gguf:
+            config = model_folder.config
+            config.dtype, config.architectures = model_folder.stored_dtype, [merged.model_name]
+            save_configs(config, temporary)
+            with contextlib.suppress(DataError):  # the file may hold no tokenizer
+                load_tokenizer(model_folder.gguf[0]).save_pretrained(temporary)
+        else:
+            _copy_files(model_folder, temporary)
         if list(shards) != [WEIGHTS_NAME]:
             weight_map = {name: shard for name, (shard, _, _) in layout.items()}
             index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
@@ -79,12 +83,24 @@ def merge(
     return out_dir
 
 
+def _copy_files(model_folder: ModelFolder, out_dir: Path) -> None:
+    """All but the weights, and the configuration as of an unquantised folder."""
+    for path in sorted(model_folder.model_dir.iterdir()):
+        wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, OLD_GPTQ_NAME)
+        if wanted and path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, out_dir / path.name)
+    if model_folder.quantised:
+        config = json.loads((out_dir / "config.json").read_bytes())
+        write_json(out_dir / "config.json", without_settings(config))
+
+
 class _Merged:
     """The tensors of a model folder that an adapter changes, each made when it is asked for."""
 
     def __init__(self, model_folder: ModelFolder, adapter_dir: str | os.PathLike):
         self.model_folder = model_folder
         model = skeleton(model_folder, model_folder.stored_dtype, torch.device("cpu"))
+        self.model_name = type(model).__name__
         self.sources = find_sources(model, model_folder)
         names = {module: name for name, module in model.named_modules()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -209,7 +225,13 @@ def _layout(
         elif not (model_folder.quantised and BESIDE.search(name)):
             entry = model_folder.tensors[name]
             kinds[name] = entry, entry.dtype, entry.shape
-    return {
-        name: (entry.path.name, merged.makers.get(name, (dtype, None))[0], shape)
-        for name, (entry, dtype, shape) in sorted(kinds.items(), key=lambda item: item[1][0].offset)
+    n_files = len(model_folder.gguf)
+    shards = {
+        path: f"model-{number:05}-of-{n_files:05}.safetensors" if n_files > 1 else WEIGHTS_NAME
+        for number, path in enumerate(model_folder.gguf, 1)
     }
+    layout = {}
+    for name, (entry, dtype, shape) in sorted(kinds.items(), key=lambda item: item[1][0].offset):
+        shard = shards.get(entry.path, entry.path.name)
+        layout[name] = shard, merged.makers.get(name, (dtype, None))[0], shape
+    return layout

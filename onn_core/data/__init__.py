@@ -6,13 +6,16 @@ from onn_core.data.examples import (
     Dataset,
     Example,
     Examples,
+    Pair,
     batches,
     collate,
     pack,
     shuffle_targets,
     split,
     tokenize,
+    unpaired,
 )
+from onn_core.data.pairs import pair_up, read_pairs, tokenize_pairs
 from onn_core.data.rows import load_rows, read_rows
 from onn_core.data.tokenizer import load_tokenizer, require_ids_fit
 
@@ -21,15 +24,20 @@ __all__ = [
     "Dataset",
     "Example",
     "Examples",
+    "Pair",
     "batches",
     "collate",
     "load_rows",
     "load_tokenizer",
     "pack",
+    "pair_up",
     "prompt_ids",
+    "read_pairs",
     "read_rows",
     "require_ids_fit",
     "shuffle_targets",
     "split",
     "tokenize",
+    "tokenize_pairs",
+    "unpaired",
 ]

@@ -33,10 +33,12 @@ from onn_core.data.examples import (
     split,
     tokenize,
 )
+from onn_core.data.pairs import pair_up, read_pairs, tokenize_pairs
 from onn_core.data.rows import files_of, is_saved_dataset, read_rows
 from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir, sha256_of
+from onn_core.weights.gguf import gguf_files
 from onn_core.weights.reader import give_back_memory
 
 # What decides how a folder's tokenizer works.
@@ -88,7 +90,8 @@ def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None
         if (tokenizer.pad_token_id or 0) >= n_embeddings:  # it is never looked at
             tokenizer.pad_token = tokenizer.eos_token
     say_what_is_lost(dataset, config.max_length)
-    train, held_out = split(dataset.examples, config.held_out_fraction, config.seed)
+    examples = pair_up(dataset.examples) if config.objective == "dpo" else dataset.examples
+    train, held_out = split(examples, config.held_out_fraction, config.seed)
     if config.shuffle_targets:
         train = shuffle_targets(train, f"{config.seed} {config.shuffle_targets}")
     n_rows = len(train)
@@ -160,8 +163,15 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     once = isinstance(config.data, Iterator)
     if not once and (dataset := read_tokens(path)) is not None:
         return dataset, True
-    learned = {"completion_only": config.completion_only, "train_on": config.train_on}
-    dataset = tokenize_data(config.data, tokenizer, config.max_length, folder=folder, **learned)
+    if config.objective == "dpo":
+        unused: set[str] = set()
+        pairs = tokenize_pairs(
+            read_pairs(config.data, unused), tokenizer, config.max_length, folder=folder
+        )
+        dataset = dataclasses.replace(pairs, unused=sorted(unused))
+    else:
+        learned = {"completion_only": config.completion_only, "train_on": config.train_on}
+        dataset = tokenize_data(config.data, tokenizer, config.max_length, folder=folder, **learned)
     if not once:
         with contextlib.suppress(OSError):
             write_tokens(path, dataset)
@@ -180,9 +190,11 @@ def _key(config: TrainConfig, tokenizer: Any) -> str:
     template = str(tokenizer.chat_template)
     today = str(datetime.date.today()) if "strftime_now" in template else ""  # it writes the date
     versions = [metadata.version(name) for name in ("transformers", "tokenizers")]
-    settings = [config.max_length, config.completion_only, config.train_on]
+    settings = [config.max_length, config.completion_only, config.train_on, config.objective]
     key = hashlib.sha256(json.dumps([FORMAT, template, today, versions, settings]).encode())
     folder = Path(config.model_dir)
+    if gguf_files(folder):  # the tokenizer is in the file, with all the weights
+        key.update(tokenizer.backend_tokenizer.to_str().encode())
     for path in sorted({path for names in TOKENIZER_FILES for path in folder.glob(names)}):
         if path.is_file():
             key.update(f"{path.name} {sha256_of(path)}".encode())
@@ -191,7 +203,7 @@ def _key(config: TrainConfig, tokenizer: Any) -> str:
         for file in files_of(path):
             key.update(f"{file.relative_to(path.parent)} {sha256_of(file)}".encode())
     elif not isinstance(config.data, Iterator):
-        for row in read_rows(config.data):
+        for row in (read_pairs if config.objective == "dpo" else read_rows)(config.data):
             key.update(json.dumps(row).encode() + b"\n")
     return key.hexdigest()
 

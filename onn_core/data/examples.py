@@ -49,7 +49,23 @@ class Example:
     lengths: tuple[int, ...] = ()
 
 
-class Examples(Sequence[Example]):
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two samples with the same prompt: the answer that was chosen and the one that was not."""
+
+    chosen: Example
+    rejected: Example
+
+
+def unpaired(examples: Iterable[Example | Pair]) -> list[Example]:
+    """The examples; of pairs the chosen ones, then the rejected ones."""
+    examples = list(examples)
+    if examples and isinstance(examples[0], Pair):
+        return [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
+    return examples
+
+
+class Examples(Sequence[Example | Pair]):
     """Examples that are made when they are asked for; a slice is a list.
 
     get: example number i. lengths: their tokens (N,). prompts: equal where the tokens before the
@@ -198,7 +214,7 @@ def tokenize(
     Raises DataError, with the row's number, for a row of which not all can be learned, and when
     nothing is left to train on.
     """
-    tokens = TokenFile(_temporary_file(folder))
+    tokens = TokenFile(temporary_file(folder))
     full_lengths, counts = array.array("i"), dict.fromkeys(COUNTS, 0)
 
     for text, ids, offsets in _tokenized(rows, tokenizer, train_on):
@@ -363,13 +379,16 @@ def pack(examples: Sequence[Example], max_length: int) -> Sequence[Example]:
     return _like(examples, Examples(get, np.array(lengths, np.int32)))
 
 
-def collate(examples: Sequence[Example], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example | Pair], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, each (B, T) int64, padded at the right to the longest.
+
+    P pairs are 2 P samples: the chosen ones, then the rejected ones.
 
     The attention mask tells padding from text: `pad_id` may also be the end token. With packed
     examples position_ids take its place: they begin at 0 with every row that is packed, and with
     the padding, by which transformers keeps the attention within each.
     """
+    examples = unpaired(examples)
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
     input_ids = torch.full(shape, pad_id or 0)
@@ -411,7 +430,7 @@ def _prompt_number(ids: Sequence[int] | np.ndarray, counted: Any) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _temporary_file(folder: Path | None) -> IO[bytes]:
+def temporary_file(folder: Path | None) -> IO[bytes]:
     """A file without a name, that is memory while it is small and ends with its last reader."""
     usable = folder is not None and os.access(folder, os.W_OK)
     return tempfile.SpooledTemporaryFile(SMALL_BYTES, dir=folder if usable else None)

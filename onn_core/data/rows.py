@@ -12,7 +12,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -55,7 +55,11 @@ def load_rows(data: Any) -> list[Row]:
     return list(read_rows(data))
 
 
-def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
+def read_rows(
+    data: Any,
+    unused: set[str] | None = None,
+    make: Callable[[Any, str, set[str]], Row] | None = None,
+) -> Iterator[Row]:
     """Rows of "chatterbot", of a file, of a folder of files, or of rows in memory, one at a time.
 
     A file is .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .txt or .md, or one of these compressed
@@ -67,14 +71,15 @@ def read_rows(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
     response (or completion, answer, output), or text; with these system, tools, and the input of
     a prompt. What is yielded is {"messages": [...]}, perhaps with "tools" and
     "chat_template_kwargs", or {"text": ...}. What is left out, columns of the rows and files of the
-    folder, is added to `unused`.
+    folder, is added to `unused`. make: a row of another form, of what was read, its place, and
+    `unused`.
 
     Raises DataError, with the row's place where there is one, for what cannot be read.
     """
     unused, empty = set() if unused is None else unused, True
     for where, raw in _raw_rows(data, unused):
         try:
-            row = _row(_plain(raw), where, unused)
+            row = (make or _row)(_plain(raw), where, unused)
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise DataError(
@@ -327,8 +332,8 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
     fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, dict) else {}
     if "chosen" in fields or "rejected" in fields:
         raise DataError(
-            f"{where} is a preference pair (chosen, rejected): TRL's DPOTrainer takes these, with "
-            "a model of onn_core.from_pretrained."
+            f'{where} is a preference pair (chosen, rejected): train on it with objective="dpo", '
+            "or with TRL's DPOTrainer and a model of onn_core.from_pretrained."
         )
     for name in (*TURNS, "tools"):
         if isinstance(fields.get(name), str):  # a column of a table
@@ -341,7 +346,7 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
         messages = _pair(fields, prompt, answer, where)
         used |= {prompt, answer, *INPUTS}
     elif turns and isinstance(fields[turns], list) and fields[turns]:
-        messages = [_message(turn, where) for turn in fields[turns]]
+        messages = [message_of(turn, where) for turn in fields[turns]]
         used |= {turns}
     elif isinstance(fields.get("text"), str):
         used, refused = {"text"}, refused.union(BESIDE).difference(LABELS)
@@ -359,7 +364,7 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
     if not _is_empty(fields.get("system")):
         if messages[0]["role"] in SYSTEM_ROLES:
             raise DataError(f"{where} has a system field and a system turn: keep one of them.")
-        messages.insert(0, _message({"role": "system", "content": fields["system"]}, where))
+        messages.insert(0, message_of({"role": "system", "content": fields["system"]}, where))
     row: Row = {"messages": messages}
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if not _is_empty(fields.get(name)):
@@ -382,7 +387,7 @@ def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[
             value = [{"role": role, "content": value}]
         if not isinstance(value, list) or not value:
             raise DataError(f"{where} needs {FORMS}: its {name} is not text.")
-        sides.append([_message(turn, where) for turn in value])
+        sides.append([message_of(turn, where) for turn in value])
     for message in sides[0]:
         if message["role"] == "assistant":
             message["weight"] = 0
@@ -395,7 +400,7 @@ def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[
     return [*sides[0], *sides[1]]
 
 
-def _message(turn: Any, where: str) -> Message:
+def message_of(turn: Any, where: str) -> Message:
     turn = turn if isinstance(turn, dict) else {}
     fields = {key: value for key, value in turn.items() if value is not None}
     for theirs, ours in (("from", "role"), ("value", "content")):  # ShareGPT

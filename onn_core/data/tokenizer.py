@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from onn_core.config import expand_home
 from onn_core.errors import ConfigError, DataError, OnnError
+from onn_core.weights.gguf import gguf_files, gguf_tokenizer
 
 NO_TOKENIZER = "no tokenizer can be loaded: copy tokenizer.json and its like from the original"
 # A long reason, such as a whole tokenizer.json in a message, is cut.
@@ -34,12 +35,17 @@ def explained(what: str, advice: str = "") -> Iterator[None]:
 def load_tokenizer(model_dir: str | os.PathLike) -> Any:
     """The tokenizer in a model's folder, with a token to pad with; DataError if none is there.
 
-    Code that comes with the folder is never run, and nobody is asked whether to run it.
+    Of a GGUF model the one in the file. Code that comes with the folder is never run, and nobody
+    is asked whether to run it.
     """
+    files = gguf_files(Path(expand_home(model_dir)))
     with explained(f"{model_dir}: {NO_TOKENIZER}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, local_files_only=True, trust_remote_code=False
-        )
+        if files:
+            tokenizer = gguf_tokenizer(files[0])
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_dir, local_files_only=True, trust_remote_code=False
+            )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)  # made up from config.json alone
         if not empty:
             tokenizer("text")  # one that cannot do this is no tokenizer

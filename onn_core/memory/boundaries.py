@@ -17,9 +17,14 @@ class HostBoundaries:
         self._stream: torch.cuda.Stream | None = None
         # Of the micro-batch to come: (address on the host, number) -> rows, when they are there.
         self._coming: dict[tuple[int, int], tuple[torch.Tensor, torch.cuda.Event]] = {}
+        # Address of each tensor that was saved -> the one before, which backward needs after it.
+        self._before: dict[int, Callable[[], OnHost | None]] = {}
+        self._latest: Callable[[], OnHost | None] = lambda: None
 
     def save(self, tensor: torch.Tensor) -> "OnHost":
-        return OnHost(tensor, self)
+        saved = OnHost(tensor, self)
+        self._before[saved.tensor.data_ptr()], self._latest = self._latest, weakref.ref(saved)
+        return saved
 
     def stream(self) -> "torch.cuda.Stream":
         """One for both directions: a buffer is filled anew only after it was read."""
@@ -29,16 +34,32 @@ class HostBoundaries:
         return self._stream
 
     def part(
-        self, whole: torch.Tensor, cut: Callable[[int], torch.Tensor], number: int, n_parts: int
+        self,
+        whole: torch.Tensor,
+        cut: Callable[[torch.Tensor, int], torch.Tensor],
+        number: int,
+        n_parts: int,
     ) -> torch.Tensor:
-        """cut(number), rows of `whole` on the host, on the device; the next begin to come."""
+        """cut(whole, number), rows of `whole` on the host, on the device; the next begin to come.
+
+        Those of the next layer, too: on the bus they would wait for its weights, which compute
+        then waits for in turn.
+        """
+        key, now = whole.data_ptr(), torch.cuda.current_stream(self.device)
+        rows, copied = self._coming.pop((key, number), None) or self._copy(cut(whole, number))
+        for _, unused in self._coming.values():  # before its memory is another's
+            now.wait_event(unused)
+        self._coming.clear()
+        number = (number + 1) % n_parts
+        following = whole
         if number == 0:
-            self._coming.clear()
-        key = whole.data_ptr()
-        rows, copied = self._coming.pop((key, number), None) or self._copy(cut(number))
-        if number + 1 < n_parts:
-            self._coming[key, number + 1] = self._copy(cut(number + 1))
-        torch.cuda.current_stream(self.device).wait_event(copied)
+            before = self._before.get(key, lambda: None)()
+            following = None if before is None else before.tensor
+        if following is not None and following.shape == whole.shape:
+            rows_to_come = cut(following, number)
+            if number or rows_to_come.is_contiguous():  # else the processor would gather them now
+                self._coming[following.data_ptr(), number] = self._copy(rows_to_come)
+        now.wait_event(copied)
         return rows
 
     def _copy(self, rows: torch.Tensor) -> "tuple[torch.Tensor, torch.cuda.Event]":

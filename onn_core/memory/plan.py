@@ -10,19 +10,32 @@ from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
-from onn_core.weights.slots import StreamedWeight, count_slots, few_slots, slots_bytes
+from onn_core.weights.dequantise import work_bytes
+from onn_core.weights.slots import (
+    StreamedWeight,
+    count_dense,
+    count_slots,
+    few_slots,
+    slots_bytes,
+)
 
 PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buffers
 # On a CPU the heap with its gaps, in activations: measured on phi-4 with 256 and 512 tokens.
 HEAP_FACTOR = 1.95
 # Of a budget, for what the sum does not see. A CUDA allocator is counted to the byte.
 CPU_MARGIN = 1.05
-CUDA_MARGIN = 1.02
+CUDA_MARGIN = 1.04
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 # Where reading is the limit, reserved graphs take at most this part of a budget.
 MAX_GRAPH_FRACTION = 1 / 8
 # What is tried where the time of a step decides.
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
+# Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
+CAPTURE_BYTES = 160 << 20
+# Their pool takes more than what is in use at once, since it is cut anew for each graph.
+POOL_FACTOR = 1.5
+# Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
+MAX_CAPTURED_TOKENS = 4096
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
 FULL_SPEED_TOKENS = 256
 
@@ -64,6 +77,8 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
+    dense_copies: int = 0  # of packed weights, where they are used
+    captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property
     def total(self) -> int:
@@ -96,6 +111,8 @@ class Plan:
     boundaries: str  # where the layers' inputs wait for backward: "memory", "host" or "disk"
     count_terms: Callable[[], Terms]  # traces a layer: only where a budget asks for it
     head: "HeadPlan | None" = None
+    dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
+    captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -141,28 +158,45 @@ def make_plan(
         weights.append((1, count_slots(sizes.layers, 1, prefetch=False) + head))
     if chunk_size == 1:
         weights += [(0, few_slots(sizes.layers, n) + head) for n in (2, 1)]
+    # A layer that is dense as a whole is made dense once a visit, not once a micro-batch.
+    scratches = [count_dense(sizes.layers, whole_unit=whole) for whole in (True, False)]
+    scratches = scratches[:1] if scratches[0] == scratches[1] else scratches
     places = ("memory", "disk" if sizes.on_cpu else "host")
     micro = _all_micro_batches(batch_size)
     if micro_batch_size is not None:
         micro = [min(micro_batch_size, batch_size)]
-    tries = itertools.product(weights, places, micro)
+    tries = itertools.product(weights, places, micro, (False, True))
+    if sizes.step_s is None:
+        tries = [t for t in tries if not t[3]]
     if micro_batch_size is None and budget is not None and sizes.step_s is None:
         fast = _fast_micro_batch(sizes, batch_size, n_tokens)
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
         # matrix by matrix, each micro-batch reads all anew
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
     plans: list[Plan] = []
-    for (n_resident, slots), place, size in tries:
-        count = functools.partial(_count_terms, sizes, slots, place, batch_size, size, n_tokens)
-        plan = Plan(slots, n_resident, size, -(-batch_size // size), 0, place, count)
-        if budget is None:
-            return plan
-        if sizes.margin * plan.peak_bytes > budget:
+    for (n_resident, slots), place, size, captured in tries:
+        if captured and (
+            batch_size % size or not n_resident or size * n_tokens > MAX_CAPTURED_TOKENS
+        ):
             continue
-        for most in GRAPH_FRACTIONS if sizes.step_s else (None,):
-            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
-            plans.append(_add_residents(full, sizes, budget))
-        if sizes.step_s is None:
+        # Graphs have the whole layer dense in memory of their own.
+        for dense in scratches if n_resident and not captured else scratches[-1:]:
+            given = (dense, slots, place, batch_size, size, n_tokens, captured)
+            count = functools.partial(_count_terms, sizes, *given)
+            n_micro = -(-batch_size // size)
+            plan = Plan(slots, n_resident, size, n_micro, 0, place, count, dense=dense)
+            plan = dataclasses.replace(plan, captured=captured)
+            if budget is None:
+                return plan
+            if sizes.margin * plan.peak_bytes > budget:
+                continue
+            fractions = GRAPH_FRACTIONS if sizes.step_s else (None,)
+            for most in fractions[:1] if captured else fractions:
+                full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+                plans.append(_add_residents(full, sizes, budget))
+            if sizes.step_s is None:
+                break
+        if plans and sizes.step_s is None:
             break
     if plans:
         plan = plans[0]
@@ -243,13 +277,18 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
 
 def _count_terms(
     sizes: Sizes,
+    dense: Counter,
     slots: Counter,
     place: str,
     batch_size: int,
     micro_batch_size: int,
     n_tokens: int,
+    captured: bool = False,
 ) -> Terms:
     """The peak of a layer's visit, or of the head, with what it is given and makes.
+
+    captured: layers have a pool of their own, and fixed memory for a layer's weights, inputs and
+    outputs; an evaluation still runs them as they are.
 
     Forward, the embedding is resident too: transformers refers to it until the last layer is done.
     """
@@ -257,14 +296,35 @@ def _count_terms(
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
     head = head_bytes(sizes, batch_size * n_tokens)
-    activations = max(forward + batch_bytes, backward, head)
+    activations, captured_visits = max(forward + batch_bytes, backward, head), 0
+    if captured:
+        activations = max(forward + batch_bytes, head)
+        weights = max(sum(map(_captured_bytes, layer)) for layer in sizes.layers)
+        fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
+        pool = int(POOL_FACTOR * max(forward, backward))
+        captured_visits = weights + fixed + pool + CAPTURE_BYTES
     return Terms(
         weights=slots_bytes(slots),
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
         activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+        dense_copies=slots_bytes(dense) + _work_bytes(sizes),
+        captured_visits=captured_visits,
     )
+
+
+def _captured_bytes(weight: StreamedWeight) -> int:
+    return weight.dense_bytes if weight.packed else weight.slot_bytes
+
+
+def _work_bytes(sizes: Sizes) -> int:
+    """What it takes to make one packed weight dense, beside its buffer."""
+    weights = [weight for unit in sizes.layers for weight in unit]
+    packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
+    # What transformers makes of several matrices is in fresh memory first, and so are those.
+    merged = [2 * w.dense_bytes for w in packed if w.source.quantised is None]
+    return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)
 
 
 def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:
@@ -273,7 +333,9 @@ def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> Head
         return None
     n = batch_size * n_tokens
     forward, backward, _ = sizes.visit_bytes(plan.micro_batch_size, n_tokens)
-    room = max(forward + n * sizes.hidden_bytes, backward, head_bytes(sizes, n))
+    room = max(forward + n * sizes.hidden_bytes, head_bytes(sizes, n))
+    if not plan.captured:  # else the memory of layers is their own
+        room = max(room, backward)
     chunks = [chunk for chunk in (n >> shift for shift in range(n.bit_length())) if chunk]
     tries = [
         HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks

@@ -48,7 +48,8 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
     if budget is None:
         slots = functools.reduce(operator.or_, (part.planner.plan.slots for part in parts))
         n_resident = max(part.planner.plan.n_resident for part in parts)
-        changes = {"slots": slots, "n_resident": n_resident}
+        dense = functools.reduce(operator.or_, (part.planner.plan.dense for part in parts))
+        changes = {"slots": slots, "n_resident": n_resident, "dense": dense}
         return [dataclasses.replace(part.planner.plan, **changes) for part in parts]
     away = "disk" if parts[0].planner.sizes.on_cpu else "host"
     for place in ("memory", away):
@@ -65,6 +66,7 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
                 f"a memory_budget of {budget / 2**20:.0f} MiB has no room for: at most {fits} fit."
             ) from error
         changes = {"slots": whole.slots, "n_resident": whole.n_resident, "n_reserved": 0}
+        changes["dense"] = whole.dense
         return [
             part.planner.plan.with_terms(whole.terms, boundaries=place, **changes) for part in parts
         ]

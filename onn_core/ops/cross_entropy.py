@@ -1,6 +1,7 @@
 """Causal cross-entropy over a vocabulary that is never there at once, exact."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -47,20 +48,20 @@ class OnlineCrossEntropy:
 
     def __post_init__(self):
         n_tokens, hidden_size = self.hidden.shape
-        self._host_labels = self.labels.cpu()  # so that no block waits for the device to find its
-        new = self.hidden.new_zeros
-        self._top = new(n_tokens, dtype=torch.float32).fill_(-torch.inf)  # running maximum
-        self._sum = new(n_tokens, dtype=torch.float32)  # of exp(logit - top)
-        self._target = new(n_tokens, dtype=torch.float32)  # logit of the label
+        self._wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        new = functools.partial(self.hidden.new_zeros, n_tokens, dtype=self._wide)
+        self._top = new().fill_(-torch.inf)  # running maximum
+        self._sum = new()  # of exp(logit - top)
+        self._target = new()  # logit of the label
         if self.with_grad:
             if self.on_host is None:
                 self.on_host = 8 * n_tokens * hidden_size > GRADIENT_BYTES
             home = torch.device("cpu") if self.on_host else self.hidden.device
             shape, pinned = (n_tokens, hidden_size), self.on_host and self.hidden.is_cuda
             self._pull = torch.zeros(  # sum of exp * weight
-                shape, dtype=torch.float32, device=home, pin_memory=pinned
+                shape, dtype=self._wide, device=home, pin_memory=pinned
             )
-            self._pushes: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, label's weight
+            self._push: torch.Tensor | None = None  # the label's weight
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
@@ -83,7 +84,7 @@ class OnlineCrossEntropy:
         with torch.set_grad_enabled(self.with_grad):
             raw = raw.requires_grad_(self.with_grad)
             logits = self.post(raw)
-        values = logits.detach().float()
+        values = logits.detach().to(self._wide)
         top = torch.maximum(self._top[tokens], values.amax(-1))
         shrink = torch.exp(self._top[tokens] - top)
         target = values.gather(-1, column[:, None])[:, 0]
@@ -100,28 +101,28 @@ class OnlineCrossEntropy:
                 logits, raw, exponentials.to(logits.dtype), retain_graph=True
             )
             (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
-            slope = slopes.gather(-1, column[:, None]).float()
+            slope = slopes.gather(-1, column[:, None]).to(self._wide)
         # a copy only where it stays on the host
         so_far = self._pull[tokens].to(pull.device, non_blocking=True)
-        so_far.mul_(shrink[:, None]).add_(matmul_grad(pull, weight).float())
+        so_far.mul_(shrink[:, None]).add_(matmul_grad(pull, weight))
         if self._pull.device != pull.device:
             self._pull[tokens].copy_(so_far, non_blocking=True)
-        columns = self._host_labels[tokens] - first
-        rows = ((columns >= 0) & (columns < len(weight))).nonzero()[:, 0]
-        if len(rows):
-            there = rows.to(pull.device, non_blocking=True)
-            push = weight[column[there]]
-            push = push if slope is None else push.float() * slope[there]
-            home = self._pull.device
-            self._pushes.append(((tokens.start + rows).to(home), push.to(home, non_blocking=True)))
+        push = weight[column] if slope is None else weight[column].to(self._wide) * slope
+        if self._push is None:
+            pinned = self._pull.is_pinned()
+            self._push = torch.zeros_like(self._pull, dtype=push.dtype, pin_memory=pinned)
+        # Where the label is elsewhere it is not this block's; nobody waits to learn where.
+        so_far = self._push[tokens].to(push.device, non_blocking=True)
+        push = torch.where(here[:, None], push, so_far)
+        self._push[tokens].copy_(push, non_blocking=True)
 
     def token_losses(self) -> torch.Tensor:
-        """The loss of each token (n,) in float32, 0 where it is not counted."""
+        """The loss of each token (n,) in float32 or wider, 0 where it is not counted."""
         losses = self._top + torch.log(self._sum) - self._target
         return torch.where(self.labels != IGNORED, losses, 0.0)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The summed loss over counted tokens; its gradient (n, C) in float32, or on the host."""
+        """The summed loss over counted tokens; its gradient (n, C), in float32 or wider."""
         loss = self.token_losses().sum()
         if not self.with_grad:
             return loss, None
@@ -129,6 +130,5 @@ class OnlineCrossEntropy:
         if home != self.hidden.device:
             torch.cuda.synchronize(self.hidden.device)
         grad = self._pull.div_(self._sum[:, None].to(home))
-        for rows, push in self._pushes:
-            grad[rows] -= push.float()
+        grad -= self._push
         return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)

@@ -11,7 +11,7 @@ every result is rounded to float16, as tensor cores do.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -113,6 +113,34 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return matmul_grad(grad, weight), None, None
+
+
+class ScaledMatmul(torch.autograd.Function):
+    """x (..., C) times a matrix (V, C) of int8 numbers with a factor (V,) for each row.
+
+    memory: where the numbers are, which a graph saves. parts: gives numbers and factors from where
+    they are by then. A few rows are cast at a time, and the factors are applied to the output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        memory: torch.Tensor,
+        parts: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(memory)
+        ctx.parts = parts
+        wide = x.float() if in_float32(x.dtype, x.device) else x
+        numbers, factors = parts()
+        return matmul(wide, numbers).mul_(factors).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        _ = ctx.saved_tensors  # the weight is fetched again
+        numbers, factors = ctx.parts()
+        scaled = (grad * factors).to(torch.promote_types(grad.dtype, torch.bfloat16))
+        return matmul_grad(scaled, numbers).to(grad.dtype), None, None
 
 
 def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:

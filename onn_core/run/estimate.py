@@ -1,9 +1,11 @@
 """Will it fit, and how long does a step take: from a transformers config alone."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onn_core.adapters.lora import linear_names, select_layers
@@ -14,8 +16,11 @@ from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
+from onn_core.weights.dequantise import Quantised, is_llm_int8
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.formats import Source
 from onn_core.weights.geometry import GEOMETRIES, geometry
+from onn_core.weights.quantise import stored_as, takes
 from onn_core.weights.slots import StreamedWeight
 
 
@@ -37,31 +42,38 @@ def geometry_of(
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     on_cpu: bool = True,
+    quantize: str | None = None,
+    stored: Mapping[str, Quantised] | None = None,
 ) -> Geometry:
     """The geometry of a transformers config, with LoRA on all linear modules of some layers.
 
-    dtype: of the weights in memory. compute_dtype: of the activations, if another.
+    dtype: of the weights in memory. compute_dtype: of the activations, if another. quantize: how
+    the linear layers' matrices are stored, None, "int8" or "nf4". stored: of a quantised folder,
+    the matrices by the names of their parameters.
     """
-    compute_dtype = compute_dtype or dtype
+    compute_dtype, stored = compute_dtype or dtype, stored or {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
+        made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
+        made.in_blocks = on_cpu and source is not None and is_llm_int8(source.quantised)
+        return made
+
     units = [
-        [
-            StreamedWeight(None, tuple(p.shape), dtype, on_device=not on_cpu)
-            for p in layer.parameters()
-            if p.ndim > 1
-        ]
+        [weight(place, *one) for place, one in enumerate(_matrices(layer, names, quantize, stored))]
         for layer in layers
     ]
     n_rows, hidden_size = model.get_output_embeddings().weight.shape
     blocks = split_rows(n_rows, hidden_size * dtype.itemsize)
-    names, trained = linear_names(layers), select_layers(sparse_layers, len(layers))
+    targets, trained = linear_names(layers), select_layers(sparse_layers, len(layers))
     widths = [
         sum(module.weight.shape)
         for number in trained
         for name, module in layers[number].named_modules()
-        if name.split(".")[-1] in names
+        if name.split(".")[-1] in targets
     ]
     inside = {id(p) for layer in layers for p in layer.parameters() if p.ndim > 1}
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
@@ -86,6 +98,25 @@ def geometry_of(
         layer_parameters=sum(p.numel() for p in layers[0].parameters() if p.ndim > 1),
         head_parameters=n_rows * hidden_size,
     )
+
+
+def _matrices(
+    layer: nn.Module,
+    names: Mapping[int, str],
+    quantize: str | None,
+    stored: Mapping[str, Quantised],
+) -> Iterator[tuple[Source | None, nn.Parameter]]:
+    """The matrices of a layer, each with the source it would have, if it is quantised."""
+    linear = {id(m.weight) for m in layer.modules() if type(m) is nn.Linear}
+    for parameter in layer.parameters():
+        shape = tuple(parameter.shape)
+        one = stored.get(names[id(parameter)])
+        if quantize is not None and id(parameter) in linear and takes(quantize, shape):
+            one = stored_as(quantize, shape)
+        if one is not None:
+            yield Source(one.entries, quantised=one, packed=True), parameter
+        elif len(shape) > 1:
+            yield None, parameter
 
 
 def predict(
@@ -160,19 +191,22 @@ def describe_plan(
     layers: int | None = None,
     sparse_layers: str = "all",
     memory_budget: int | str | None = None,
+    quantize: str | None = None,
 ) -> str:
     """The plan and the predicted step of a model folder or a named geometry, as text.
 
     Raises ConfigError, with the arithmetic, for what does not fit.
     """
+    stored: Mapping[str, Quantised] = {}
     if model in GEOMETRIES:
         config = geometry(model, layers)
     else:
-        config = ModelFolder.open(model).config
+        model_folder = ModelFolder.open(model)
+        config, stored = model_folder.config, model_folder.quantised
         if layers is not None:
             config.num_hidden_layers = layers
     found = predict(
-        geometry_of(config, sparse_layers=sparse_layers),
+        geometry_of(config, sparse_layers=sparse_layers, quantize=quantize, stored=stored),
         batch_size,
         n_tokens,
         read_bytes_per_s=read_bytes_per_s,

@@ -20,7 +20,8 @@ def step_bar(
 
     name: of the run, where several have a bar each.
     """
-    bar = tqdm(total=n_steps, disable=not enabled, file=sys.stderr, unit="step", dynamic_ncols=True)
+    how = {"disable": not enabled, "file": sys.stderr, "dynamic_ncols": True}
+    bar = tqdm(desc=name or None, total=n_steps, unit="step", **how)
     n_layers = len(model.streamed_layers)
     began = shown = time.perf_counter()
     shown_bytes = n_visits = 0

@@ -4,7 +4,6 @@ The batches of a step and its learning rate depend on the seed and the step's nu
 number stands for the position in the data and in the schedule.
 """
 
-import dataclasses
 import hashlib
 import time
 import warnings
@@ -27,6 +26,7 @@ from onn_core.weights.folder import ModelFolder
 MAY_DIFFER = {
     *("model_dir", "data", "output_dir", "adapter", "chunk_size", "memory_budget", "progress"),
     *("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "verify_weights"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 }
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of each parameter that has had a gradient
 
@@ -155,7 +155,9 @@ class RunSaver:
                 "threads: the resumed run may differ from a whole one in the last bits.",
                 stacklevel=3,
             )
-        return dataclasses.replace(saved.record, config=fresh.config, status="running")
+        saved.record.config, saved.record.status = fresh.config, "running"
+        saved.record.stopped_early = ""
+        return saved.record
 
     def step_finished(self) -> None:
         """Call when the record has the step that has just changed the state."""

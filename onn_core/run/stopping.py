@@ -1,11 +1,34 @@
-"""Stopping a run between two layers, where nothing is half done."""
+"""Stopping a run: between two layers, where nothing is half done, or early, by its evaluations."""
 
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
+from onn_core.record import EvalRecord
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def early_stop(evals: Sequence[EvalRecord], patience: int | None, threshold: float) -> str:
+    """Why a run with these evaluations stops early; "" if it goes on.
+
+    The rule of transformers' EarlyStoppingCallback: an evaluation whose loss is not below the best
+    before it by more than `threshold` uses up patience, and one that is gives all of it back. It
+    depends on the evaluations alone, so that a resumed run stops where a whole one would.
+    """
+    best, n_worse = None, 0
+    for done in evals:
+        better = best is None or best.loss - done.loss > threshold
+        n_worse = 0 if better else n_worse + 1
+        best = done if best is None or done.loss < best.loss else best
+    if patience is None or n_worse < patience:
+        return ""
+    return (
+        f"the held-out loss was not below its best by more than {threshold:g} in {n_worse} "
+        f"evaluations; the best was {best.loss:.4f} after step {best.step}"
+    )
 
 
 class Stop:

@@ -2,11 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
@@ -145,11 +147,8 @@ class Logits(LazyTensor):
         return _HeadLoss.apply(self.head, self.hidden, *args)
 
     def token_losses(self, shifted_labels: torch.Tensor) -> torch.Tensor:
-        """The loss of each token (...), 0 where it is not counted; no gradient."""
-        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])  # (n, C)
-        labels = shifted_labels.reshape(-1)
-        entropy = _in_blocks(self.head, hidden, labels, self.ops, with_grad=False)
-        return entropy.token_losses().view(shifted_labels.shape)
+        """The loss of each token (B, T), 0 where it is not counted."""
+        return _TokenLosses.apply(self.head, self.hidden, shifted_labels, self.ops)
 
 
 def apply(ops: tuple[Op, ...], logits: torch.Tensor) -> torch.Tensor:
@@ -172,6 +171,14 @@ def causal_lm_loss(loss_function: Callable[..., torch.Tensor], *args: Any, **kwa
                 labels = labels.to(logits.device)
                 return logits.cross_entropy(labels, given["num_items_in_batch"], loss_function)
     return loss_function(*args, **kwargs)
+
+
+def token_losses(logits: torch.Tensor, shifted_labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each label (B, T), 0 where it is not counted; in blocks where it can."""
+    if isinstance(logits, Logits) and not logits.changed:
+        return logits.token_losses(shifted_labels)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+    return F.cross_entropy(logits, shifted_labels, reduction="none", ignore_index=IGNORED)
 
 
 class _HeadLogits(torch.autograd.Function):
@@ -218,7 +225,8 @@ class _HeadLoss(torch.autograd.Function):
         flat_labels = labels.reshape(-1)  # (n,)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (n, C)
         if not whole_in_one:
-            total, grad = _in_blocks(head, flat, flat_labels, ops, with_grad).result()
+            (entropy,) = _in_blocks(head, [(flat, flat_labels, with_grad)], ops)
+            total, grad = entropy.result()
             loss = total / n_counted
             if grad is not None:
                 on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
@@ -255,20 +263,72 @@ class _HeadLoss(torch.autograd.Function):
         return None, grad, None, None, None, None
 
 
+class _TokenLosses(torch.autograd.Function):
+    """The loss of each token that counts and, at once, its gradient: the head is read once.
+
+    Groups of samples that a pass holds apart (`rows_hook`) are apart here, too: what one of them
+    gives does not depend on the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: StreamedHead,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        ops: tuple[Op, ...],
+    ) -> torch.Tensor:
+        passes, n_samples = head.streaming.passes, len(labels)
+        size, n_graded = passes.group_size or n_samples, passes.n_graded
+        flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        groups = []
+        for start in range(0, n_samples, size):
+            graded = ctx.needs_input_grad[1] and (n_graded is None or start < n_graded)
+            counted = (labels[start : start + size] != IGNORED).flatten().nonzero()[:, 0]
+            counted += start * labels.shape[1]  # places (n,) in the flat batch
+            groups.append((counted, flat[counted], flat_labels[counted], graded))
+        entropies = _in_blocks(head, [group[1:] for group in groups], ops)
+        losses, ctx.grads = None, []
+        for (counted, _, _, graded), entropy in zip(groups, entropies, strict=True):
+            found = entropy.token_losses()
+            losses = found.new_zeros(len(flat_labels)) if losses is None else losses
+            losses[counted] = found
+            if graded and len(counted):
+                ctx.grads.append((counted, entropy.result()[1]))
+        ctx.like = hidden.new_empty(0), hidden.shape
+        return losses.view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> Any:
+        like, shape = ctx.like
+        grad, of_losses = like.new_zeros(shape), grad_losses.reshape(-1)
+        for counted, unit in ctx.grads:  # unit (n, C), of a loss's gradient of one
+            here = unit * of_losses[counted][:, None].to(unit)
+            grad.view(-1, shape[-1])[counted] = here.to(grad)
+        return None, grad, None, None
+
+
 def _in_blocks(
     head: StreamedHead,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
+    groups: Sequence[tuple[torch.Tensor, torch.Tensor, bool]],
     ops: tuple[Op, ...],
-    with_grad: bool,
-) -> OnlineCrossEntropy:
-    """The cross-entropy of hidden (n, C), counted one block of the vocabulary at a time."""
+) -> list[OnlineCrossEntropy]:
+    """The cross-entropy of each group, counted one block of the vocabulary at a time.
+
+    A group: hidden (n, C), labels (n,), and whether its gradient is wanted.
+    """
     plan = head.streaming.planner.plan.head
     how = () if plan is None else (plan.n_tokens, plan.on_host)
-    entropy = OnlineCrossEntropy(hidden, labels, functools.partial(apply, ops), with_grad, *how)
+    post = functools.partial(apply, ops)
+    entropies = [
+        OnlineCrossEntropy(hidden, labels, post, with_grad, *how)
+        for hidden, labels, with_grad in groups
+    ]
     for first, weight, bias in head.resident_blocks():
-        entropy.add(first, weight, bias)
-    return entropy
+        for entropy in entropies:
+            entropy.add(first, weight, bias)
+    return entropies
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:

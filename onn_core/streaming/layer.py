@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from onn_core.errors import ConfigError
 from onn_core.memory.boundaries import OnDisk, OnHost
+from onn_core.streaming.call import Call, is_cache
 from onn_core.streaming.layer_weights import LayerWeights
-from onn_core.streaming.recompute import Call, Visit, is_cache
+from onn_core.streaming.recompute import Visit
 
 
 class StreamedLayer:

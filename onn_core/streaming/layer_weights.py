@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from onn_core.errors import ConfigError
@@ -27,7 +29,8 @@ class Binding:
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
     def fill(self) -> None:
-        self.parameter.set(self.weight.tensor)
+        if not self.weight.in_blocks or self.weight.dense is not None:
+            self.parameter.set(self.weight.values)
 
     def clear(self) -> None:
         self.parameter.set(self.absent)
@@ -66,17 +69,40 @@ class LayerWeights:
         # Where an adapter wraps an expert's parameter, it takes the weight before the module runs.
         self.wrapped: set[nn.Module] = set()
         self.parameters: list[nn.Parameter] = []  # of the layer and its adapters now
-        self._n_parameters = 0
+        self.inside: list[nn.Module] = []  # the modules in the layer now, without itself
+        self._is_new = True  # adapters came or went
+        self._fetches = True
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
+        # Packed weights that stay dense in this visit: nobody knows when they are used.
+        self._always_dense: set[StreamedWeight] = set()
+        self._needed_dense: set[StreamedWeight] = set()  # adapters look at their values
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
 
     def find_parameters(self) -> list[nn.Parameter]:
         """Look which parameters the layer and its adapters have now."""
-        self.parameters = find_parameters(self.module)
+        found = find_parameters(self.module)
+        if list(map(id, found)) != list(map(id, self.parameters)):
+            self.parameters, self._is_new = found, True
+            self.inside = [m for m in self.module.modules() if m is not self.module]
         return self.parameters
+
+    @property
+    def all(self) -> list[StreamedWeight]:
+        """The layer's weights, in the order in which they are fetched."""
+        return list(self._by_weight)
+
+    @property
+    def bound(self) -> Collection[nn.Module]:
+        """The modules that have streamed weights."""
+        return self._by_module.keys()
+
+    @property
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those that are always resident: adapters, norms."""
+        return [p for p in self.parameters if type(p) is not StreamedParameter]
 
     @property
     def _by_matrix(self) -> bool:
@@ -88,10 +114,11 @@ class LayerWeights:
 
         Those of modules that are not known to be called are there from the beginning.
         """
-        if len(self.parameters) != self._n_parameters:  # adapters came or went: learn calls anew
-            self._n_parameters = len(self.parameters)
+        is_new, self._is_new = self._is_new, False
+        if is_new:  # learn calls anew
             self._usual_calls.clear()
             fuse_lora(self.module)
+            self._needed_dense = self._find_needed_dense()
         with self.streaming.visit(phase, self.number, of, wait=False):
             self._previous = None
             try:
@@ -99,13 +126,32 @@ class LayerWeights:
                     self._request_from(0)
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
                     modules = {binding.module for binding in bindings}
-                    if not all(map(self._usual_calls.get, modules)) or modules & self.wrapped:
+                    known = all(map(self._usual_calls.get, modules))
+                    if weight.packed:  # in the first visit, too: a layer may be large when dense
+                        known = weight.module is not None
+                    if not known or modules & self.wrapped:
                         self._fetch(weight)
-                self._fill_magnitudes()
+                        self._always_dense.add(weight)
+                if is_new:
+                    self._fill_magnitudes()
                 yield
             finally:
+                self._always_dense.clear()
                 for weight in self._by_weight:
                     self.drop(weight)
+
+    @contextlib.contextmanager
+    def at(self, memory: Mapping[StreamedWeight, torch.Tensor]) -> Iterator[None]:
+        """Inside, each of the layer's weights is in `memory`; none is fetched."""
+        self._fetches = False
+        try:
+            for binding in self._bindings:
+                binding.parameter.set(memory[binding.weight])
+            yield
+        finally:
+            for binding in self._bindings:
+                binding.clear()
+            self._fetches = True
 
     def begin_micro_batch(self, last: bool) -> None:
         """Another micro-batch, or a gradient, comes; weights are dropped early in the `last`."""
@@ -124,15 +170,37 @@ class LayerWeights:
         self.streaming.stream.request(weight)
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        return self.streaming.stream.wait(weight)
+        """The values (shape) of a weight; a packed one's are made where its turn comes."""
+        self.streaming.stream.wait(weight)
+        by_blocks = weight.in_blocks and weight not in self._needed_dense
+        if weight.packed and weight.dense is None and not by_blocks:
+            # A function may need all weights of its module at once.
+            modules = {binding.module for binding in self._by_weight[weight]} | self._holders
+            busy = {one for module in modules for one in self._by_module[module]}
+            scratch = self.streaming.stream.scratch
+            evicted = scratch.fill(weight, busy | self._always_dense)
+            for binding in self._by_weight.get(evicted, ()):
+                binding.clear()
+        self.at_address[weight.values.untyped_storage().data_ptr()] = weight
+        return weight.values
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
         for binding in self._by_weight[weight]:
             binding.clear()
-        if weight.tensor is not None:
-            self.at_address.pop(weight.tensor.untyped_storage().data_ptr(), None)
+        if weight.values is not None:
+            self.at_address.pop(weight.values.untyped_storage().data_ptr(), None)
+        self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
+
+    def _find_needed_dense(self) -> set[StreamedWeight]:
+        """The weights that an adapter may use past their module, as DoRA does."""
+        found: set[StreamedWeight] = set()
+        for tuner in self.module.modules():
+            plain = type(tuner) is lora.Linear and not tuner.lora_variant
+            if isinstance(tuner, BaseTunerLayer) and not plain:
+                found |= set(self._by_module.get(tuner.get_base_layer(), ()))
+        return found
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""
@@ -161,13 +229,14 @@ class LayerWeights:
     def _fetch(self, weight: StreamedWeight) -> None:
         if self._by_matrix:
             self._request_from(list(self._by_weight).index(weight))
-        memory = self.wait(weight).untyped_storage()
-        self.at_address[memory.data_ptr()] = weight
+        self.wait(weight)
         for binding in self._by_weight[weight]:
             binding.fill()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
+        if not self._fetches:
+            return
         self._calls[module] += 1
         before, self._previous = self._previous, module
         last = (self._by_matrix or self._last_micro_batch) and before not in self._holders

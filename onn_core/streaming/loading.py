@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onn_core.config import dtype_name, parse_bytes, require_integer
@@ -27,9 +32,16 @@ from onn_core.memory.plan import Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
-from onn_core.ops.matmul import cast_in_cache, has_fast_matmul, prepare_linear
+from onn_core.ops.matmul import (
+    ScaledMatmul,
+    cast_in_cache,
+    has_fast_matmul,
+    linear,
+    prepare_linear,
+)
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.streaming.batching import Batching
+from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
@@ -39,9 +51,12 @@ from onn_core.streaming.model import streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming, Visits
+from onn_core.weights.dequantise import is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
 from onn_core.weights.host import HostMemory
+from onn_core.weights.quantise import KINDS, takes
+from onn_core.weights.quantised_copy import quantised_copy
 from onn_core.weights.reader import hold_freed_memory, host_memory_bytes
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
@@ -57,9 +72,8 @@ INSTEAD = {
     "knows by itself",
     "use_safetensors": "pickled weights are never loaded: convert the folder to safetensors",
     "max_memory": "give memory_budget",
-    "load_in_4bit": "a folder is streamed in its own dtype",
-    "load_in_8bit": "a folder is streamed in its own dtype",
-    "quantization_config": "a folder is streamed in its own dtype",
+    "load_in_4bit": 'give quantize="nf4"',
+    "load_in_8bit": 'give quantize="int8"',
     None: "leave it out",
 }
 
@@ -71,13 +85,16 @@ def from_pretrained(
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_budget: int | str | None = "auto",
+    quantize: str | None = None,
+    quantization_config: Any = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     **of_transformers: Any,
 ) -> PreTrainedModel:
     """A causal language model whose frozen weights stay in `model_dir` until they are needed.
 
-    model_dir: a Hugging Face folder with config.json and safetensors, read in place.
+    model_dir: a Hugging Face folder with config.json and safetensors, or a GGUF file, or the
+        folder of one; read in place.
     chunk_size: decoder layers resident together, 1 to all of them.
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
@@ -85,6 +102,9 @@ def from_pretrained(
         first forward of a batch size. None makes `chunk_size` layers resident.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
         are copied instead of read; "auto" is what is free, less an eighth. A CPU needs none.
+    quantize: "int8" or "nf4": the matrices of linear layers in decoder layers are quantised once,
+        into a folder in the cache, and streamed from there. quantization_config: a
+        BitsAndBytesConfig that says the same.
     device: "auto" is CUDA if there is one. dtype: "auto" is the folder's own, but float32 on a CPU
         that has no matmul of it (measured 7 times as fast as bfloat16 there).
     of_transformers: `attn_implementation`, as in transformers; the others of its `from_pretrained`
@@ -104,6 +124,7 @@ def from_pretrained(
         micro_batch_size=micro_batch_size,
         memory_budget=memory_budget,
         host_budget=host_budget,
+        quantize=_quantize_of(quantization_config) or quantize,
         device=device,
         dtype=dtype,
         attn_implementation=attention,
@@ -117,6 +138,8 @@ def open_streamed(
     micro_batch_size: int | None = None,
     memory_budget: int | str | None = None,
     host_budget: int | str | None = "auto",
+    quantize: str | None = None,
+    progress: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
@@ -128,6 +151,8 @@ def open_streamed(
     together: what this model has in common with others of the same folder.
     """
     model_folder = ModelFolder.open(model_dir)
+    if quantize is not None:
+        model_folder = _quantised(model_folder, quantize, progress)
     if attn_implementation is not None:
         model_folder.config._attn_implementation = attn_implementation
     device = resolve_device(device)
@@ -156,9 +181,10 @@ def open_streamed(
 
     blocks = []
     if in_blocks:
-        stored, in_memory = end_sources[head].entry.dtype, head.weight.dtype
+        source, in_memory = end_sources[head], head.weight.dtype
+        stored = source.entry.dtype if source.convert is None else in_memory
         in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
-        blocks = head_blocks(end_sources[head], *head.weight.shape, in_memory, device)
+        blocks = head_blocks(source, *head.weight.shape, in_memory, device)
     if together is not None:
         blocks = together.same_weights(bindings, blocks)
     units = [list({binding.weight: None for binding in layer}) for layer in bindings]
@@ -178,7 +204,8 @@ def open_streamed(
         hold_freed_memory(budget is not None)  # whose plan says when to trim
     host_bytes = _host_bytes(host_budget) if device.type == "cuda" else 0
     member = None
-    of_stream = (model_folder, units + head_units, planner.plan.slots, device, host_bytes)
+    slots, dense = planner.plan.slots, planner.plan.dense
+    of_stream = (model_folder, units + head_units, slots, device, host_bytes, dense)
     make_stream = functools.partial(stream_class, *of_stream)
     if together is None:
         stream = make_stream()
@@ -189,7 +216,10 @@ def open_streamed(
     )
     host_memory = HostMemory(device)
     boundaries = HostBoundaries(host_memory, device)
-    streaming = Streaming(stream, planner, visits, Passes(), Batching(), boundaries, device, member)
+    captures = Captures(device) if device.type == "cuda" and member is None else None
+    streaming = Streaming(
+        stream, planner, visits, Passes(), Batching(), boundaries, device, member, captures
+    )
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)
@@ -198,7 +228,8 @@ def open_streamed(
     rows = None
     if by_rows:
         in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
-        rows = EmbeddingRows(embedding, model_folder, end_sources[embedding], device, in_store)
+        source = end_sources[embedding]
+        rows = EmbeddingRows(embedding, model_folder, source, device, host_memory, in_store)
         embedding.forward = rows
     streamed_head = None
     if in_blocks:
@@ -210,7 +241,56 @@ def open_streamed(
     model.connect(streaming, model_folder, streamed_layers, streamed_head, rows)
     weakref.finalize(model, stream.close)
     weakref.finalize(model, host_memory.close)
+    if captures is not None:
+        weakref.finalize(model, captures.clear)
     return model.eval()
+
+
+def _quantize_of(given: Any) -> str | None:
+    """ "int8" or "nf4", of a BitsAndBytesConfig; ConfigError for one that means something else."""
+    if given is None:
+        return None
+    if not isinstance(given, BitsAndBytesConfig):
+        raise ConfigError("quantization_config must be a BitsAndBytesConfig.")
+    four = given.load_in_4bit
+    if four and (given.bnb_4bit_quant_type != "nf4" or given.bnb_4bit_use_double_quant):
+        raise ConfigError(
+            "of 4-bit types only NF4 with single quantisation is made: set "
+            'bnb_4bit_quant_type="nf4" and bnb_4bit_use_double_quant=False.'
+        )
+    if not four and not given.load_in_8bit or given.llm_int8_skip_modules:
+        raise ConfigError(
+            "quantization_config must say load_in_8bit or load_in_4bit, and llm_int8_skip_modules "
+            "must be left out: the head and the embedding always stay as they are."
+        )
+    return "nf4" if four else "int8"
+
+
+def _quantised(model_folder: ModelFolder, kind: str, progress: bool) -> ModelFolder:
+    """The folder with the matrices of its decoder layers quantised; made once."""
+    if kind not in KINDS:
+        raise ConfigError(f"quantize must be {' or '.join(KINDS)}, or None, not {kind!r}.")
+    if model_folder.quantised:
+        raise ConfigError(
+            f"{model_folder.model_dir.name} is quantised already and is streamed as it is stored: "
+            "leave quantize out."
+        )
+    model = skeleton(model_folder, torch.float32, torch.device("cpu"))
+    sources, names = find_sources(model, model_folder), set()
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                linear = type(module) is nn.Linear and name == "weight"
+                if parameter is not None and (linear or parameter.ndim > 2):  # or experts
+                    names.add(parameter)
+    wanted = {
+        entry.name
+        for name, parameter in model.named_parameters()
+        if parameter in names and name in sources
+        for entry in sources[name].entries
+        if takes(kind, entry.shape) and entry.dtype.is_floating_point
+    }
+    return quantised_copy(model_folder, kind, wanted, progress)
 
 
 def _host_bytes(host_budget: int | str | None) -> int:
@@ -297,8 +377,8 @@ def _skeleton(
         dtype = _resolve_dtype(dtype, model_folder, device)
         model = make_class(model_class)._from_config(config, dtype=dtype)
     model.tie_weights()
-    model.name_or_path = config._name_or_path = str(model_folder.model_dir)
-    if (model_folder.model_dir / "generation_config.json").is_file():
+    model.name_or_path = config._name_or_path = str(model_folder.base_dir)
+    if not model_folder.gguf and (model_folder.model_dir / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder.model_dir)
     return model
 
@@ -371,13 +451,13 @@ def _fill(
     made: dict[int, tuple[nn.Parameter, StreamedWeight | None, torch.Tensor]] = {}
     bindings: list[list[Binding]] = [[] for _ in layers]
     end_sources: dict[nn.Module, Source] = {}
-    for module_name, module in list(model.named_modules()):
+    for place, (module_name, module) in enumerate(list(model.named_modules())):
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             source, number = source_of[id(parameter)], number_of.get(module)
             if module in ends and name == "weight":
-                if source.convert is not None:
+                if not source.by_rows:
                     raise ModelFolderError(
                         f"{module_name} is quantised or stored in parts, but its rows are read as "
                         "they are stored: use a version of the model that leaves it as it was."
@@ -391,7 +471,12 @@ def _fill(
                     stored = source.entry.dtype if source.direct else dtype
                     in_memory = prepare_linear(module, stored, dtype, device)
                     on_device = device.type != "cpu"
-                    weight = StreamedWeight(source, tuple(parameter.shape), in_memory, on_device)
+                    shape = tuple(parameter.shape)
+                    alone = place if type(module) is nn.Linear else None
+                    weight = StreamedWeight(source, shape, in_memory, on_device, alone)
+                    if not on_device and alone is not None and is_llm_int8(source.quantised):
+                        weight.in_blocks = True
+                        int8_linear(module, weight)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
                 absent = nan.expand(parameter.shape)
                 if weight is not None:
@@ -413,6 +498,22 @@ def _fill(
                 values = buffer if source is None else source.read(model_folder).to(buffer.dtype)
                 module._buffers[name] = values.to(device)
     return bindings, end_sources
+
+
+def int8_linear(module: nn.Linear, weight: StreamedWeight) -> None:
+    """Let a linear layer multiply by int8 numbers, unless its weight is there as it means."""
+
+    def parts() -> tuple[torch.Tensor, torch.Tensor]:
+        numbers, largest = weight.stored_tensors()
+        return numbers, largest.float() * weight.source.quantised.factor
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if weight.dense is not None:
+            return linear(x, module.weight, module.bias)
+        out = ScaledMatmul.apply(x, weight.tensor, parts)
+        return out if module.bias is None else out + module.bias
+
+    module.forward = forward
 
 
 def _read(source: Source, model_folder: ModelFolder, like: torch.Tensor) -> torch.Tensor:

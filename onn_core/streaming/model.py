@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from onn_core.errors import ConfigError, OnnError, frozen
 from onn_core.memory.plan import Plan, Sizes
+from onn_core.ops.cross_entropy import shift_labels
 from onn_core.streaming.embedding import EmbeddingRows
-from onn_core.streaming.head import StreamedHead, causal_lm_loss
+from onn_core.streaming.head import StreamedHead, causal_lm_loss, token_losses
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.lazy import LazyWeight, find_parameters, is_absent
 from onn_core.streaming.passes import RowHook
@@ -98,19 +99,22 @@ class StreamedModel:
             self.streaming.stream.check = before
 
     @contextlib.contextmanager
-    def rows_hook(self, hook: RowHook, group_size: int | None = None) -> Iterator[None]:
+    def rows_hook(
+        self, hook: RowHook, group_size: int | None = None, n_graded: int | None = None
+    ) -> Iterator[None]:
         """Inside, `hook(layer, rows, args, kwargs)` is entered around each micro-batch in a layer.
 
         It is a context manager that yields the arguments for the layer. group_size: samples; no
-        micro-batch and no cache crosses a multiple of it.
+        micro-batch and no cache crosses a multiple of it. n_graded: such a multiple; samples from
+        there on have no gradient, and backward does not recompute them.
         """
         passes = self.streaming.passes
-        before = passes.row_hook, passes.group_size
-        passes.row_hook, passes.group_size = hook, group_size
+        before = passes.row_hook, passes.group_size, passes.n_graded
+        passes.row_hook, passes.group_size, passes.n_graded = hook, group_size, n_graded
         try:
             yield
         finally:
-            passes.row_hook, passes.group_size = before
+            passes.row_hook, passes.group_size, passes.n_graded = before
 
     @contextlib.contextmanager
     def deferred_logits(self) -> Iterator[None]:
@@ -120,6 +124,17 @@ class StreamedModel:
             yield
         finally:
             self._defers_logits = before
+
+    def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each token that follows in a batch (B, T), 0 where it is not counted: (B, T).
+
+        model: this one, or what wraps it. batch: with labels, as for a loss. The head is read once,
+        also for the gradient, and all logits are never there at once.
+        """
+        labels = shift_labels(batch["labels"])
+        with self.deferred_logits():
+            inputs = {name: values for name, values in batch.items() if name != "labels"}
+            return token_losses(model(**inputs).logits, labels)
 
     def fit(self, batch_size: int, n_tokens: int, host_bytes: int = 0) -> None:
         """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits.
@@ -147,6 +162,8 @@ class StreamedModel:
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give back the weights' memory and stop the readers; the next forward starts them."""
         self.streaming.stream.close(timeout_s)
+        if self.streaming.captures is not None:
+            self.streaming.captures.clear()
 
     # --- what trainers and users ask of any model --------------------------------------------
 
@@ -281,7 +298,9 @@ class StreamedModel:
             streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        streaming.stream.set_slots(self.plan.slots)
+        streaming.stream.set_slots(self.plan.slots, self.plan.dense)
+        if streaming.captures is not None and not self.plan.captured:
+            streaming.captures.clear()
 
     def _trained(self) -> dict[int | None, list[nn.Parameter]]:
         """The trained parameters of each layer that has some; None: of all that is outside them.

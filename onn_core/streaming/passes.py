@@ -43,13 +43,15 @@ class Passes:
     """The pass that runs, or that ran last: its backward may be to come.
 
     row_hook: around each micro-batch in a layer. group_size: samples; no micro-batch and no cache
-    crosses a multiple of it. None is the whole batch.
+    crosses a multiple of it. None is the whole batch. n_graded: a number of groups' samples; those
+    from there on have no gradient. None grades all.
     """
 
     def __init__(self) -> None:
         self.latest = Pass()
         self.row_hook: RowHook | None = None
         self.group_size: int | None = None
+        self.n_graded: int | None = None
 
     @property
     def running(self) -> Pass | None:

@@ -1,251 +1,10 @@
-"""One call of a layer on the whole batch: its graph is reserved, or made again in backward."""
+"""A layer in an autograd graph: its own is reserved, or made again in backward."""
 
-import contextlib
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache
 
-from onn_core.errors import ConfigError
-from onn_core.streaming.batching import CANNOT_CUT, Rows
-from onn_core.streaming.layer_weights import LayerWeights
-from onn_core.streaming.passes import random_state, set_random_state
-from onn_core.weights.slots import StreamedWeight
-
-
-class Call:
-    """One call of a layer in a pass, in micro-batches.
-
-    weights: of the layer. forward: its own. leaves: the arguments as a flat list, of tensors
-    (B, ...) and others, whose structure is `spec`.
-    """
-
-    def __init__(
-        self, weights: LayerWeights, forward: Callable, leaves: list[Any], spec: pytree.TreeSpec
-    ):
-        self.weights = weights
-        self.streaming = weights.streaming
-        self.forward = forward
-        self.leaves = leaves
-        self.spec = spec
-        self.out_leaves: list[Any] = []
-        self.out_spec: pytree.TreeSpec | None = None
-        passes, batching = self.streaming.passes, self.streaming.batching
-        self.of = passes.latest  # the pass
-        self.hook = passes.row_hook
-        self.number = self.of.next_call()
-        of_pass = None if passes.running is None else self.of.batch_size
-        self.batch_size = of_pass or next(len(x) for x in leaves if is_tensor(x))
-        group = min(passes.group_size or self.batch_size, self.batch_size)
-        size = self.streaming.planner.micro_batch_size or group
-        with_cache = any(map(is_cache, leaves))
-        if with_cache:  # generation: a cache is filled in one go
-            size = group
-        self.slices = [
-            slice(start, min(start + size, begin + group, self.batch_size))
-            for begin in range(0, self.batch_size, group)
-            for start in range(begin, min(begin + group, self.batch_size), size)
-        ]
-        self.rows_of: list[Rows | None] = [None] * len(leaves)
-        self.out_rows: list[Rows | None] = []  # of the output tensors
-        if len(self.slices) > 1 and with_cache:  # which a probe would not grow
-            fits = [is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in leaves]
-            self.rows_of = [Rows(0, 1) if fit else None for fit in fits]
-        elif len(self.slices) > 1:
-            self.rows_of = batching.rows_of(self.of, self.number, leaves, self._layer_name)
-        self.random_states: list[Any] = []
-        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are reserved
-        device_type = self.streaming.device.type
-        self.autocast = {
-            "device_type": device_type,
-            "dtype": torch.get_autocast_dtype(device_type),
-            "enabled": torch.is_autocast_enabled(device_type),
-        }
-
-    @property
-    def _layer_name(self) -> str:
-        return type(self.weights.module).__name__
-
-    def run(self, leaves: list[Any], rows: slice) -> list[Any]:
-        """The layer's own forward on the rows of a micro-batch; its outputs as leaves."""
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        around = contextlib.nullcontext((args, kwargs))
-        if self.hook is not None:
-            around = self.hook(self.weights.module, rows, args, kwargs)
-        with around as (args, kwargs):
-            outputs = self.forward(*args, **kwargs)
-        outputs, self.out_spec = pytree.tree_flatten(outputs, is_leaf=is_cache)
-        return outputs
-
-    def run_forward(self, inputs: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
-        """Every micro-batch through the resident layer: the output tensors.
-
-        Without a graph, or with one that is reserved, if the plan has room for it. inputs: those
-        that wait for backward.
-        """
-        weights, planner = self.weights, self.streaming.planner
-        reserves = planner.reserves_graph(weights.number) and not weights.wrapped
-        with weights.visit("forward", self.of), torch.no_grad():
-            whole: list[Any] = []
-            for number, rows in enumerate(self.slices):
-                weights.begin_micro_batch(rows is self.slices[-1])
-                self.random_states.append(random_state(self.streaming.device))
-                if inputs and reserves:
-                    graph = self.build_graph(number, inputs, reserves)
-                    planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
-                    self.graphs.append(graph)
-                    part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
-                else:
-                    part = self.run(list(map(cut, self.leaves, self.rows_of, repeat(rows))), rows)
-                if len(self.slices) == 1:
-                    whole = part
-                else:
-                    self._place(whole, part, rows)
-            weights.begin_micro_batch(False)
-        if len(self.slices) > 1 and not any(map(is_cache, self.leaves)):
-            batching, n = self.streaming.batching, self.batch_size
-            batching.note(self.number, n, self.leaves, whole, self.out_rows, self.out_spec)
-        self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
-        return tuple(leaf for leaf in whole if is_tensor(leaf))
-
-    def _place(self, whole: list[Any], part: list[Any], rows: slice) -> None:
-        """whole[rows] = part, for every output, each with its samples where an input has them."""
-        n_rows = rows.stop - rows.start
-        if rows.start == 0:
-            places = list(dict.fromkeys([*filter(None, self.rows_of), Rows(0, 1)]))
-            for value in part:
-                fits = [x for x in places if is_tensor(value) and x.holds(value, n_rows)]
-                if not is_tensor(value) or not fits:
-                    whole.append(value)
-                    continue
-                shape = list(value.shape)
-                shape[fits[0].axis] = self.batch_size * fits[0].per_sample
-                whole.append(value.new_empty(shape))
-                self.out_rows.append(fits[0])
-        tensors = [index for index, value in enumerate(part) if is_tensor(value)]
-        if len(tensors) != len(self.out_rows):
-            raise self._cannot_cut()
-        for index, place in zip(tensors, self.out_rows, strict=True):
-            here = place.cut(whole[index], rows)
-            if here.shape != part[index].shape:
-                raise self._cannot_cut()
-            here.copy_(part[index])
-
-    def _cannot_cut(self) -> ConfigError:
-        why = "what it returns does not follow the batch"
-        return ConfigError(CANNOT_CUT.format(self._layer_name, why))
-
-    def with_outputs(self, tensors: tuple[torch.Tensor, ...]) -> list[Any]:
-        """The output leaves, with `tensors` in their places."""
-        remaining = iter(tensors)
-        return [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
-
-    def build_graph(
-        self, number: int, inputs: Sequence[torch.Tensor], reserves: bool = False
-    ) -> "Graph":
-        """Run a micro-batch with a graph; `inputs` (B, ...) may need gradients."""
-        remaining, rows = iter(inputs), self.slices[number]
-        leaves, roots = [], []
-        for leaf, place in zip(self.leaves, self.rows_of, strict=True):
-            if any(leaf is x for x in (_INPUT, *inputs)):
-                whole = next(remaining)  # it may wait on the host
-                leaf = self._on_device(whole, place, number).detach()
-                if whole.requires_grad:
-                    roots.append(leaf.requires_grad_())
-            else:
-                leaf = cut(leaf, place, rows)
-            leaves.append(leaf)
-        saved = SavedTensors(self.weights, filter(is_tensor, leaves), counts=reserves)
-        by_weight = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
-        with torch.enable_grad(), torch.autocast(**self.autocast), by_weight:
-            return Graph(saved, roots, self.run(leaves, rows))
-
-    def _on_device(self, whole: torch.Tensor, place: Rows | None, number: int) -> torch.Tensor:
-        if whole.device == self.streaming.device:
-            return cut(whole, place, self.slices[number])
-        boundaries, n_parts = self.streaming.host_boundaries, len(self.slices)
-        return boundaries.part(whole, lambda n: cut(whole, place, self.slices[n]), number, n_parts)
-
-    def graph_of(self, number: int, inputs: Sequence[torch.Tensor]) -> "Graph":
-        """That of a micro-batch: reserved, or made by running it again as it ran before."""
-        self.weights.begin_micro_batch(False)
-        if self.graphs:
-            graph, self.graphs[number] = self.graphs[number], None
-            # None if backward runs a second time. Planned anew, there may be too few slots for it.
-            if graph is not None and not self.streaming.planner.plan.by_matrix:
-                return graph
-        device = self.streaming.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            set_random_state(self.random_states[number], device)
-            return self.build_graph(number, inputs)
-
-
-_INPUT = object()  # where a differentiable input stood
-_TENSOR = object()  # where an output tensor stood
-
-
-@dataclasses.dataclass
-class Graph:
-    """The graph of one micro-batch through a layer."""
-
-    saved: "SavedTensors"
-    roots: list[torch.Tensor]  # the inputs that need gradients
-    leaves: list[Any]  # what the layer returned
-
-    @property
-    def outputs(self) -> list[torch.Tensor]:
-        return [leaf for leaf in self.leaves if is_tensor(leaf)]
-
-
-class SavedTensors:
-    """What a graph saves: a streamed weight by its name, not by the memory where it was.
-
-    The graph refers to this, so this must not refer to the graph: nobody would collect the two.
-    """
-
-    def __init__(self, weights: LayerWeights, inputs: Iterable[torch.Tensor], counts: bool):
-        self.weights = weights
-        self.drops = False  # each weight after its last use
-        self.counts = counts
-        self.n_bytes = 0  # that the graph holds, without its inputs and what is always there
-        known = [*inputs, *weights.parameters] if counts else ()
-        self._known = {x.untyped_storage().data_ptr() for x in known}
-        self._uses_left: Counter = Counter()
-        self._previous: StreamedWeight | None = None
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        memory = tensor.untyped_storage()
-        weight = self.weights.at_address.get(memory.data_ptr())
-        if weight is None:
-            if self.counts and memory.data_ptr() not in self._known:
-                self.n_bytes += memory.nbytes()
-                self._known.add(memory.data_ptr())
-            return tensor, tensor._version
-        self._uses_left[weight] += 1
-        offset = tensor.storage_offset() - weight.tensor.storage_offset()
-        return weight, tensor.shape, tensor.stride(), offset
-
-    def unpack(self, packed: Any) -> torch.Tensor:
-        if isinstance(packed[0], torch.Tensor):
-            tensor, version = packed  # torch checks none that is packed
-            if tensor._version != version:
-                raise RuntimeError(
-                    "a layer's output was changed in place, but its gradient needs it"
-                )
-            return tensor
-        weight, shape, stride, offset = packed
-        self._uses_left[weight] -= 1
-        before, self._previous = self._previous, weight
-        self.weights.request(weight)  # before another may take the room of `before`
-        if self.drops and before not in (None, weight) and self._uses_left[before] == 0:
-            self.weights.drop(before)
-        tensor = self.weights.wait(weight)
-        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+from onn_core.streaming.call import INPUT, Call, cut
 
 
 class Visit(torch.autograd.Function):
@@ -256,7 +15,7 @@ class Visit(torch.autograd.Function):
         inputs = tensors[:n_inputs]
         ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
         outputs = call.run_forward(inputs)
-        call.leaves = [_INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
+        call.leaves = [INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         return outputs
@@ -268,13 +27,19 @@ class Visit(torch.autograd.Function):
         input_grads: list[torch.Tensor | None] = [None] * len(inputs)
         trained_grads: list[torch.Tensor | None] = [None] * len(ctx.trained)
         wanted = [index for index, x in enumerate(inputs) if x.requires_grad]
-        in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is _INPUT]
+        in_rows = [x for x, leaf in zip(call.rows_of, call.leaves, strict=True) if leaf is INPUT]
         out_rows = call.out_rows or [None] * len(grads)
+        captured, sized = call.captured, len(inputs) == len(grads) == 1 and grads[0] is not None
         with weights.visit("backward", call.of):
-            for number, rows in enumerate(call.slices):
-                graph = call.graph_of(number, inputs)
+            replays = sized and captured and captured.can_run_backward(call, *inputs, ctx.trained)
+            if replays:
+                input_grads[0], trained_grads = captured.backward(
+                    call, *inputs, ctx.trained, *grads, *in_rows
+                )
+            for number in () if replays else call.graded:
+                graph, rows = call.graph_of(number, inputs), call.slices[number]
                 by_matrix = call.streaming.planner.plan.by_matrix
-                graph.saved.drops = by_matrix or rows is call.slices[-1]
+                graph.saved.drops = by_matrix or number == call.graded[-1]
                 grad_of = [
                     (out, cut(grad, place, rows))
                     for out, grad, place in zip(graph.outputs, grads, out_rows, strict=True)
@@ -299,19 +64,6 @@ class Visit(torch.autograd.Function):
         if weights.number == call.of.lowest:  # before any optimizer step can use these gradients
             call.streaming.stream.model_folder.check_unchanged()
         return None, None, *input_grads, *trained_grads
-
-
-def is_cache(value: Any) -> bool:
-    return isinstance(value, Cache)
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def cut(value: Any, place: Rows | None, rows: slice) -> Any:
-    """The rows of a tensor that belong to a micro-batch; what has no samples whole."""
-    return value if place is None else place.cut(value, rows)
 
 
 def _add(totals: list[torch.Tensor | None], index: int, grad: torch.Tensor | None) -> None:

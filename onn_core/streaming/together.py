@@ -59,7 +59,7 @@ class Together:
         for part, plan in zip(parts, plans, strict=True):
             part.planner.plan = plan
         self.entered = None  # other slots evict what is resident
-        self.stream.set_slots(plans[0].slots)
+        self.stream.set_slots(plans[0].slots, plans[0].dense)
 
     def close(self, timeout_s: float) -> None:
         """All members have left: give the weights' memory back."""
@@ -188,7 +188,7 @@ class Member:
         self.part.ask(batch_size, n_tokens, self.part.n_trained, planner.plan)
         self.together.plan()
 
-    def set_slots(self, slots: Counter) -> None:
+    def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
         """Nothing: the slots are planned for all members."""
 
     def leave(self) -> None:

@@ -151,6 +151,7 @@ class Streaming:
     host_boundaries: HostBoundaries
     device: torch.device
     member: Member | None = None  # of several models that run together; its stream then
+    captures: Any = None  # captured.Captures on CUDA
 
     def __deepcopy__(self, memo: Any) -> None:
         raise ConfigError(

@@ -10,7 +10,9 @@ import torch
 
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, sha256_of, write_json
-from onn_core.weights.geometry import geometry, save_configs, stored_tensors
+from onn_core.weights.folder import ModelFolder
+from onn_core.weights.geometry import geometry, save_configs
+from onn_core.weights.gguf import gguf_tokenizer
 
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -44,17 +46,14 @@ def prepare_default_model() -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model and the tokenizer inside a GGUF file as a Hugging Face folder."""
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    save_file(stored_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    stored = ModelFolder.open(gguf)
+    tensors = {name: stored.read_dense(name) for name in stored.parameter_names()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = geometry("smollm2")
-    config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]
+    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
     save_configs(config, folder)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = gguf_tokenizer(gguf)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

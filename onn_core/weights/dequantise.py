@@ -11,11 +11,23 @@ from collections.abc import Sequence
 
 import torch
 
+from onn_core.ops import four_bit
 from onn_core.weights.shards import TensorEntry
 
 # Dense elements that are made at a time: on a CPU they stay in the cache.
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
+
+
+def is_llm_int8(one: "Quantised | None") -> bool:
+    """Whether it is whole numbers with one factor a row: bitsandbytes' 8 bits, and ours."""
+    return type(one) is Scaled and one.factor != 1
+
+
+def work_bytes(on_cpu: bool) -> int:
+    """Memory that making a matrix dense takes, beside the matrix."""
+    return BLOCK_BYTES * BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +46,11 @@ class Quantised:
     def row_step(self) -> int:
         """Rows begin at a multiple of this in `rows`."""
         return 1
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether each row is made of the same row of one stored tensor, and of nothing else."""
+        return False
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
@@ -65,10 +82,34 @@ class FourBit(Quantised):
     block: int  # elements that share an absmax, across rows
     nested_block: int = 0
     offset: float = 0.0
+    is_nf4: bool = False  # its table is bitsandbytes' own, and its blocks are of 64
 
     @property
     def row_step(self) -> int:
         return self.block // math.gcd(self.block, math.prod(self.shape[1:]))
+
+    def dense(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        weight, absmax, code, *nested = parts
+        kernel = four_bit.kernel(weight.device, self.is_nf4) if weight.is_cuda else None
+        if kernel is None:
+            return super().dense(parts, dtype, out)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=weight.device)
+        absmax = self._absmax(absmax.flatten(), nested, 0)
+        kernel(weight.view(torch.uint8).flatten(), absmax, code.float(), self.block, out)
+        return out
+
+    def _absmax(
+        self, stored: torch.Tensor, nested: Sequence[torch.Tensor], first: int
+    ) -> torch.Tensor:
+        """The factors, in float32, of blocks from number `first` on."""
+        if not nested:
+            return stored.float()
+        numbers = torch.arange(first, first + len(stored), device=stored.device)
+        outer = nested[0].float()[numbers // self.nested_block]
+        return nested[1].float()[stored.int()].mul_(outer).add_(self.offset)
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         weight, absmax, code, *nested = parts
@@ -79,15 +120,11 @@ class FourBit(Quantised):
         packed = weight.view(torch.uint8).flatten()[first // 2 : (first + n + 1) // 2]
         values = _look_up(table, packed)[:n]
         blocks = slice(first // self.block, -(-(first + n) // self.block))
-        absmax = absmax.flatten()[blocks]
-        if nested:
-            numbers = torch.arange(blocks.start, blocks.stop, device=absmax.device)
-            outer = nested[0].float()[numbers // self.nested_block]
-            absmax = nested[1].float()[absmax.int()].mul_(outer).add_(self.offset)
+        absmax = self._absmax(absmax.flatten()[blocks], nested, blocks.start)
         if n % self.block:
-            values *= absmax.float().repeat_interleave(self.block)[:n]
+            values *= absmax.repeat_interleave(self.block)[:n]
         else:
-            values.view(-1, self.block).mul_(absmax.float()[:, None])
+            values.view(-1, self.block).mul_(absmax[:, None])
         return values.view(stop - start, *self.shape[1:])
 
 

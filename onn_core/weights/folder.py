@@ -1,10 +1,11 @@
 """A Hugging Face folder as an index, validated before any weight is read."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError, OnnError
 from onn_core.weights.dequantise import Quantised
+from onn_core.weights.gguf import gguf_files, read_gguf
 from onn_core.weights.quantised import find_quantised, take_settings
 from onn_core.weights.shards import (
     TensorEntry,
@@ -35,19 +37,27 @@ MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a
 class ModelFolder:
     """The configuration and the tensor index of a model folder; made by `ModelFolder.open`.
 
-    tensors: all that is stored, by name. quantised: the matrices of which several tensors are
-    stored, by the name of their parameter. config: as of an unquantised folder.
+    tensors: all that is stored, by name. quantised: the matrices that are to be decoded, by the
+    name of their parameter. config: as of an unquantised folder. gguf: the files, of a GGUF model.
 
     A shard is open only while something is read from it, so any number of shards needs one file
     handle, and a shard that was changed since is never read.
     """
 
-    def __init__(self, model_dir: Path):
-        self.model_dir = model_dir
-        self.config, self.quantisation = _read_config(model_dir)
+    def __init__(self, model_dir: Path, gguf: Sequence[Path] = ()):
+        self.model_dir = self.base_dir = model_dir  # base_dir: by which adapters name the model
+        self.gguf = gguf
         self.tensors: dict[str, TensorEntry] = {}
         self.quantised: dict[str, Quantised] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}  # of each shard at `open`
+        self.quantisation: dict[str, Any] | None = None
+        for path in gguf:
+            self._stamp(path)
+        if gguf:
+            self.config, self.tensors, self.quantised = read_gguf(gguf)
+        else:
+            self.config, self.quantisation = _read_config(model_dir)
+        self._dtype = self.config.dtype  # transformers changes it whenever it makes a model
 
     @classmethod
     def open(cls, model_dir: str | os.PathLike) -> "ModelFolder":
@@ -55,8 +65,11 @@ class ModelFolder:
 
         Reads config.json and `model.safetensors`, or else the shards that
         `model.safetensors.index.json` names. No tensor data is read. A leading ~ is the home.
+        `model_dir` may also be a GGUF file, or a folder with one.
         """
         model_dir = Path(expand_home(model_dir))
+        if files := gguf_files(model_dir):
+            return cls(files[0].parent, files)
         if not os.path.isdir(model_dir):
             raise ModelFolderError(
                 f"{model_dir} is not a folder: give that of a downloaded model "
@@ -79,8 +92,8 @@ class ModelFolder:
     @property
     def stored_dtype(self) -> torch.dtype:
         """What `from_pretrained(dtype="auto")` of transformers takes."""
-        if self.config.dtype or self.quantised:
-            return self.config.dtype or torch.bfloat16
+        if self._dtype or self.quantised:
+            return self._dtype or torch.bfloat16
         dtypes = (entry.dtype for entry in self.tensors.values())
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
@@ -91,15 +104,20 @@ class ModelFolder:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in fresh CPU memory; ModelFolderError if its file cannot be read."""
-        entry = self.tensors[name]
+        return self.read_entry(self.tensors[name])
+
+    def read_entry(self, entry: TensorEntry) -> torch.Tensor:
+        """A tensor, or a part of one, in fresh CPU memory."""
         buffer = torch.empty(entry.n_bytes, dtype=torch.uint8)
         with self._opened(entry.path) as descriptor:
             _read_into(descriptor, entry.path, buffer.numpy(), entry.offset)
         return buffer.view(entry.dtype).reshape(entry.shape)
 
     def read_dense(self, name: str) -> torch.Tensor:
-        """The quantised matrix `name` made dense, in the dtype of the model."""
-        one = self.quantised[name]
+        """The tensor `name` that an unquantised folder would have, in the dtype of the model."""
+        one = self.quantised.get(name)
+        if one is None:
+            return self.read(name).to(self.stored_dtype)
         return one.dense([self.read(entry.name) for entry in one.entries], self.stored_dtype)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -129,6 +147,15 @@ class ModelFolder:
                 _read_into(descriptor, entry.path, block, entry.offset + start)
                 yield block
 
+    def fingerprint(self) -> str:
+        """The shards' sizes and times and the tensors' names, dtypes and shapes, hashed."""
+        found = hashlib.sha256()
+        for path, seen in sorted(self._stamps.items()):
+            found.update(f"{path.name} {seen}\n".encode())
+        for name, entry in sorted(self.tensors.items()):
+            found.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+        return found.hexdigest()
+
     def check_unchanged(self) -> None:
         """ModelFolderError if the size or the modification time of a shard is not as at `open`."""
         for path, at_open in self._stamps.items():
@@ -146,9 +173,12 @@ class ModelFolder:
             finally:
                 os.close(descriptor)
 
-    def _add_shard(self, path: Path) -> None:
+    def _stamp(self, path: Path) -> None:
         with reading(path):
             self._stamps[path] = stamp(path)
+
+    def _add_shard(self, path: Path) -> None:
+        self._stamp(path)
         for entry in read_tensor_index(path):
             if entry.name in self.tensors:
                 other = self.tensors[entry.name].path.name

@@ -36,13 +36,15 @@ class Source:
     """The tensors of the model folder that one parameter is made of.
 
     convert: makes it of them, on the device that they are on. quantised: set if they are one
-    quantised matrix and `convert` does no more than make it dense.
+    quantised matrix and `convert` does no more than make it dense. packed: quantised matrices are
+    among them.
     """
 
     entries: tuple[TensorEntry, ...]
     convert: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
     converted_shape: torch.Size | None = None
     quantised: Quantised | None = None
+    packed: bool = False
 
     @property
     def entry(self) -> TensorEntry:
@@ -64,7 +66,7 @@ class Source:
 
     def read(self, model_folder: ModelFolder) -> torch.Tensor:
         """The parameter's values, in the model folder's dtype and in fresh memory."""
-        return self.made_of([model_folder.read(entry.name) for entry in self.entries])
+        return self.made_of([model_folder.read_entry(entry) for entry in self.entries])
 
     def made_of(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The parameter's values, of the stored tensors."""
@@ -82,8 +84,13 @@ class Source:
             sizes = [min(COMPARED_BYTES, mine.n_bytes - start) for start in pieces]
             return all(one.read(size) == two.read(size) for size in sizes)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of the parameter can be made of the same rows of what is stored."""
+        return self.convert is None or (self.quantised is not None and self.quantised.by_rows)
+
     def rows(self, start: int, stop: int) -> "Source":
-        """The source of rows start:stop of a matrix that is not converted."""
+        """The source of rows start:stop of a matrix that is stored by rows."""
         entry = self.entry
         row_bytes = entry.n_bytes // entry.shape[0]
         part = dataclasses.replace(
@@ -92,7 +99,20 @@ class Source:
             n_bytes=(stop - start) * row_bytes,
             shape=(stop - start, *entry.shape[1:]),
         )
-        return Source((part,))
+        if self.quantised is None:
+            return Source((part,))
+        # Another name, for what a read is told apart by.
+        part = dataclasses.replace(part, name=f"{entry.name} from row {start}")
+        shape = (stop - start, *self.shape[1:])
+        one = dataclasses.replace(self.quantised, entries=(part,), shape=shape)
+        return _dense(one, self.convert.keywords["dtype"], packed=False)
+
+    def gathered(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """stored (U, ...), rows of a matrix that is stored by rows -> their values (U, C)."""
+        if self.quantised is None:
+            return stored.to(dtype)
+        shape = (len(stored), *self.shape[1:])
+        return dataclasses.replace(self.quantised, shape=shape).dense([stored], dtype)
 
 
 def find_sources(model: PreTrainedModel, model_folder: ModelFolder) -> dict[str, Source]:
@@ -133,8 +153,12 @@ def _source(model_folder: ModelFolder, key: str, dtype: torch.dtype) -> Source:
     one = model_folder.quantised.get(key)
     if one is None:
         return Source((model_folder.tensors[key],))
-    dense = functools.partial(one.dense, dtype=dtype)
-    return Source(one.entries, dense, torch.Size(one.shape), one)
+    return _dense(one, dtype, packed=True)
+
+
+def _dense(one: Quantised, dtype: torch.dtype, packed: bool) -> Source:
+    convert = functools.partial(one.dense, dtype=dtype)
+    return Source(one.entries, convert, torch.Size(one.shape), one, packed)
 
 
 def _converted(
@@ -171,7 +195,10 @@ def _converted(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
-    return {target: Source(entries, maker(target), made[target].shape) for target in made}
+    packed = any(source.packed for source in before)
+    return {
+        target: Source(entries, maker(target), made[target].shape, packed=packed) for target in made
+    }
 
 
 def _check(

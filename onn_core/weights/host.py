@@ -1,5 +1,6 @@
 """Host memory on the way to a device: pinned buffers, the host store, a reader's staging."""
 
+import types
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -22,6 +23,14 @@ def pin(memory: torch.Tensor, device: torch.device) -> None:
 
 def unpin(memory: torch.Tensor) -> None:
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+def as_seen_by(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A pinned tensor in host memory as one of the device, which reads it over the bus."""
+    place = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False)}
+    memory = types.SimpleNamespace(__cuda_array_interface__=place | {"version": 3})
+    with torch.cuda.device(device):
+        return torch.as_tensor(memory, device=device).view(tensor.dtype).view(tensor.shape)
 
 
 class HostStore:

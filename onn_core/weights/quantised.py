@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from onn_core.errors import ModelFolderError
+from onn_core.ops import four_bit
 from onn_core.weights.dequantise import (
     Awq,
     FloatFour,
@@ -190,8 +191,9 @@ class _Finder:
             raise _unfit(name, f"has {weight.n_bytes:,} bytes for {n:,} values of half a byte")
         absmax = self.part(f"{name}.absmax", (*BYTES, *FLOATS), (-(-n // block),))
         code = self.part(f"{name}.quant_map", FLOATS, (16,))
+        is_nf4 = block == 64 and tuple(self.read(code.name).tolist()) == four_bit.NF4
         if absmax.dtype != torch.uint8:
-            return FourBit(name, (weight, absmax, code), shape, block)
+            return FourBit(name, (weight, absmax, code), shape, block, is_nf4=is_nf4)
         outer, offset = state.get("nested_blocksize"), state.get("nested_offset")
         if type(outer) is not int or not 2 <= outer <= 1 << 16:
             raise _unfit(key, f"has a nested_blocksize of {short(outer)}")
@@ -200,7 +202,7 @@ class _Finder:
         nested = self.part(f"{name}.nested_absmax", FLOATS, (-(-absmax.n_bytes // outer),))
         table = self.part(f"{name}.nested_quant_map", FLOATS, (256,))
         entries = (weight, absmax, code, nested, table)
-        return FourBit(name, entries, shape, block, outer, offset)
+        return FourBit(name, entries, shape, block, outer, offset, is_nf4)
 
     def int8(self, name: str, key: str) -> Quantised:
         weight = self.part(f"{name}.weight", (torch.int8,), (None, None))

@@ -5,30 +5,63 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from onn_core.weights.formats import Source
 from onn_core.weights.reader import PAGE_BYTES
+from onn_core.weights.shards import TensorEntry
 
 READ_BYTES = 8 << 20  # at most, of one read
 DEVICE_ALIGNMENT = 256  # bytes; matmul of a matrix that begins elsewhere is slow
 
 
+class Read(NamedTuple):
+    """Bytes start:stop of the file of a stored tensor.
+
+    at: where the first of them goes in the weight's memory, unless they are cast on the way.
+    """
+
+    entry: TensorEntry
+    start: int
+    stop: int
+    at: int
+
+
 @dataclasses.dataclass(eq=False)
 class StreamedWeight:
-    """One matrix that is fetched and evicted."""
+    """One matrix that is fetched and evicted.
+
+    Where quantised matrices are stored it is packed: its slot holds the stored tensors, each in
+    whole pages as in its file, and its values are in a scratch while they are used.
+    """
 
     source: Source
     shape: tuple[int, ...]
-    dtype: torch.dtype  # in memory
+    dtype: torch.dtype  # of its values
     on_device: bool = False  # its slot is memory of a device, which no file is read into
+    # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
+    module: int | None = None
+    in_blocks: bool = False  # packed, but multiplied as it is stored, a few rows at a time
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
-    tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready
-    host: torch.Tensor | None = None  # (shape) in the host store, once it has been read
+    tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
+    host: torch.Tensor | None = None  # the same in the host store, once it has been read
+    dense: torch.Tensor | None = None  # (shape) in a scratch, if it is packed
     in_use: bool = False
     reads_left: int = 0
+
+    @property
+    def packed(self) -> bool:
+        return self.source is not None and self.source.packed
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """(shape), where they are now; of a weight in blocks what its slot holds."""
+        if self.dense is None and (self.in_blocks or not self.packed):
+            return self.tensor
+        return self.dense
 
     @property
     def is_idle(self) -> bool:
@@ -36,44 +69,84 @@ class StreamedWeight:
         return self.tensor is not None and not self.in_use
 
     @functools.cached_property
-    def n_bytes(self) -> int:
+    def dense_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def n_bytes(self) -> int:
+        """Of what its slot holds."""
+        return self.source.n_bytes if self.packed else self.dense_bytes
 
     @functools.cached_property
     def slot_bytes(self) -> int:
         """On a device its bytes; else in whole pages, with room for where it begins in one."""
-        if self.on_device:
+        if self.on_device and not self.packed:
             return -(-self.n_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
         return self.host_bytes
 
     @property
     def host_bytes(self) -> int:
         """Of host memory that its file is read into page by page."""
-        return -(-self.n_bytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
+        if self.packed:
+            return sum(_in_pages(entry.n_bytes) for entry in self.source.entries)
+        return _in_pages(self.n_bytes)
 
     @property
     def in_place(self) -> bool:
         """Whether the file's bytes are the tensor's."""
         return self.source.direct and self.source.entry.dtype == self.dtype
 
-    @property
-    def first_page(self) -> int:
-        """Where in its file the page begins that holds its first byte."""
-        return self.source.entry.offset // PAGE_BYTES * PAGE_BYTES
-
-    def reads(self) -> list[tuple[int, int]]:
-        """Byte ranges (start, stop) of its file, one a read; a converted weight is one."""
-        if not self.source.direct:
-            return [(0, 0)]
-        stop = self.source.entry.offset + self.source.entry.n_bytes
-        starts = range(self.first_page, stop, READ_BYTES)
-        return [(start, min(start + READ_BYTES, stop)) for start in starts]
+    def reads(self) -> list[Read]:
+        """What is read of its files; a weight that is converted as it is read is one."""
+        if not self.packed and not self.source.direct:
+            return [Read(self.source.entry, 0, 0, 0)]
+        found, begin = [], 0
+        for entry in self.source.entries:
+            first, stop = _first_page(entry), entry.offset + entry.n_bytes
+            for start in range(first, stop, READ_BYTES):
+                end = min(start + READ_BYTES, stop)
+                found.append(Read(entry, start, end, begin + start - first))
+            begin += _in_pages(entry.n_bytes)
+        return found
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor (shape) in its slot (slot_bytes,), or in host memory (host_bytes,)."""
+        """`tensor` in its slot (slot_bytes,), or in host memory (host_bytes,)."""
+        if self.packed:
+            return memory[: self.host_bytes]
+        entry = self.source.entry
         in_page = self.in_place and memory.device.type == "cpu"
-        begin = self.source.entry.offset - self.first_page if in_page else 0
+        begin = entry.offset - _first_page(entry) if in_page else 0
         return memory[begin : begin + self.n_bytes].view(self.dtype).view(self.shape)
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        """Of a packed weight that is resident: what its source is made of, in the slot."""
+        found, begin = [], 0
+        for entry in self.source.entries:
+            at = begin + entry.offset - _first_page(entry)
+            part = self.tensor[at : at + entry.n_bytes]
+            if at % entry.dtype.itemsize:  # as in a file that aligns nothing
+                part = part.clone()
+            found.append(part.view(entry.dtype).view(entry.shape))
+            begin += _in_pages(entry.n_bytes)
+        return found
+
+    def fill_dense(self) -> None:
+        """Give `dense` the values of what is in the slot."""
+        source, parts = self.source, self.stored_tensors()
+        if source.quantised is None:
+            self.dense.copy_(source.made_of(parts).view(self.shape))
+        else:
+            source.quantised.dense(parts, self.dtype, self.dense.view(source.quantised.shape))
+
+
+def _in_pages(n_bytes: int) -> int:
+    """Whole pages that hold so many bytes, wherever in a page they begin."""
+    return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
+
+
+def _first_page(entry: TensorEntry) -> int:
+    """Where in its file the page begins that holds the first byte of a tensor."""
+    return entry.offset // PAGE_BYTES * PAGE_BYTES
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,6 +189,21 @@ def few_slots(units: Sequence[Sequence[StreamedWeight]], n_each: int) -> Counter
         counts = Counter(weight.slot_bytes for weight in unit)
         slots |= Counter({size: min(count, n_each) for size, count in counts.items()})
     return slots
+
+
+def count_dense(units: Sequence[Sequence[StreamedWeight]], whole_unit: bool) -> Counter:
+    """Size in bytes -> buffers for packed weights: of a whole unit, or of a linear layer at a time.
+
+    What may be used at any time has a buffer of its own.
+    """
+    counts: Counter = Counter()
+    largest = 0  # of those that take turns
+    for unit in units:
+        packed = [weight for weight in unit if weight.packed and not weight.in_blocks]
+        turns = [w for w in packed if w.module is not None and not whole_unit]
+        counts |= Counter(weight.dense_bytes for weight in packed if weight not in turns)
+        largest = max([largest, *(weight.dense_bytes for weight in turns)])
+    return counts + Counter({largest: int(largest > 0)})
 
 
 def slots_bytes(slots: Counter) -> int:

@@ -21,8 +21,9 @@ from onn_core.weights.folder import ModelFolder
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
+from onn_core.weights.scratch import Scratch
 from onn_core.weights.shards import TensorEntry
-from onn_core.weights.slots import Slot, StreamedWeight
+from onn_core.weights.slots import Read, Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one
 # alone read 2.8 GB/s, as fast as two.
@@ -45,8 +46,9 @@ class WeightStream:
     """Fetches the coming units' weights into a fixed number of slots.
 
     model_folder: where the weights lie. units: the weights of each unit. slots: size in bytes ->
-    how many. host_budget: bytes of host memory that may hold weights for a device. check: called
-    while the compute waits; it may raise, to abandon a step.
+    how many. host_budget: bytes of host memory that may hold weights for a device. dense: size in
+    bytes -> buffers of the scratch. check: called while the compute waits; it may raise, to
+    abandon a step.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class WeightStream:
         slots: Counter,
         device: torch.device,
         host_budget: int = 0,
+        dense: Counter | None = None,
     ):
         self.schedule = Schedule(units, slots, self.new_slot)
+        self.scratch = Scratch(device, dense or Counter())
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # read -> hash of its bytes; None checks none
@@ -73,7 +77,7 @@ class WeightStream:
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
         self.store = HostStore(device, every, host_budget if device.type == "cuda" else 0)
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
-        self._reads: deque[tuple[StreamedWeight, int, int]] = deque()
+        self._reads: deque[tuple[StreamedWeight, Read]] = deque()
         self._error: Exception | None = None
         lock = threading.RLock()
         self._ready = threading.Condition(lock)  # a weight, or an error
@@ -118,7 +122,7 @@ class WeightStream:
             self._fetch()
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        """The tensor of a weight of the unit that was entered, when it is ready.
+        """What the slot of a weight of the unit that was entered holds, when it is ready.
 
         ModelFolderError if a file fails, ConfigError if a slot's memory cannot be had.
         """
@@ -151,8 +155,11 @@ class WeightStream:
         with self._ready:
             self.schedule.reorder(unit, weights)
 
-    def set_slots(self, slots: Counter) -> None:
+    def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
         """Go on with other slots; what is resident is evicted if they differ."""
+        if dense is not None and dense != self.scratch.counts:
+            self.scratch.clear()
+            self.scratch.counts = dense
         if slots != self.schedule.slots:
             self._stop(CLOSE_S)
             self.schedule.slots = slots
@@ -186,6 +193,7 @@ class WeightStream:
         self._readers.clear()
         self._reads.clear()
         self.schedule.clear()
+        self.scratch.clear()
         self._error = None
         self.files.close()
         return True
@@ -210,7 +218,7 @@ class WeightStream:
                 continue
             reads = weight.reads()
             weight.reads_left = len(reads)
-            self._reads.extend((weight, start, stop) for start, stop in reads)
+            self._reads.extend((weight, read) for read in reads)
             self._work.notify(len(reads))
 
     def _copy(self, weight: StreamedWeight) -> None:
@@ -254,10 +262,10 @@ class WeightStream:
                     self._work.wait()
                 if self._closed:
                     return
-                weight, start, stop = self._reads.popleft()
+                weight, read = self._reads.popleft()
             n_read, error, started = 0, self._error, time.perf_counter()
             try:
-                n_read = self.fetch(weight, start, stop, staging) if error is None else 0
+                n_read = self.fetch(weight, read, staging) if error is None else 0
             except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
             with self._ready:
@@ -287,25 +295,29 @@ class WeightStream:
             self._ready.notify_all()
             self._fetch()  # what evicts this weight may have waited for it
 
-    def fetch(self, weight: StreamedWeight, start: int, stop: int, staging: Staging) -> int:
-        """Read bytes start:stop of the weight's file to where it goes; returns the bytes read."""
+    def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> int:
+        """Read a part of the weight's files to where it goes; returns the bytes read."""
         source, in_store = weight.source, self.store.holds(weight)
         memory = self.store.memory(weight) if in_store else weight.slot.memory
         used = None if in_store else weight.slot.used
-        if not source.direct:
+        if not weight.packed and not source.direct:
             values = source.read(self.model_folder)
             self._verify(source.entry, 0, values)
             staging.copy(weight.view(memory), values, used)
             return source.n_bytes
-        entry = source.entry
-        if weight.in_place and memory.device.type == "cpu":
-            target = memory[start - weight.first_page :]
+        entry, start, stop, at = read
+        as_stored = weight.packed or weight.in_place
+        if as_stored and memory.device.type == "cpu":
+            target = memory[at:]
             n_read = self.files.read(entry.path, start, stop, target)
             self._verify(entry, start, target[: stop - start])
             return n_read
         buffer = staging.buffer()
         n_read = self.files.read(entry.path, start, stop, buffer)
         self._verify(entry, start, buffer[: stop - start])
+        if weight.packed:
+            staging.copy(memory[at : at + stop - start], buffer[: stop - start], used)
+            return n_read
         begin = max(start, entry.offset)  # from the first whole element on; it may be cast
         values = buffer[begin - start : stop - start].view(entry.dtype)
         first = (begin - entry.offset) // entry.dtype.itemsize
