@@ -54,6 +54,8 @@ test-heavy: venv model ## tests that take minutes or gigabytes
 
 test-browser: venv model ## tests that need AIM, TensorBoard, or drive chromium
 	@$(PY) -m pip install -q -e '.[aim,tensorboard,browser]'
+	@command -v chromedriver >/dev/null || { \
+		echo "chromium and its driver are needed: apt install chromium chromium-driver"; exit 1; }
 	$(PY) -m pytest -m browser tests
 
 report: venv model ## run the notebooks into results/PROFILE; RESUME=1: go on with one that was cut

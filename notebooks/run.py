@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from jinja2 import DictLoader
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
@@ -25,6 +26,17 @@ from onn_workbench import pages, tracking
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
+FOLDED = """{%- extends "lab/index.html.j2" -%}
+{%- block header -%}{{ super() }}
+<style>
+summary { color: #666; cursor: pointer; font-size: 0.8rem; margin-left: 5rem }
+.jp-RenderedImage img { max-width: 100%; height: auto }
+</style>
+{%- endblock header -%}
+{%- block input_group -%}
+<details><summary>code</summary>{{ super() }}</details>
+{%- endblock input_group -%}
+"""
 
 
 def execute(path: Path, parameters: dict, folder: Path) -> None:
@@ -54,9 +66,13 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
 
 
 def self_contained(notebook: nbformat.NotebookNode, title: str) -> str:
-    """The notebook as a page without scripts: they would be fetched from other hosts."""
+    """The notebook as a page without scripts, which would be fetched from other hosts.
+
+    Its code is folded away: a reader of the page wants what came of it.
+    """
     resources = {"metadata": {"name": title}}
-    page = HTMLExporter().from_notebook_node(notebook, resources=resources)[0]
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"folded": FOLDED})], template_file="folded")
+    page = exporter.from_notebook_node(notebook, resources=resources)[0]
     return re.sub(r"<script\b.*?</script>", "", page, flags=re.DOTALL)
 
 

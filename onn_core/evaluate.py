@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from onn_core import data
@@ -84,6 +85,21 @@ def perplexity(
     if adapters is None:
         return _perplexity(n_tokens, losses)
     return [_perplexity(n_tokens, [loss, losses[-1]]) for loss in losses[:-1]]
+
+
+def token_losses(
+    model: Any, tokenizer: Any, examples: Sequence[data.Example], *, batch_size: int = 32
+) -> list[torch.Tensor]:
+    """The loss of each token of each example, in nats: (2, T) with the adapter and without it.
+
+    (1, T) of a model without an adapter. A token that is not counted has 0.
+    """
+    found, (base, has_adapter) = [], streamed_base(model)
+    of = model, base, [True, False][: 1 + has_adapter], examples, _pad_id(tokenizer, base)
+    for part, losses in _losses_by_batch(*of, batch_size):
+        losses = F.pad(losses, (1, 0)).cpu()  # each was at the token before
+        found += [losses[:, row, : len(own.input_ids)] for row, own in enumerate(part)]
+    return found
 
 
 def answers(
@@ -196,15 +212,28 @@ def _mean_losses(
 ) -> tuple[int, list[float]]:
     """The tokens that count in `examples`, and their mean loss under each choice of adapters."""
     totals, n_tokens = 0.0, 0
+    for part, losses in _losses_by_batch(model, base, choices, examples, pad_id, batch_size):
+        totals = totals + losses.double().flatten(1).sum(-1).cpu()
+        n_tokens += sum(label != IGNORED for example in part for label in example.labels)
+    return n_tokens, (totals / n_tokens).tolist()
+
+
+def _losses_by_batch(
+    model: Any,
+    base: StreamedModel,
+    choices: Sequence[Choice],
+    examples: Sequence[data.Example],
+    pad_id: int | None,
+    batch_size: int,
+) -> Iterator[tuple[Sequence[data.Example], torch.Tensor]]:
+    """Batches of examples, each with the losses of its next tokens: (choices, B, T)."""
     with _evaluating(model):
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = repeated(data.collate(part, pad_id), len(choices), base.device)
             with by_rows(base, len(part), choices):
                 losses = base.token_losses(model, batch)  # (choices * B, T)
-            totals = totals + losses.double().view(len(choices), -1).sum(-1).cpu()
-            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
-    return n_tokens, (totals / n_tokens).tolist()
+            yield part, losses.unflatten(0, (len(choices), -1))
 
 
 def _perplexity(n_tokens: int, losses: Sequence[float]) -> Perplexity:

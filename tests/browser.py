@@ -39,7 +39,7 @@ def chromium() -> Iterator[Any]:
             browser.quit()
 
 
-def wait_for(find: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+def wait_for(find: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     """The first true answer of `find`; fails with `what` when time is over."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

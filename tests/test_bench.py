@@ -53,14 +53,14 @@ def test_a_run_is_disturbed_if_what_limits_its_steps_has_changed():
         assert before.disturbed(slower, {"read", limit}) and slower.disturbed(before, {limit})
 
 
-def test_tables_and_verdict_come_from_the_record(record, capsys):
+def test_tables_and_verdict_come_from_the_record(record):
     result = speed.load_benchmark(record)
     assert len(speed.speed_table(result)) == 4
     assert len(speed.ratio_table(result)) == 2  # the shallow run is compared with nothing
-    for times, verdict in ((10, "CONFIRMED"), (0.5, "REFUTED"), (50, "DIFFERENT")):
-        result["rows"][1]["ms_per_sample"] = times * result["rows"][0]["ms_per_sample"]
-        speed.print_verdict(result)
-        assert verdict in capsys.readouterr().out
+    assert "the best peer" in speed.headline(result)
+    assert "NOT COMPARABLE (no batch of 32 to 128 beside a baseline" in speed.reading(result)
+    baseline = [row for row in result["rows"] if row["system"] == "mapped"]
+    assert speed.reading(result | {"rows": baseline}).endswith("no verdict.")
 
 
 def test_another_schema_is_refused(record, tmp_path):

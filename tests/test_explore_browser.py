@@ -1,6 +1,7 @@
 """notebooks/explore.ipynb in JupyterLab, as somebody with a keyboard uses it."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -51,26 +52,41 @@ class Notebook:
     def all(self, selector):
         return self.page.find_elements("css selector", selector)
 
-    def run_all(self):
-        wait_for(lambda: "Python 3 (ipykernel) | Idle" in text(self.page), "the kernel")
-        next(item for item in self.all(".lm-MenuBar-item") if item.text == "Run").click()
-        entry = ".lm-Menu-item[data-command='runmenu:run-all']"
+    def menu(self, name, command):
+        """Choose from the menu; the status bar says nothing of the kernel before there is focus."""
+        next(item for item in self.all(".lm-MenuBar-item") if item.text == name).click()
+        entry = f".lm-Menu-item[data-command='{command}']"
         wait_for(lambda: self.all(entry), "the menu")[0].click()
 
+    def run_all(self):
+        """Run all cells, as soon as the kernel waits for them."""
+        wait_for(lambda: self.all(".jp-Notebook .jp-Cell"), "the notebook")
+        ready = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
+        wait_for(lambda: self.all(ready), "the kernel")
+        self.menu("Run", "runmenu:run-all")
+
     def status(self):
-        told = "[...document.querySelectorAll('[role=status], [role=alert]')]"
+        own = ".jupyter-widgets [role=status], .jupyter-widgets [role=alert]"
+        told = f"[...document.querySelectorAll('{own}')]"
         return self.page.execute_script(f"return {told}.map(x => x.innerText).join(' ')")
 
     def until_status(self, words):
         wait_for(lambda: words in self.status(), f"{words!r}")
         return self.status()
 
+    def button(self, label):
+        buttons = self.all("button.jupyter-button")
+        return next((b for b in buttons if b.is_displayed() and b.text.strip() == label), None)
+
     def press(self, label):
         """Space on the button with this label."""
-        keys = self.keys()
-        button = next(b for b in self.all("button.jupyter-button") if b.text.strip() == label)
-        assert button.is_enabled(), label
-        button.send_keys(keys.SPACE)
+        wait_for(lambda: (b := self.button(label)) and b.is_enabled(), label)
+        self.button(label).send_keys(self.keys().SPACE)
+
+    def open(self, title):
+        """Show a panel."""
+        tabs = self.all(".jupyter-widgets .lm-TabBar-tab")
+        next(tab for tab in tabs if tab.text.strip() == title).click()
 
     def enter(self, label, value):
         """Type into the field with this label, and leave it with Tab."""
@@ -86,37 +102,107 @@ class Notebook:
         return Keys
 
 
-def test_a_reader_starts_watches_pauses_stops_and_saves(smollm2_dir, tmp_path):
-    (tmp_path / "notebooks").mkdir()
-    shutil.copy(ROOT / "notebooks" / "explore.ipynb", tmp_path / "notebooks")
-    with chromium() as page, jupyter_lab(tmp_path) as address:
+@pytest.fixture(scope="module")
+def lab(smollm2_dir, tmp_path_factory):
+    """The notebook after all its cells have run, and its folder."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "explore.ipynb", folder / "notebooks")
+    with chromium() as page, jupyter_lab(folder) as address:
         page.get(f"{address}/lab/tree/notebooks/explore.ipynb?reset")
         notebook = Notebook(page)
         notebook.run_all()
         notebook.until_status("finished: step 2 of 2")
-        wait_for(lambda: notebook.all("img[alt*='run 1: loss']"), "the figure")
-        assert "651,264" in text(page)
-        notebook.press("29")  # takes the adapter of the last layer away
-        wait_for(lambda: "569,856" in text(page), "another count of trainable parameters")
-        notebook.enter("Trained layers", "last:1")
-        wait_for(lambda: "81,408" in text(page), "the count for one layer")
-        notebook.enter("Steps", "1000")
+        yield notebook, folder
 
-        notebook.press("Start")
-        notebook.until_status("running: step 1 of 1000")
-        wait_for(lambda: notebook.all("img[alt*='run 2: loss']"), "a point of the run")
-        notebook.press("Pause")
-        paused = notebook.until_status("paused: step")
-        notebook.press("Save adapter")
-        notebook.until_status("adapter saved to ../runs/explore/adapter")
-        assert loads_in_memory(smollm2_dir, tmp_path / "runs" / "explore" / "adapter")
-        notebook.press("Go on")
-        notebook.until_status("running: step")
-        notebook.press("Stop")
-        stopped = notebook.until_status("stopped: step")
-        assert int(stopped.split()[2]) >= int(paused.split()[2])
-        assert loads_in_memory(smollm2_dir, tmp_path / "runs" / "explore" / "2" / "adapter")
-        notebook.enter("Compare with", "explore/1")
-        wait_for(lambda: notebook.all("img[alt*='explore/1: loss']"), "the first run beside it")
-        if folder := os.environ.get("ONN_SCREENSHOTS"):
-            page.save_screenshot(f"{folder}/explore.png")
+
+def screenshot(notebook, name):
+    if folder := os.environ.get("ONN_SCREENSHOTS"):
+        notebook.page.save_screenshot(f"{folder}/{name}.png")
+
+
+def steps_of(folder, run):
+    path = folder / "runs" / "explore" / run / "record.json"
+    return len(json.loads(path.read_text())["steps"]) if path.exists() else 0
+
+
+def test_a_reader_chooses_layers_and_is_told_what_is_wrong(lab):
+    notebook, _ = lab
+    page = notebook.page
+    wait_for(lambda: notebook.all("img[alt*='run 1: loss']"), "the figure")
+    assert "651,264" in text(page)
+    assert not any(
+        code.is_displayed() for code in notebook.all(".jp-CodeCell .jp-InputArea-editor")
+    )
+    assert notebook.button("29").get_attribute("aria-pressed") == "true"
+    notebook.press("29")  # takes the adapter of the last layer away
+    wait_for(lambda: "569,856" in text(page), "another count of trainable parameters")
+    wait_for(lambda: notebook.button("29").get_attribute("aria-pressed") == "false", "aria-pressed")
+    notebook.enter("LoRA rank", "abc")
+    notebook.until_status("lora_rank must be a whole number of at least 1, not 'abc'")
+    assert "569,856" not in text(page)
+    notebook.enter("LoRA rank", "8")
+    notebook.enter("Trained layers", "last:1")
+    wait_for(lambda: "81,408" in text(page), "the count for one layer")
+    assert "whole number" not in text(page)
+    screenshot(notebook, "choose")
+
+
+def test_the_rows_are_shown_with_what_is_learned(lab):
+    notebook, _ = lab
+    notebook.open("Data")
+    notebook.press("Show rows")
+    notebook.until_status("897 rows")
+    learned = [x.text for x in notebook.all("span[style*='183, 228, 199'], span[style*='b7e4c7']")]
+    assert any("<|im_end|>" in x for x in learned)
+    screenshot(notebook, "data")
+
+
+def test_a_run_goes_on_while_settings_change_and_cells_run_again(lab, smollm2_dir):
+    notebook, folder = lab
+    notebook.enter("Steps", "1000")
+    notebook.press("Start")
+    notebook.enter("Tokens, at most", "48")  # in its first second
+    notebook.until_status("running: step 1 of 1000")
+    notebook.enter("Tokens, at most", "56")
+    notebook.until_status("running: step 2 of 1000")
+    notebook.run_all()  # a new explorer
+    wait_for(lambda: "not measured beside a run" in text(notebook.page), "the new explorer")
+    notebook.until_status("running: step")
+    notebook.press("Pause")
+    notebook.until_status("paused: step")
+    notebook.open("Ask")
+    notebook.enter("New tokens", "8")
+    notebook.press("Ask")
+    notebook.until_status("answers to")
+    assert "with the adapter" in text(notebook.page)
+    screenshot(notebook, "ask")
+    notebook.press("Save adapter")
+    notebook.until_status("adapter saved to ../runs/explore/adapter")
+    assert loads_in_memory(smollm2_dir, folder / "runs" / "explore" / "adapter")
+    notebook.press("Go on")
+    notebook.until_status("running: step")
+    notebook.menu("Kernel", "kernelmenu:interrupt")  # no cell runs
+    notebook.until_status("stopped: step")
+    assert loads_in_memory(smollm2_dir, folder / "runs" / "explore" / "2" / "adapter")
+
+
+def test_runs_are_drawn_together_continued_and_merged(lab):
+    notebook, folder = lab
+    notebook.open("Runs")
+    wait_for(lambda: "explore/2" in text(notebook.page), "the table")
+    done = steps_of(folder, "2")
+    box = next(b for b in notebook.all("input[type=checkbox]") if b.is_displayed())
+    box.send_keys(notebook.keys().SPACE)
+    wait_for(lambda: notebook.all("img[alt*='explore/1: loss']"), "the first run")
+    screenshot(notebook, "runs")
+    notebook.press("Continue")
+    notebook.until_status(f"running: step {done + 1} of 1000")
+    notebook.press("Stop")
+    notebook.until_status("stopped: step")
+    assert steps_of(folder, "2") > done
+    notebook.open("Export")
+    notebook.press("Merge")
+    notebook.until_status("merged into ../runs/explore/merged")
+    assert (folder / "runs" / "explore" / "merged" / "config.json").exists()
+    screenshot(notebook, "export")

@@ -9,7 +9,7 @@ from plotly.graph_objects import Figure as Plotly
 
 from onn_core.weights import geometry
 from onn_workbench import speed
-from onn_workbench.figure import Bars, Figure, Line, Panel
+from onn_workbench.figure import Bars, Figure, Line, Panel, Parallel, Scale
 
 FULL = Path(__file__).parents[1] / "results/full/training_benchmark.json"
 
@@ -67,7 +67,39 @@ def test_growth_draws_the_predictions_beside_what_was_measured():
 
 def test_a_peer_whose_limit_is_unknown_has_no_mark():
     record = speed.load_benchmark(FULL.parents[1] / "gpu" / FULL.name)
-    bars, limits = speed.sample_times(record).rows[0][0].parts
+    *systems, limits = speed.sample_times(record).rows[0][0].parts
     unknown = [row["system"] for row in record["rows"] if row["percent_of_limit"] is None]
-    assert unknown == ["offload"] and len(limits.x) == len(bars.rows) - 1
+    n_points = sum(len(points.x) for points in systems)
+    assert n_points == len(record["rows"]) and len(limits.x) == n_points - 1
+    assert unknown == ["offload"]
     json.dumps(speed.sample_times(record).plotly(), allow_nan=False)
+
+
+def test_a_logarithmic_axis_has_no_half_steps():
+    steps = Panel([Line("", [1, 4, 16], [3.0, 2.0, 1.0])], "steps", log_x=True)
+    assert Plotly(Figure([[steps]], "").plotly()).layout.xaxis.ticktext == ("1", "2", "5", "10")
+    one = Panel([Line("", [1], [3.0])], "steps", log_x=True)
+    assert Plotly(Figure([[one]], "").plotly()).layout.xaxis.ticktext == ("1",)
+
+
+def test_a_colour_bar_says_what_the_colours_of_lines_mean():
+    scale = Scale("decoder layer", 0, 29)
+    assert (scale.colour(0), scale.colour(29)) == ("#440154", "#fde725")
+    lines = [Line("", [1, 2], [1.0, 2.0], colour=scale.colour(layer)) for layer in (0, 29)]
+    figure = Figure([[Panel(lines, "x", scale=scale)] * 2], "norms")
+    layout = Plotly(figure.plotly()).layout
+    assert layout.coloraxis.colorbar.title.text == "decoder layer"
+    assert (layout.coloraxis2.cmin, layout.coloraxis2.cmax) == (0, 29)
+    assert layout.xaxis.domain[1] == layout.coloraxis.colorbar.x < layout.xaxis2.domain[0]
+    assert figure.png() != Figure([[Panel(lines, "x")] * 2], "norms").png()
+
+
+def test_parallel_coordinates_place_settings_in_order_and_losses_to_scale():
+    axes = {"learning_rate": [1e-2, 1e-3, 1e-1], "layers": ["all", "ends:4", "all"]}
+    drawn = Parallel(axes | {"loss": [2.0, 3.0, 2.5]}, "runs")
+    (trace,) = Plotly(drawn.plotly()).data
+    rate, layers, loss = trace.dimensions
+    assert (rate.values, rate.ticktext) == ((1, 0, 2), ("0.001", "0.01", "0.1"))
+    assert (layers.values, layers.ticktext) == ((0, 1, 0), ("all", "ends:4"))
+    assert loss.values == trace.line.color == (2.0, 3.0, 2.5)
+    assert drawn.png()[:4] == b"\x89PNG"

@@ -21,6 +21,13 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 @every_notebook
+def test_every_numbered_notebook_has_a_headline_for_the_index(path):
+    cells = nbformat.read(path, as_version=4).cells
+    tagged = [cell for cell in cells if "headline" in cell.metadata.get("tags", [])]
+    assert [bool(cell.outputs) for cell in tagged] == [True] * path.stem[0].isdigit()
+
+
+@every_notebook
 def test_parameters_are_typed_and_explained(path):
     cells = nbformat.read(path, as_version=4).cells
     tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
@@ -59,7 +66,7 @@ def runner_of(folder, name, cell):
     (folder / "notebooks/params/quick.yaml").write_text(f"{name}: {{}}\n")
     cells = [
         nbformat.v4.new_code_cell("x: int = 1  # help: x", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(cell),
+        nbformat.v4.new_code_cell(cell, metadata={"tags": ["headline"]}),
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
@@ -86,7 +93,8 @@ def test_a_failing_notebook_is_named_and_leaves_nothing(tmp_path, cell, message)
 
 
 def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
-    cell = "from onn_workbench.figure import Figure, Panel\nFigure([[Panel([], 'x')]], 'a figure')"
+    cell = "from onn_workbench.figure import Figure, Panel\nprint('loss 5 to 4')\n"
+    cell += "Figure([[Panel([], 'x')]], 'a figure')"
     runner = runner_of(tmp_path, "00_quickstart", cell)
     done = subprocess.run([sys.executable, runner, "quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -100,7 +108,10 @@ def test_a_run_leaves_pages_that_stand_alone_and_an_index(tmp_path):
     assert "data:image/png;base64,iVBORw0KGgo" in page and "<script" not in page
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']*|@import""", page)
     assert str(tmp_path) not in page + (results / "00_quickstart.ipynb").read_text()
-    assert 'href="00_quickstart.html"' in (results / "index.html").read_text()
+    assert page.count("<details><summary>code</summary>") == 2  # both inputs are folded
+    index = (results / "index.html").read_text()
+    assert 'href="00_quickstart.html"' in index and "<strong>loss 5 to 4</strong>" in index
+    assert index.count("data:image/png;base64,iVBORw0KGgo") == 1
 
 
 @pytest.mark.faults

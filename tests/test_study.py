@@ -8,7 +8,7 @@ import pytest
 
 from onn_core import OnnError, TrainConfig
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment, write_json
-from onn_workbench import curves, pages, stability, stability_report, study, summary
+from onn_workbench import curves, pages, speed, stability, stability_report, study, summary
 
 
 def settings(folder, output_dir, **changes):
@@ -109,7 +109,7 @@ def test_pages_stand_alone_and_the_index_links_what_is_there(real, tmp_path):
     curves.write_files(real, tmp_path)
     pages.write_index(tmp_path, "Results")
     page = (tmp_path / "learning_validation.html").read_text()
-    assert "data:image/png;base64," in page and "<td>NO</td>" in page
+    assert "data:image/png;base64," in page and ">NO</td>" in page
     assert "Who &lt;b&gt;?" in page
     index = (tmp_path / "index.html").read_text()
     for name in ("learning_results.json", "learning_curves.png", "learning_validation.html"):
@@ -124,7 +124,7 @@ def test_curves_hold_every_point(real):
     first = record.evals[0].loss
     assert [point[1] for point in held_out] == [e.loss - first for e in record.evals]
     training = curves.training_curve([record], "steps")
-    assert [point[0] for point in training] == [1, 2.5]
+    assert [point[0] for point in training] == [2, 3]
     assert training[1][1] == pytest.approx(record.steps[2].loss)
 
 
@@ -143,21 +143,24 @@ def test_a_nan_ends_a_run_with_a_no(toy_with_tokenizer, tmp_path):
     assert found["learned"] == "NO" and found["nonfinite"] == 2
 
 
-def made_benchmark(baseline_ms=8000.0, **changes):
+def made_benchmark(baseline_ms=8000.0, n_steps=2, disturbed=False, batch_size=32, **changes):
     def row(system, batch_size, ms):
         fields = {"system": system, "batch_size": batch_size, "layers": 40, "sequence": 16}
         fields |= {"step_s": ms * batch_size / 1e3, "ms_per_sample": ms, "bytes_read": 10**9}
-        fields |= {"samples_per_s": 1e3 / ms, "tokens_per_s": 16e3 / ms, "limited_by": "reading"}
+        fields |= {"step_s_all": [ms * batch_size / 1e3] * n_steps, "trainable": 5_570_560}
+        fields |= {"samples_per_s": 1e3 / ms, "tokens_per_s": 16e3 / ms, "limited_by": "read"}
         fields |= {"kept_layers": 0, "percent_of_limit": 90.0, "percent_recomputed": 90.0}
-        return fields | {"peak_memory_bytes": 10**9} | changes
+        return fields | {"peak_memory_bytes": 9 * 10**8, "timeline": []} | changes
 
-    rows = [row("onn", 1, 7000.0), row("onn", 32, 800.0), row("baseline", 1, baseline_ms)]
+    peers = [("onn", 1, 7000.0), ("onn", batch_size, 800.0), ("baseline", 1, baseline_ms)]
+    peers += [("mapped", batch_size, 700.0), ("offload", batch_size, 900.0)]
     return {
         "schema_version": 1,
         "environment": describe_environment(),
         "cap_bytes": 4 << 30,
-        "disturbed": False,
-        "rows": rows,
+        "budget_bytes": 1_500_000_000,
+        "disturbed": disturbed,
+        "rows": [row(*peer) for peer in peers],
     }
 
 
@@ -191,42 +194,130 @@ def test_what_was_not_measured_has_no_verdict():
     assert set(found.values()) == {"none"}
 
 
-def test_claims_of_speed_can_be_confirmed_differ_or_be_refuted():
-    claim = "time per sample, batch 32 to 128 against batch 1"
-    for baseline_ms, verdict in ((8000.0, "confirmed"), (3000.0, "different"), (700.0, "refuted")):
-        records = summary.Records(benchmark=made_benchmark(baseline_ms))
-        assert verdicts(records)[claim] == verdict
-    assert verdicts(records)["samples per second, batch 32 to 128"] == "confirmed"
-    short = summary.Records(benchmark=made_benchmark(layers=8))
-    assert verdicts(short)["samples per second, batch 32 to 128"] == "different"
+CHEAPER = "a large batch makes a sample cheaper than the baseline's"
+RATIO = "phi-4: 7 to 13 times less time per sample, batch 32 to 128"
+MEMORY = "phi-4: peak memory, batch 32 to 128; batch 1"
 
 
-def test_claims_of_stability_can_be_confirmed_differ_or_be_refuted():
-    sure, claim = ["sound"], "four fixes make it sound"
+def verdicts_of_speed(*arguments, **changes):
+    found = verdicts(summary.Records(benchmark=made_benchmark(*arguments, **changes)))
+    return found[CHEAPER], found[RATIO], found[MEMORY]
+
+
+def test_claims_of_speed_can_be_confirmed_or_refuted():
+    assert verdicts_of_speed(8000.0) == ("confirmed", "confirmed", "confirmed")
+    assert verdicts_of_speed(3000.0) == ("confirmed", "refuted", "confirmed")
+    assert verdicts_of_speed(700.0, peak_memory_bytes=10**9)[::2] == ("refuted", "refuted")
+
+
+@pytest.mark.parametrize(
+    "condition", [{"n_steps": 1}, {"disturbed": True}, {"batch_size": 8}], ids=str
+)
+def test_no_claim_of_speed_is_judged_outside_its_conditions(condition):
+    assert set(verdicts_of_speed(**condition)) == {"not comparable"}
+    record = made_benchmark(**condition)
+    assert "CONFIRMED" not in speed.reading(record) and "NOT COMPARABLE" in speed.reading(record)
+
+
+def test_another_model_is_judged_only_where_the_claim_names_none():
+    found = verdicts_of_speed(layers=8)
+    assert found == ("confirmed", "not comparable", "not comparable")
+    assert verdicts_of_speed(trainable=1)[1:] == ("not comparable", "not comparable")
+
+
+def test_the_headline_is_at_equal_batch_against_the_best_peer_also_where_it_is_slower():
+    first, second = speed.headline(made_benchmark()).splitlines()
+    assert "0.88 times as fast as the best peer (slower), mapped" in first
+    assert "10.0 times as fast as the report's baseline at batch 1" in second
+    others = [name[-1] for name in speed.ratio_table(made_benchmark()).index]
+    assert others == ["mapped, batch 32", "offload, batch 32"] + ["baseline, batch 1"] * 2
+
+
+def test_claims_of_stability_can_be_confirmed_or_refuted():
+    fixed, needed = "four fixes together make it sound", "each of the four fixes is needed"
     spare = "sound - inputs cast to float32"
-    for learned, verdict in (
-        (sure, "confirmed"),
-        ([*sure, spare], "different"),
-        ([spare], "refuted"),
+    for learned, expected in (
+        (["sound"], ("confirmed", "confirmed")),
+        (["sound", spare], ("confirmed", "refuted")),
+        ([spare], ("refuted", "not comparable")),
     ):
-        records = summary.Records(stability=made_outcomes(*learned))
-        assert verdicts(records)[claim] == verdict
-    assert verdicts(records)["float16 weights with LoRA become NaN"] == "confirmed"
+        found = verdicts(summary.Records(stability=made_outcomes(*learned)))
+        assert (found[fixed], found[needed]) == expected
+    assert found["float16 weights with LoRA become NaN"] == "confirmed"
     fine = summary.Records(stability=made_outcomes("broken"))
     assert verdicts(fine)["float16 weights with LoRA become NaN"] == "refuted"
 
 
-def test_claims_of_learning_can_be_confirmed_differ_or_be_refuted(real):
+def test_claims_of_learning_can_be_confirmed_refuted_or_not_comparable():
     falls = [made_run(3, 2.7), made_run(3, 2.6)]
     rises = [made_run(3, 3.2), made_run(3, 3.3)]
-    noisy = [made_run(3, 2.7), made_run(3, 2.99)]
     still = [made_run(3, 3), made_run(3, 3.001)]
-    cases = (falls, falls, "confirmed"), (falls, noisy, "different"), (falls, rises, "refuted")
-    for baseline, optimised, expected in cases:
-        runs = {"baseline, batch 1": baseline, "optimised, batch 32": optimised}
-        found = verdicts(summary.Records(study.Study(runs, {"control": still}, still, {}, {})))
-        assert found["learning, optimised (batch 32)"] == expected
-        assert found["learning, baseline (batch 1)"] == "confirmed"
+    claim = "optimised (batch 32) learns"
+    for optimised, control, expected in (
+        (falls, still, "confirmed"),
+        (rises, still, "refuted"),
+        (falls, [made_run(3, 2.4), made_run(3, 2.3)], "not comparable"),
+    ):
+        runs = {"baseline, batch 1": falls, "optimised, batch 32": optimised}
+        made = study.Study(runs, {"control": control}, still, {}, {})
+        assert verdicts(summary.Records(made))[claim] == expected
+    one = {label: records[:1] for label, records in runs.items()}
+    made = study.Study(one, {"control": still[:1]}, still[:1], {}, {})
+    found = verdicts(summary.Records(made))
+    assert found[claim] == found["large batches learn as well as the baseline"] == "not comparable"
+
+
+def test_the_answer_names_the_worse_batch_and_by_how_much():
+    worse = [made_run(3, 2.8), made_run(3, 2.7)]
+    runs = {"baseline, batch 1": [made_run(3, 2.7), made_run(3, 2.6)], "batch 8": worse}
+    still = [made_run(3, 3), made_run(3, 3.001)]
+    said = curves.answer(runs, {"control": still}, still)
+    assert "batch 8: NO, worse by 0.100 ± 0.000 than baseline, batch 1." in said
+    assert said.endswith("No control learned.")
+
+
+def test_thinned_records_hold_what_the_study_reads():
+    steps = [
+        dataclasses.replace(
+            made_run(3, 2).steps[0],
+            step=number,
+            loss=4 - number / 200,
+            grad_norm_by_layer={"0": 1 + number % 7, "1": 0.01 if number == 333 else 2.0},
+            nonfinite=int(number == 222),
+        )
+        for number in range(1, 401)
+    ]
+    evals = [EvalRecord(n, 4 * n, 0.0, 4 - n / 200) for n in (0, 130, 260, 400)]
+    whole = RunRecord({}, {"layers": 2}, steps=steps, evals=evals, status="finished")
+    thin = study.thinned(whole)
+    assert len(thin.steps) < 80 and thin.steps[:8] == steps[:8] and thin.steps[-1].step == 400
+    for name in ("samples", "counted_tokens", "bytes_read", "step_s"):
+        assert sum(getattr(s, name) for s in thin.steps) == sum(getattr(s, name) for s in steps)
+    still = [made_run(3, 3), made_run(3, 3)]
+    assert study.verdict([thin] * 2, still) == study.verdict([whole] * 2, still)
+    for curve in (curves.training_curve, curves.held_out_curve):
+        for ours, theirs in zip(curve([thin], "steps"), curve([whole], "steps"), strict=True):
+            assert ours == pytest.approx(theirs)
+    assert study.thinned(dataclasses.replace(whole, steps=steps[:40])).steps == steps[:40]
+
+
+def test_runs_of_a_study_in_one_pass_are_those_alone(toy_with_tokenizer, tmp_path):
+    alone = [
+        study.train(settings(toy_with_tokenizer, tmp_path / f"alone{seed}", seed=seed))
+        for seed in (0, 1)
+    ]
+    configs = [settings(toy_with_tokenizer, tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
+    together = study.train_all(configs)
+    for one, other in zip(alone, together, strict=True):
+        assert [step.loss for step in one.steps] == [step.loss for step in other.steps]
+        assert [done.loss for done in one.evals] == [done.loss for done in other.evals]
+    assert not (tmp_path / "0/checkpoints").exists()
+    steps = []
+    assert str(study.train_all(configs, steps.append, resume=True)) == str(together)
+    assert not steps  # finished before
+    steep = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9}
+    (failed,) = study.train_all([settings(toy_with_tokenizer, tmp_path / "steep", **steep)])
+    assert failed.status.startswith("stopped")
 
 
 def test_the_comparison_page_shows_all_records_and_what_is_missing(real, tmp_path):
@@ -243,7 +334,7 @@ def test_the_comparison_page_shows_all_records_and_what_is_missing(real, tmp_pat
     assert records.stability.keys() == outcomes.keys()
     summary.write_comparison(records, tmp_path / "comparison.html")
     page = (tmp_path / "comparison.html").read_text()
-    assert summary.NOT_MEASURED not in page and "<td>confirmed</td>" in page
+    assert ">confirmed</td>" in page and page.count(f"<p>{summary.NOT_MEASURED}.</p>") == 1
     (tmp_path / "stability.json").unlink()
     summary.write_comparison(summary.read(tmp_path), tmp_path / "comparison.html")
     assert summary.NOT_MEASURED in (tmp_path / "comparison.html").read_text()

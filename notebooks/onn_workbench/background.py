@@ -1,14 +1,16 @@
-"""A training run in a thread of its own: it can be paused, stopped and watched."""
+"""Training in a thread of its own: it can be paused, stopped, asked and watched."""
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
+from onn_core.many import train_many
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import require_writable
 from onn_core.streaming.visits import Event
@@ -16,32 +18,56 @@ from onn_core.trainer import ChunkedLoraTrainer
 from onn_workbench import engine
 
 ENDED = ("finished", "stopped", "failed")
+_going: list["BackgroundRun"] = []  # those of this process that have begun and not ended
 
 
 class BackgroundRun:
     """Trains in a thread; the caller's thread, and with it a kernel's interrupt, stays free.
 
-    on_change: called after each step and at each change of `state`, mostly in the run's thread.
+    configs: of one run, or of several that share one pass over the weights. resume: whether each
+    continues from its newest checkpoint. on_change: called after each step and at each change of
+    `state`, mostly in the run's thread.
+
     state: "ready", "running", "pausing", "paused", "stopping", then "finished", "stopped" or
-    "failed". events: (phase or "read", unit, start, stop) of the last step, in seconds.
+    "failed". records: folder's name -> the record so far. events: (phase or "read", unit, start,
+    stop) of the last step of a single run, in seconds.
     """
 
     def __init__(
-        self, config: TrainConfig, on_change: Callable[["BackgroundRun"], None] = lambda run: None
+        self,
+        configs: TrainConfig | Sequence[TrainConfig],
+        on_change: Callable[["BackgroundRun"], None] = lambda run: None,
+        resume: bool = False,
     ):
-        self.config = config
+        self.configs = [configs] if isinstance(configs, TrainConfig) else list(configs)
+        self.config = self.configs[0]
         self.on_change = on_change
+        self.resume = resume
         self.state = "ready"
-        self.record: RunRecord | None = None
+        self.records: dict[str, RunRecord] = {}
         self.error = ""
         self.events: list[Event] = []
-        self._trainer = _TracedTrainer(config, self._on_step)
+        self.trainer: _TracedTrainer | None = None  # of a single run
+        if len(self.configs) == 1:
+            self.trainer = _TracedTrainer(self.config, self._on_step)
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._between, self._acts = threading.Lock(), []
         self._go = threading.Event()
         self._go.set()
         self._stop = False
-        self._save_to: str | os.PathLike | None = None
         self._thread = threading.Thread(target=self._run, name="onn-run", daemon=True)
+
+    @classmethod
+    def going_under(cls, folder: str | os.PathLike) -> "BackgroundRun | None":
+        """The run of this process that goes on in `folder`, or None."""
+        folder = Path(folder).resolve()
+        inside = (run for run in _going if folder in Path(run.config.output_dir).resolve().parents)
+        return next(inside, None)
+
+    @property
+    def record(self) -> RunRecord | None:
+        """The record of the run, or of the first of several, once there is one."""
+        return next(iter(self.records.values()), None)
 
     @property
     def alive(self) -> bool:
@@ -50,6 +76,7 @@ class BackgroundRun:
 
     def start(self) -> None:
         """Begin; returns at once."""
+        _going.append(self)
         self._set("running")
         self._thread.start()
 
@@ -66,21 +93,32 @@ class BackgroundRun:
             self._go.set()
 
     def stop(self) -> None:
-        """End at the next layer; what the last whole step left is saved."""
+        """End at the next layer (several: after a step); what the last step left is saved."""
         if self.state in ("running", "pausing", "paused"):
             self._stop = True
             self._set("stopping")
-            self._trainer.stop.request()
+            if self.trainer is not None:
+                self.trainer.stop.request()
             self._go.set()
 
     def wait(self) -> None:
-        """Until the run has ended; an interrupt stops the run."""
+        """Until the run has ended; an interrupt stops the run and is then raised."""
         try:
             while self.alive:  # an interrupted Thread.join would forget the thread
                 self._ended.wait(0.2)
         except KeyboardInterrupt:
             self.stop()
+            self._ended.wait()
             raise
+
+    def between_steps(self, act: Callable[[ChunkedLoraTrainer], Any]) -> bool:
+        """Do `act(trainer)` where no step runs; False if that comes after this step."""
+        if self.state in ("running", "pausing", "stopping"):
+            self._acts.append(act)
+            return False
+        with self._between:
+            act(self.trainer)
+        return True
 
     def save_adapter(self, folder: str | os.PathLike) -> bool:
         """Save the adapter as it is between two steps; False if that comes after this step.
@@ -88,11 +126,7 @@ class BackgroundRun:
         ConfigError if the folder cannot be written.
         """
         require_writable(Path(folder))
-        if self.state in ("running", "pausing", "stopping"):
-            self._save_to = folder
-            return False
-        save_adapter(self._trainer.model, folder)
-        return True
+        return self.between_steps(lambda trainer: save_adapter(trainer.model, folder))
 
     def _set(self, state: str) -> None:
         with self._lock:
@@ -103,7 +137,10 @@ class BackgroundRun:
 
     def _run(self) -> None:
         try:
-            self.record = self._trainer.train()
+            if self.trainer is not None:
+                self.trainer.train(resume=self.resume)
+            else:
+                train_many(self.configs, resume=self.resume, on_step=self._on_step)
             state = "finished"
         except KeyboardInterrupt:
             state = "stopped"
@@ -111,25 +148,33 @@ class BackgroundRun:
             self.error = str(error) if isinstance(error, OnnError) else repr(error)
             state = "failed"
         try:
-            if self._save_to is not None and state != "failed":
-                save_adapter(self._trainer.model, self._save_to)
+            if state != "failed":
+                self._do_acts()
             self._set(state)
         finally:
+            _going.remove(self)
             self._ended.set()
 
+    def _do_acts(self) -> None:
+        while self._acts:
+            self._acts.pop(0)(self.trainer)
+
     def _on_step(self, record: RunRecord) -> None:
-        self.record = record
-        self.events = self._trainer.take_events()
-        if self._save_to is not None:
-            save_adapter(self._trainer.model, self._save_to)
-            self._save_to = None
+        self.records[record.config["output_dir"]] = record
+        if self.trainer is not None:
+            self.events = self.trainer.take_events()
+            self._do_acts()
         if not self._go.is_set():
             self._set("paused")
             self._go.wait()
-        if self._stop:
-            self._trainer.stop.request()
-        else:
+            with self._between:  # what was begun meanwhile ends first
+                pass
+        if not self._stop:
             self.on_change(self)
+        elif self.trainer is None:
+            raise KeyboardInterrupt
+        else:
+            self.trainer.stop.request()
 
 
 class _TracedTrainer(ChunkedLoraTrainer):

@@ -1,6 +1,7 @@
 """The ceilings of this machine: reading, copying to a device, and matmuls."""
 
 import dataclasses
+import functools
 import itertools
 import random
 import threading
@@ -101,8 +102,9 @@ def measure_flops(
 
     stored: the matrices' dtype in memory; the faster of `matmul` on them and of `dtype` counts.
     """
-    inputs = [torch.randn(n_tokens, shape[1], dtype=dtype, device=device) for shape in shapes]
-    grads = [torch.randn(n_tokens, shape[0], dtype=dtype, device=device) for shape in shapes]
+    normal = functools.partial(torch.randn, generator=torch.Generator(device), device=device)
+    inputs = [normal(n_tokens, shape[1], dtype=dtype) for shape in shapes]
+    grads = [normal(n_tokens, shape[0], dtype=dtype) for shape in shapes]
 
     def multiply(weights: list[torch.Tensor]) -> None:
         for values, grad, weight in zip(inputs, grads, weights, strict=True):
@@ -113,7 +115,7 @@ def measure_flops(
     flops = 6 * n_tokens * sum(out * size for out, size in shapes)
     rates = []
     for kind in {dtype, stored or dtype}:
-        weights = [torch.randn(shape, device=device).to(kind) for shape in shapes]  # (out, in)
+        weights = [normal(shape).to(kind) for shape in shapes]  # (out, in)
         rates.append(flops / _median_s("run(weights)", run=multiply, weights=weights))
     return max(rates)
 

@@ -10,15 +10,13 @@ import pandas as pd
 
 from onn_core.record import RunRecord, write_atomic
 from onn_workbench import pages
-from onn_workbench.figure import Figure, Line, Panel
-from onn_workbench.report import frame
+from onn_workbench.figure import Figure, Line, Panel, Scale
 from onn_workbench.study import RULE, Runs, Study, compare, fall, in_memory_difference, verdict
+from onn_workbench.tables import frame
 
-AXES = {
-    "samples": "samples seen",
-    "steps": "optimizer steps (logarithmic)",
-    "seconds": "training time (s)",
-}
+AXES = {"samples": "samples seen", "steps": "optimizer steps (logarithmic)"}
+SHUFFLED = "control, shuffled targets"
+MARKED = 20  # points at most of a line of gradient norms whose points are marked
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
 
@@ -33,7 +31,7 @@ def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> pd.DataFrame:
             {
                 "configuration": label,
                 "seeds": found["seeds"],
-                "steps": len(records[0].steps),
+                "steps": records[0].steps[-1].step,
                 "held-out loss before": f"{found['loss_before']:.3f}",
                 "after": f"{found['loss_after']:.3f}",
                 "fall ± noise (%)": f"{100 * found['fall']:.1f} ± {100 * found['noise']:.1f}",
@@ -72,11 +70,11 @@ def layout_table(layouts: Runs) -> pd.DataFrame:
         rows.append(
             {
                 "layers with adapters": label,
-                "trained parameters": f"{records[0].model['trainable']:,}",
-                "training time (s)": f"{sum(s.step_s for s in steps) / len(records):.1f}",
-                "steps": f"{len(steps) / len(records):.1f}",
-                "samples": f"{sum(step.samples for step in steps) / len(records):.0f}",
-                "fall of held-out loss (%)": f"{statistics.fmean(falls):.1f}",
+                "trained parameters": records[0].model["trainable"],
+                "training time (s)": round(sum(s.step_s for s in steps) / len(records), 1),
+                "steps": round(statistics.fmean(r.steps[-1].step for r in records)),
+                "samples": round(sum(step.samples for step in steps) / len(records)),
+                "fall of held-out loss (%)": round(statistics.fmean(falls), 1),
                 "over the seeds (%)": spread,
             }
         )
@@ -124,29 +122,37 @@ def held_out_curve(records: Sequence[RunRecord], against: str) -> Curve:
 
 
 def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
-    """Mean training loss between two evaluations, in the middle of the stretch."""
+    """Mean training loss since the evaluation before, at each evaluation."""
     runs = []
     for record in records:
         points = []
         for first, last in itertools.pairwise(done.step for done in record.evals):
-            steps = record.steps[first:last]
+            steps = [step for step in record.steps if first < step.step <= last]
             loss = sum(step.loss * step.counted_tokens for step in steps)
-            middle = statistics.fmean(_progress(record, n, against) for n in (first, last))
-            points.append((middle, loss / sum(step.counted_tokens for step in steps)))
+            n_counted = sum(step.counted_tokens for step in steps)
+            points.append((_progress(record, last, against), loss / n_counted))
         runs.append(points)
     return _band(runs)
 
 
 def study_figure(runs: Runs, controls: Runs) -> Figure:
-    """Held-out and training loss against samples, steps and time."""
+    """Held-out and training loss against samples and steps.
+
+    The shuffled control, whose losses are far from the others, has panels of its own.
+    """
     numbers = {label: number for number, label in enumerate([*runs, *controls])}
-    held_out, training = [], []
-    for against, title in AXES.items():
-        shown = runs | controls if against == "samples" else runs
-        for panels, curve, chosen, y in (
-            (held_out, held_out_curve, shown, "change of held-out loss"),
-            (training, training_curve, runs, "training loss"),
-        ):
+    columns = [(against, runs | controls, title, "") for against, title in AXES.items()]
+    for _, shown, _, _ in columns:
+        shown.pop(SHUFFLED, None)
+    if SHUFFLED in controls:
+        columns.append(("samples", {SHUFFLED: controls[SHUFFLED]}, AXES["samples"], SHUFFLED))
+    rows = []
+    for curve, y in (
+        (held_out_curve, "change of held-out loss"),
+        (training_curve, "training loss"),
+    ):
+        panels = []
+        for against, chosen, x_title, title in columns:
             lines = []
             for label, records in chosen.items():
                 points = curve(records, against)
@@ -154,9 +160,51 @@ def study_figure(runs: Runs, controls: Runs) -> Figure:
                     points = [point for point in points if point[0] > 0]
                 x, mean, *band = zip(*points, strict=True)
                 lines.append(Line(label, x, mean, numbers[label], band))
-            y = "" if panels else f"{y} (nats/token)"
-            panels.append(Panel(lines, title, y, log_x=against == "steps"))
-    return Figure([held_out, training], "learning curves", width=11)
+            y_title = f"{y} (nats/token)"
+            panels.append(Panel(lines, x_title, y_title, title, log_x=against == "steps"))
+        rows.append(panels)
+    return Figure(rows, "learning curves", width=10.5)
+
+
+def norm_figure(runs: Runs) -> Figure:
+    """Gradient norm of every trained layer over the steps of each configuration's first seed."""
+    panels = []
+    for label, (record, *_) in runs.items():
+        scale = Scale("decoder layer", 0, record.model["layers"] - 1)
+        lines = []
+        for layer in record.steps[0].grad_norm_by_layer:
+            x = [step.step for step in record.steps]
+            norms = [step.grad_norm_by_layer[layer] for step in record.steps]
+            mode = "lines" if len(x) > MARKED else "lines+markers"
+            lines.append(Line("", x, norms, mode=mode, width=1, colour=scale.colour(int(layer))))
+        y = "gradient norm of a layer"
+        panels.append(Panel(lines, "optimizer steps", y, label, log_y=True, scale=scale))
+    rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
+    return Figure(rows, "gradient norms by layer", width=10.5)
+
+
+def answer(runs: Runs, controls: Runs, reference: Sequence[RunRecord]) -> str:
+    """The answer to the study's two questions: does it learn, and as well in large batches?"""
+    first, *others = runs
+    learned = {
+        label: verdict(records, reference)["learned"]
+        for label, records in (runs | controls).items()
+    }
+    lines = []
+    for label, records in runs.items():
+        found = verdict(records, reference)
+        fell = f"held-out loss falls by {100 * found['fall']:.1f} ± {100 * found['noise']:.1f} %"
+        lines.append(f"Does it learn? {label}: {learned[label]}, {fell}.")
+    for label in others:
+        mean, noise, words = compare(runs[first], runs[label])
+        said = {"lower": "YES, better", "higher": "NO, worse"}.get(words)
+        by = f"by {abs(mean):.3f} ± {noise:.3f} than {first}"
+        if said is None:
+            said, by = "no difference beyond the noise", f"{mean:+.3f} ± {noise:.3f} to {first}"
+        lines.append(f"As well as in the smallest batch? {label}: {said} {by}.")
+    fooled = [label for label in controls if learned[label] == "YES"]
+    lines.append("A control learned: no answer above counts." if fooled else "No control learned.")
+    return "\n".join(lines)
 
 
 def exactness(study: Study) -> str:
@@ -184,6 +232,7 @@ def write_files(study: Study, folder: str | Path) -> None:
     record = next(iter(study.runs.values()))[0]
     model, corpus, machine = record.model, record.data, record.environment
     sections = {
+        "Answer": [pages.code(answer(study.runs, study.controls, study.reference))],
         "Verdicts": [
             pages.paragraph(RULE),
             pages.table(verdict_table(study.runs | study.controls, study.reference)),
@@ -212,11 +261,10 @@ def write_files(study: Study, folder: str | Path) -> None:
     )
 
 
-def _progress(record: RunRecord, n_steps: int, against: str) -> float:
-    done = itertools.islice(record.steps, n_steps)
+def _progress(record: RunRecord, n_steps: int, against: str) -> int:
     if against == "steps":
         return n_steps
-    return sum(step.samples if against == "samples" else step.step_s for step in done)
+    return sum(step.samples for step in record.steps if step.step <= n_steps)
 
 
 def _band(runs: list[list[tuple[float, float]]]) -> Curve:

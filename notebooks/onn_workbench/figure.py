@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure as Drawing
 
 # colours of Okabe and Ito, told apart by the colour-blind; dashes and markers of both libraries
@@ -35,6 +38,19 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the colours of lines mean, shown as a colour bar: dark is low, light is high."""
+
+    title: str
+    low: float
+    high: float
+
+    def colour(self, value: float) -> str:
+        """The colour of a value, as "#rrggbb"."""
+        return to_hex(colormaps["viridis"](Normalize(self.low, self.high)(value)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Bars:
     """Bars from `start` to `stop`, which lie in rows of the panel."""
 
@@ -60,14 +76,13 @@ class Panel:
     rows: Sequence[str] = ()  # names of the rows of bars, from the top
     levels: dict[str, float] = dataclasses.field(default_factory=dict)  # horizontal lines
     height: float = 3.6  # inches
+    scale: Scale | None = None
 
 
-class Figure:
-    """Rows of panels, shown by a notebook; `text` is for readers who see neither drawing."""
+class Drawn:
+    """What a notebook shows live, by plotly, and as a picture; a subclass draws the two."""
 
-    def __init__(self, rows: Sequence[Sequence[Panel]], text: str, width: float = 9):
-        self.rows, self.text, self.width = rows, text, width
-        self.heights = [max(panel.height for panel in row) for row in rows]
+    text = ""  # for readers who see neither drawing
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         picture = base64.b64encode(self.png()).decode()
@@ -76,6 +91,21 @@ class Figure:
 
     def plotly(self) -> dict[str, Any]:
         """The figure as plotly's JSON."""
+        raise NotImplementedError
+
+    def png(self) -> bytes:
+        """The figure as a PNG."""
+        raise NotImplementedError
+
+
+class Figure(Drawn):
+    """Rows of panels, shown by a notebook."""
+
+    def __init__(self, rows: Sequence[Sequence[Panel]], text: str, width: float = 9):
+        self.rows, self.text, self.width = rows, text, width
+        self.heights = [max(panel.height for panel in row) for row in rows]
+
+    def plotly(self) -> dict[str, Any]:
         height = round(100 * (sum(self.heights) + 0.6))
         legend = {"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"}
         layout = {"height": height, "legend": legend, "annotations": [], "shapes": []}
@@ -88,11 +118,14 @@ class Figure:
                 n_panels += 1
                 number = "" if n_panels == 1 else str(n_panels)  # of its axes, as plotly has it
                 left = 0.8 / self.width if column else 0.0  # room for the y axis's title
+                bar = 1.0 / self.width if panel.scale else 0.0  # room for the colour bar
                 domains = (
-                    [column / len(row) + left, (column + 1) / len(row)],
+                    [column / len(row) + left, (column + 1) / len(row) - bar],
                     [bottom + 0.7 / sum(self.heights) * (bottom > 0), top - 0.02],
                 )
                 _plotly_panel(panel, number, domains, layout)
+                if panel.scale:
+                    traces.append(_plotly_scale(panel.scale, number, domains, layout))
                 for part in panel.parts:
                     traces += _traces(part, number, part.label and part.label not in labels)
                     labels.add(part.label)
@@ -100,7 +133,6 @@ class Figure:
         return {"data": traces, "layout": layout}
 
     def png(self) -> bytes:
-        """The figure as a PNG."""
         drawing = Drawing(figsize=(self.width, sum(self.heights) + 0.4), layout="constrained")
         n_columns = math.lcm(*map(len, self.rows))
         grid = drawing.add_gridspec(len(self.rows), n_columns, height_ratios=self.heights)
@@ -111,6 +143,8 @@ class Figure:
                 place = grid[number, column * span : (column + 1) * span]
                 axes = drawing.add_subplot(place)
                 _draw_panel(panel, axes)
+                if panel.scale:
+                    drawing.colorbar(_mappable(panel.scale), ax=axes, label=panel.scale.title)
                 for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                     handles.setdefault(label, handle)
         widest = max(map(len, handles), default=0)
@@ -123,9 +157,106 @@ class Figure:
             frameon=False,
             handlelength=3,
         )
-        buffer = io.BytesIO()
-        drawing.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+        return _png_of(drawing)
+
+
+class Parallel(Drawn):
+    """Parallel coordinates: a line a run, an upright axis a setting, the last axis its colour.
+
+    axes: title -> values, one a run; those of the last are numbers, and low is good. A setting's
+    values stand at even distances, in order.
+    """
+
+    def __init__(self, axes: dict[str, Sequence[Any]], text: str, width: float = 9):
+        *settings, (self.title, values) = axes.items()
+        self.values = [float(value) for value in values]
+        self.settings = {title: _places(values) for title, values in settings}
+        self.text, self.width = text, width
+        low, high = min(self.values), max(self.values)
+        margin = 0.05 * (high - low) or 0.05
+        self.low, self.high = low - margin, high + margin
+
+    def plotly(self) -> dict[str, Any]:
+        dimensions = [
+            {"label": title, "values": places, "range": [-0.3, len(names) - 0.7]}
+            | {"tickvals": list(range(len(names))), "ticktext": names}
+            for title, (names, places) in self.settings.items()
+        ]
+        last = {"label": self.title, "values": self.values, "range": [self.low, self.high]}
+        colour = {"color": self.values, "colorscale": "Viridis", "showscale": True}
+        colour["colorbar"] = {"title": {"text": self.title, "side": "right"}}
+        trace = {"type": "parcoords", "dimensions": [*dimensions, last], "line": colour}
+        margin = {"t": 60, "b": 30, "l": 80, "r": 40}
+        return {"data": [trace], "layout": {"height": 400, "margin": margin}}
+
+    def png(self) -> bytes:
+        drawing = Drawing(figsize=(self.width, 4), layout="constrained")
+        axes = drawing.add_subplot()
+        scale = Scale(self.title, min(self.values), max(self.values))
+        columns = [
+            [(place + 0.3) / (len(names) - 0.4) for place in places]
+            for names, places in self.settings.values()
+        ]
+        columns.append([(v - self.low) / (self.high - self.low) for v in self.values])
+        best = min(self.values)
+        for value, heights in zip(self.values, zip(*columns, strict=True), strict=True):
+            width = 3.5 if value == best else 1.5
+            axes.plot(heights, color=scale.colour(value), linewidth=width)
+        for number, (names, _) in enumerate(self.settings.values()):
+            axes.axvline(number, color="black", linewidth=1)
+            for place, name in enumerate(names):
+                height = (place + 0.3) / (len(names) - 0.4)
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+                axes.annotate(
+                    name,
+                    (number, height),
+                    (4, 0),
+                    fontsize=9,
+                    va="center",
+                    bbox=box,
+                    textcoords="offset points",
+                )
+        axes.axvline(len(columns) - 1, color="black", linewidth=1)
+        axes.set_xticks(range(len(columns)), [*self.settings, self.title])
+        axes.set(yticks=[], ylim=(0, 1), xlim=(-0.05, len(columns) - 1 + 0.05))
+        axes.spines[:].set_visible(False)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        drawing.colorbar(_mappable(scale), ax=axes, label=f"{self.title}; thick: the lowest")
+        return _png_of(drawing)
+
+
+def _places(values: Sequence[Any]) -> tuple[list[str], list[int]]:
+    """The distinct values in order, as text, and the place of each value among them."""
+    numbers = all(isinstance(value, int | float) for value in values)
+    distinct = sorted(set(values), key=float if numbers else str)
+    names = [f"{value:g}" if numbers else str(value) for value in distinct]
+    return names, [distinct.index(value) for value in values]
+
+
+def _png_of(drawing: Drawing) -> bytes:
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _mappable(scale: Scale) -> ScalarMappable:
+    return ScalarMappable(Normalize(scale.low, scale.high), "viridis")
+
+
+def _plotly_scale(
+    scale: Scale, number: str, domains: tuple, layout: dict[str, Any]
+) -> dict[str, Any]:
+    """Add a colour bar beside a panel to the layout; the trace that makes plotly show it."""
+    bar = {"title": {"text": scale.title, "side": "right"}, "thickness": 12, "lenmode": "fraction"}
+    bar |= {"x": domains[0][1], "xanchor": "left", "y": sum(domains[1]) / 2, "yanchor": "middle"}
+    bar["len"] = domains[1][1] - domains[1][0]
+    name = f"coloraxis{number}"
+    limits = {"cmin": scale.low, "cmax": scale.high}
+    layout[name] = limits | {"colorscale": "Viridis", "colorbar": bar}
+    trace = {"type": "scatter", "x": [None], "y": [None], "mode": "markers", "showlegend": False}
+    trace |= {"xaxis": f"x{number}", "yaxis": f"y{number}", "hoverinfo": "skip"}
+    return trace | {"marker": {"color": [scale.low], "coloraxis": name}}
 
 
 def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, Any]) -> None:
@@ -136,6 +267,8 @@ def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, A
     x["zeroline"] = y["zeroline"] = False
     for axis, is_log in ((x, panel.log_x), (y, panel.log_y)):
         axis |= {"type": "log", "exponentformat": "power"} if is_log else {"type": "linear"}
+    if ticks := _log_ticks(panel):
+        x |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     if panel.from_zero:
         y["rangemode"] = "tozero"
     if panel.rows:
@@ -181,6 +314,18 @@ def _traces(part: Line | Bars, number: str, in_legend: Any) -> list[dict[str, An
     return [band | {"showlegend": False}, trace]
 
 
+def _log_ticks(panel: Panel) -> list[float]:
+    """The ticks of a logarithmic axis: 1, 2, 5, 10 ... between its points, so no half of a step."""
+    points = [x for part in panel.parts if isinstance(part, Line) for x in part.x]
+    if not panel.log_x or not points:
+        return []
+    low, high = min(points), max(points)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) < 4 else (1, 3) if len(decades) < 6 else (1,)
+    ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
+    return [tick for tick in ticks if low <= tick <= high] or [low]
+
+
 def _draw_panel(panel: Panel, axes: Any) -> None:
     for part in panel.parts:
         colour, _, dash, _, marker = LOOKS[part.number % len(LOOKS)]
@@ -214,8 +359,13 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
     if panel.rows:
         axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         axes.set_ylim(len(panel.rows) - 0.5, -0.5)
-    points = (x for part in panel.parts if isinstance(part, Line) for x in part.x)
-    if not panel.log_x and not panel.rows and all(float(x).is_integer() for x in points):
+    if ticks := _log_ticks(panel):
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.minorticks_off()
+        if len(ticks) == 1:
+            axes.set_xlim(ticks[0] / 2, 2 * ticks[0])
+    points = [float(x) for part in panel.parts if isinstance(part, Line) for x in part.x]
+    if points and not panel.log_x and not panel.rows and all(x.is_integer() for x in points):
         axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

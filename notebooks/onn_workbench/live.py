@@ -9,22 +9,33 @@ from onn_core.streaming.visits import Event
 from onn_workbench import engine
 from onn_workbench.figure import Bars, Figure, Line, Panel
 from onn_workbench.report import loss_lines
+from onn_workbench.runs import held_out_key
 
 PHASES = ("read", *engine.PHASES)  # of a timeline, from the top
 STEPS = "optimizer steps"
 
 
 def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figure:
-    """Losses of all records, gradient norms of the first, and the timeline `events`."""
+    """Losses of all records, gradient norms of the first, and the timeline `events`.
+
+    Held-out losses of other samples cannot be compared, so they have axes of their own.
+    """
     first, title = next(iter(records.values())), "losses, gradient norms, timeline of the last step"
-    top = [
-        Panel(loss_lines(records, "step"), STEPS, "loss (nats per counted token)"),
-        Panel(_norms(first), STEPS, "gradient norm of a layer", log_y=True),
-    ]
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for label, record in records.items():
+        kinds.setdefault(held_out_key(record), []).append(label)
+    lines, top = loss_lines(records, "step"), []
+    for labels in kinds.values():
+        own = [line for line in lines if line.label.rpartition(", ")[0] in labels]
+        name = f"held-out samples of {labels[0]}" if len(kinds) > 1 else ""
+        top.append(Panel(own, STEPS, "loss (nats per counted token)", title=name))
+    norms = Panel(_norms(first), STEPS, "gradient norm of a layer", log_y=True)
     begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
     bars = phase_bars(events, lambda phase, _: PHASES.index(phase), height=0.7, begin=begin)
     timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)
-    return Figure([top, [timeline]], title, width=10)
+    pairs = [*top, norms]
+    rows = [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
+    return Figure([*rows, [timeline]] if events else rows, title, width=10)
 
 
 def phase_bars(

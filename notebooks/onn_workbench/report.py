@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 from IPython.display import display
 
+from onn_core.config import TrainConfig
 from onn_core.record import RunRecord
 from onn_workbench.figure import Figure, Line, Panel
+from onn_workbench.tables import frame
 
 
 def summary_table(records: dict[str, RunRecord]) -> pd.DataFrame:
@@ -35,16 +37,21 @@ def summary_table(records: dict[str, RunRecord]) -> pd.DataFrame:
     return frame(rows, "run")
 
 
-def frame(rows: Sequence[dict[str, Any]], index: str | list[str]) -> pd.DataFrame:
-    """A pandas frame of `rows`, whose counts stay whole when it is transposed."""
-    columns = None if rows else [index] if isinstance(index, str) else index
-    return pd.DataFrame(rows, columns=columns, dtype=object).set_index(index)
-
-
 def learned(records: Sequence[RunRecord], least_fall: float = 0.02) -> bool:
     """Whether held-out loss fell, in every run, by more than `least_fall` of where it began."""
     falls = [1 - record.evals[-1].loss / record.evals[0].loss for record in records]
     return min(falls) > least_fall
+
+
+def answers_reading(answers: Sequence[Any]) -> str:
+    """How the answers changed, in numbers; answers: of `onn_core.answers`, with an adapter."""
+    changed = sum(one.answer != one.base_answer for one in answers)
+    before, after = (
+        statistics.fmean(len(getattr(one, name).split()) for one in answers)
+        for name in ("base_answer", "answer")
+    )
+    lengths = f"{before:.0f} words before and {after:.0f} after, on average"
+    return f"{changed} of {len(answers)} answers changed; {lengths}."
 
 
 def learning_curve(records: dict[str, RunRecord]) -> Figure:
@@ -82,6 +89,29 @@ class LiveLine:
         held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
         text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"
         bundle = {"text/plain": f"{text}, {record.wall_s:.0f} s"}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)
+
+
+class LiveLines:
+    """An `on_step` of several runs that shows the last step of each in a line."""
+
+    def __init__(self, configs: dict[str, TrainConfig]):
+        self.configs = {label: config.without_paths() for label, config in configs.items()}
+        self.lines: dict[str, str] = {}
+        self.handle = None
+
+    def __call__(self, record: RunRecord) -> None:
+        step, n_steps = record.steps[-1], record.config["max_steps"]
+        label = next((name for name, own in self.configs.items() if own == record.config), "a run")
+        held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
+        self.lines[label] = (
+            f"{label}: step {step.step} of {n_steps}: loss {step.loss:.3f}{held_out}"
+        )
+        known = [self.lines[name] for name in [*self.configs, "a run"] if name in self.lines]
+        bundle = {"text/plain": "\n".join(known)}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
         else:

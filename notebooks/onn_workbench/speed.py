@@ -11,11 +11,14 @@ import torch
 from onn_core.record import read_json
 from onn_core.run.estimate import geometry_of, predict
 from onn_workbench.ceilings import Ceilings
-from onn_workbench.figure import Bars, Figure, Line, Panel
+from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.live import phase_bars
-from onn_workbench.report import frame
+from onn_workbench.tables import frame
+from onn_workbench.verdicts import judge
 
 SCHEMA_VERSION = 1
+BASELINE = "baseline"  # the report's, among the systems
+CLAIMED_BATCHES = range(32, 129)
 OWN = ("onn", "cached")  # of the systems, those that are this project
 
 
@@ -39,16 +42,15 @@ def speed_table(record: dict[str, Any]) -> pd.DataFrame:
             "batch": row["batch_size"],
             "tokens": row["sequence"],
             "layers": row["layers"],
-            "s per step": f"{row['step_s']:.3g}",
-            "ms per sample": f"{row['ms_per_sample']:.0f}",
-            "samples per s": f"{row['samples_per_s']:.3g}",
-            "tokens per s": f"{row['tokens_per_s']:.3g}",
-            "peak GiB": f"{row['peak_memory_bytes'] / 2**30:.2f}",
-            "GB read per step": f"{row['bytes_read'] / 1e9:.3g}",
+            "step (s)": round(row["step_s"], 3),
+            "sample (s)": round(row["ms_per_sample"] / 1e3, 3),
+            "tokens per s": round(row["tokens_per_s"], 1),
+            "peak (GiB)": round(row["peak_memory_bytes"] / 2**30, 2),
+            "read a step (GiB)": round(row["bytes_read"] / 2**30, 2),
             "limited by": row["limited_by"],
-            "percent of limit": "" if (of := row["percent_of_limit"]) is None else f"{of:.0f}",
+            "percent of limit": _whole(row["percent_of_limit"]),
             "graphs resident": row["kept_layers"],
-            "percent if none": "" if (of := row["percent_recomputed"]) is None else f"{of:.0f}",
+            "percent if none": _whole(row["percent_recomputed"]),
         }
         for row in record["rows"]
     ]
@@ -78,8 +80,8 @@ def overlap_table(record: dict[str, Any]) -> pd.DataFrame | str:
             "tokens": step["sequence"],
             "dtype": step.get("dtype", "bfloat16"),
             "budget (GiB)": f"{step['budget_bytes'] / 2**30:.2f}",
-            "GB to the device": f"{step['bytes_streamed'] / 1e9:.1f}",
-            "of them from disk": f"{step['bytes_read'] / 1e9:.1f}",
+            "GiB to the device": f"{step['bytes_streamed'] / 2**30:.1f}",
+            "of them from disk": f"{step['bytes_read'] / 2**30:.1f}",
             "step (s)": f"{step['step_s']:.2f}",
             "copies (s)": f"{step['copies_s']:.3f}",
             "kernels (s)": f"{step['kernels_s']:.3f}",
@@ -93,39 +95,101 @@ def overlap_table(record: dict[str, Any]) -> pd.DataFrame | str:
     return pd.DataFrame(rows).set_index(["layers", "batch", "tokens"])
 
 
-def ratio_table(record: dict[str, Any]) -> pd.DataFrame:
-    """How many times faster a sample is in this project than elsewhere, with the range of steps."""
-    rows = []
-    for other, own in itertools.product(record["rows"], repeat=2):
-        same = own["layers"] == other["layers"] and own["sequence"] == other["sequence"]
-        is_pair = own["system"] in OWN and other["system"] not in OWN
-        if not same or not is_pair or own["batch_size"] < other["batch_size"]:
+def pairs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """This project against each other system: at equal batch first, the baseline at batch 1 last.
+
+    Only rows of one depth and one length of a sample meet. "least" and "most": over all pairs of
+    steps.
+    """
+    found = []
+    for own, other in itertools.product(record["rows"], repeat=2):
+        same = all(own[name] == other[name] for name in ("layers", "sequence"))
+        equal = own["batch_size"] == other["batch_size"]
+        if own["system"] not in OWN or other["system"] in OWN or not same:
+            continue
+        if not equal and other["system"] != BASELINE:
             continue
         ours, theirs = ([s / row["batch_size"] for s in row["step_s_all"]] for row in (own, other))
-        rows.append(
+        found.append(
             {
-                "layers": own["layers"],
-                "this project": f"{own['system']}, batch {own['batch_size']}",
-                "against": f"{other['system']}, batch {other['batch_size']}",
-                "times faster": round(other["ms_per_sample"] / own["ms_per_sample"], 2),
-                "least": round(min(theirs) / max(ours), 2),
-                "most": round(max(theirs) / min(ours), 2),
+                "own": own,
+                "other": other,
+                "equal": equal and other["system"] != BASELINE,
+                "times": other["ms_per_sample"] / own["ms_per_sample"],
+                "least": min(theirs) / max(ours),
+                "most": max(theirs) / min(ours),
+                "steps": min(len(ours), len(theirs)),
             }
         )
-    return frame(rows, ["layers", "this project", "against"])
+    return sorted(found, key=lambda pair: not pair["equal"])
+
+
+def ratio_table(record: dict[str, Any]) -> pd.DataFrame:
+    """How many times as fast a sample is in this project, with the range over the steps."""
+    rows = [
+        {
+            "layers": pair["own"]["layers"],
+            "tokens": pair["own"]["sequence"],
+            "this project": f"{pair['own']['system']}, batch {pair['own']['batch_size']}",
+            "against": f"{pair['other']['system']}, batch {pair['other']['batch_size']}",
+            "times as fast": round(pair["times"], 2),
+            "least": round(pair["least"], 2),
+            "most": round(pair["most"], 2),
+        }
+        for pair in pairs(record)
+    ]
+    return frame(rows, ["layers", "tokens", "this project", "against"])
+
+
+def headline(record: dict[str, Any]) -> str:
+    """A sample's time against the best peer at equal batch, then against the report's baseline.
+
+    The pairs are those of the deepest model with a peer; where this project is slower, it says so.
+    """
+    found, lines = pairs(record), []
+    equal = [pair for pair in found if pair["equal"]]
+    depth = max((pair["own"]["layers"] for pair in equal), default=0)
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for pair in equal:
+        if pair["own"]["layers"] == depth:
+            place = pair["own"]["batch_size"], pair["own"]["sequence"]
+            best[place] = min(best.get(place, pair), pair, key=lambda one: one["times"])
+    for (batch_size, sequence), pair in sorted(best.items()):
+        own, other = (pair[name]["ms_per_sample"] / 1e3 for name in ("own", "other"))
+        slower = " (slower)" if pair["times"] < 1 else ""
+        lines.append(
+            f"Batch {batch_size} x {sequence} tokens, {depth} layers: {pair['times']:.2f} times as "
+            f"fast as the best peer{slower}, {pair['other']['system']}: {own:.3g} against "
+            f"{other:.3g} s a sample."
+        )
+    if not lines:
+        lines = ["No peer was measured at an equal batch."]
+    against = [pair for pair in found if pair["other"]["system"] == BASELINE]
+    deepest = max((pair["own"]["layers"] for pair in against), default=0)
+    against = [pair for pair in against if pair["own"]["layers"] == deepest]
+    if against:
+        pair = max(against, key=lambda pair: pair["own"]["batch_size"])
+        slower = " (slower)" if pair["times"] < 1 else ""
+        lines.append(
+            f"Batch {pair['own']['batch_size']}, {deepest} layers: {pair['times']:.1f} times as "
+            f"fast{slower} as the report's baseline at batch {pair['other']['batch_size']}."
+        )
+    if record["disturbed"]:
+        lines.append("The machine was disturbed: these figures do not count.")
+    return "\n".join(lines)
 
 
 def ceilings_table(record: dict[str, Any]) -> pd.DataFrame:
     """What the machine sustains, before and after the runs."""
     both = [record["ceilings"][when] for when in ("before", "after")]
-    rows = {"reads from disk (GB/s)": [c["read_bytes_per_s"] / 1e9 for c in both]}
+    rows = {"reads from disk (GiB/s)": [c["read_bytes_per_s"] / 2**30 for c in both]}
     if both[0]["copy_bytes_per_s"]:
-        rows["copies to the device (GB/s)"] = [c["copy_bytes_per_s"] / 1e9 for c in both]
+        rows["copies to the device (GiB/s)"] = [c["copy_bytes_per_s"] / 2**30 for c in both]
     for n_tokens in both[0]["flops_per_s"]:
         flops_per_s = [c["flops_per_s"][n_tokens] for c in both]
         rows[f"matmuls at {n_tokens} tokens (GFLOP/s)"] = [rate / 1e9 for rate in flops_per_s]
-    table = pd.DataFrame(rows, index=["before", "after"]).T
-    return table.map(lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}")
+    table = pd.DataFrame(rows, index=["before", "after"]).T.rename_axis("ceiling")
+    return table.map(lambda value: f"{value:.2f}" if value < 100 else f"{value:,.0f}")
 
 
 def timeline(row: dict[str, Any], title: str) -> Figure:
@@ -142,44 +206,81 @@ def timeline(row: dict[str, Any], title: str) -> Figure:
 
 
 def sample_times(record: dict[str, Any]) -> Figure:
-    """Time of a sample for every system and batch size, beside the limit."""
-    rows = record["rows"]
+    """Time of a sample, a point a run: by depth, length and batch, then by system; its limit."""
+    rows = sorted(
+        record["rows"],
+        key=lambda row: (-row["layers"], row["sequence"], row["batch_size"], row["ms_per_sample"]),
+    )
     names = [
-        f"{row['system'].replace('_', ' ')}, batch {row['batch_size']} x {row['sequence']} tokens, "
-        f"{row['layers']} layers"
+        f"{row['layers']} layers, {row['batch_size']} x {row['sequence']}: "
+        f"{row['system'].replace('_', ' ')}"
         for row in rows
     ]
     times = [row["ms_per_sample"] / 1e3 for row in rows]
+    parts = []
+    for number, system in enumerate(dict.fromkeys(row["system"] for row in record["rows"])):
+        places = [place for place, row in enumerate(rows) if row["system"] == system]
+        x, label = [times[place] for place in places], system.replace("_", " ")
+        parts.append(Line(label, x, places, number, mode="markers", width=3))
     known = [place for place, row in enumerate(rows) if row["percent_of_limit"] is not None]
     limits = [times[place] * rows[place]["percent_of_limit"] / 100 for place in known]
-    bars = Bars("measured", range(len(rows)), [0] * len(rows), times)
-    dots = Line("limit", limits, known, mode="ticks", colour="black")
-    x, height = "seconds per sample (logarithmic)", 0.8 + 0.34 * len(rows)
-    panel = Panel([bars, dots], x, rows=names, log_x=True, height=height)
+    parts.append(Line("limit", limits, known, mode="ticks", colour="black"))
+    x, height = "seconds per sample (logarithmic)", 0.8 + 0.26 * len(rows)
+    panel = Panel(parts, x, rows=names, log_x=True, height=height)
     return Figure([[panel]], "seconds per sample of every system")
 
 
-def verdict(times: float) -> str:
-    """Of the report's claim: a large batch's samples are 7 to 13 times faster than batch 1's."""
-    return "confirmed" if 7 <= times <= 13 else "different" if times > 1 else "refuted"
+def ratio_claim(record: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the report's 7 to 13 times is judged by, and which of its conditions are missing.
+
+    The pair of the fastest batch within 32 to 128 and the baseline at batch 1, of the deepest model
+    measured; None where there is none.
+    """
+    found = [pair for pair in pairs(record) if pair["other"]["system"] == BASELINE]
+    found = [pair for pair in found if pair["own"]["system"] == "onn"]
+    found = [pair for pair in found if pair["own"]["layers"] == _depth(record)]
+    claimed = [pair for pair in found if pair["own"]["batch_size"] in CLAIMED_BATCHES]
+    claimed = [pair for pair in claimed if pair["other"]["batch_size"] == 1]
+    missing = [] if claimed else ["no batch of 32 to 128 beside a baseline at batch 1"]
+    if record["disturbed"]:
+        missing.append("the machine was disturbed")
+    if any(pair["steps"] < 2 for pair in found):
+        missing.append("one timed step")
+    best = max(claimed or found, key=lambda pair: pair["times"], default=None)
+    return best, missing
 
 
-def print_verdict(record: dict[str, Any]) -> None:
-    """The report's claim against every batch of this record, and the reason."""
-    whole = [row for row in record["rows"] if row["layers"] == _depth(record)]
-    baseline = [row for row in whole if row["system"] == "baseline"]
-    own = [row for row in whole if row["system"] == "onn" and row["batch_size"] > 1]
-    if not baseline or not own:
-        print("no verdict: the runs have no baseline, or no batch above 1")
-        return
-    for row in own:
-        times = baseline[0]["ms_per_sample"] / row["ms_per_sample"]
-        print(
-            f"batch {row['batch_size']}: {times:.1f} times the baseline's samples a second "
-            f"(claimed 7 to 13): {verdict(times).upper()}. Its step is limited by "
-            f"{row['limited_by']}, at {row['percent_of_limit']:.0f} % of that limit; the "
-            f"baseline's step reaches {baseline[0]['percent_of_limit']:.0f} % of its own."
+def reading(record: dict[str, Any]) -> str:
+    """What the benchmark says, in words: the claim of a large batch, the wall, the reserve."""
+    pair, missing = ratio_claim(record)
+    lines = []
+    if pair is None:
+        lines.append("The runs have no baseline of this depth beside this project: no verdict.")
+    else:
+        own, times = pair["own"], pair["times"]
+        said = judge(pair["least"] > 1, missing)
+        lines.append(
+            f"A large batch makes a sample cheaper: {said.upper()}"
+            + (f" ({'; '.join(missing)})" if missing else "")
+            + f". Batch {own['batch_size']} takes {times:.1f} times less than the baseline "
+            f"({pair['least']:.1f} to {pair['most']:.1f} over the steps); the report claims "
+            "7 to 13 on its machine."
         )
+    for row in smallest_and_largest(record):
+        wall = {"read": "reading", "compute": "computing", "copy": "copying"}
+        limit = wall.get(row["limited_by"], row["limited_by"])
+        waited = 100 * row["wait_s"] / row["step_s"] if "wait_s" in row else 0
+        percent = row["percent_of_limit"]
+        reached = "" if percent is None else f", reaches {percent:.0f} % of that limit"
+        lines.append(
+            f"Batch {row['batch_size']} x {row['sequence']}: {limit} is the limit{reached}, and "
+            f"{waited:.0f} % of the step is spent waiting for weights."
+        )
+    return "\n".join(lines)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
 
 
 def smallest_and_largest(record: dict[str, Any]) -> list[dict[str, Any]]:

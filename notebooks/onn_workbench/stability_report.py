@@ -9,8 +9,8 @@ import pandas as pd
 
 from onn_core.record import RunRecord, describe_environment, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
-from onn_workbench.report import frame
 from onn_workbench.stability import FIXES, Event, Outcome
+from onn_workbench.tables import frame
 
 SCHEMA_VERSION = 1
 
@@ -94,13 +94,6 @@ def step_table(record: RunRecord) -> pd.DataFrame:
         for step in record.steps
     ]
     return frame(rows, "step")
-
-
-def shown(frame: Any) -> Any:
-    """`frame` for a notebook: text at the left, no index apart."""
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}]
-    style = frame.reset_index().style if frame.index.name else frame.style
-    return style.set_uuid("table").set_table_styles(left).hide(axis="index")
 
 
 def headroom(curves: dict[str, dict[int, float]]) -> Figure:

@@ -17,12 +17,15 @@ from onn_core.adapters.lora import add_adapter
 from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
-from onn_core.record import EvalRecord, RunRecord, read_json, write_json
+from onn_core.many import train_many
+from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 
 SCHEMA_VERSION = 1
+WHOLE_STEPS = 8  # first steps of a run that are rows of their own
+SUMMED = ("samples", "tokens", "counted_tokens", "bytes_read", "layer_loads", "nonfinite")
 RULE = (
     "YES when held-out loss, averaged over the seeds, falls by more than its noise, ends lower "
     "than after the same samples with shuffled targets by more than that difference's noise, and "
@@ -84,7 +87,7 @@ def train(
         record = RunRecord.load(folder / "record.json")
         if record.status == "finished" and record.config == config.without_paths():
             on_step(record)
-            return record
+            return thinned(record)
 
     def watch(record: RunRecord) -> None:
         on_step(record)
@@ -95,7 +98,7 @@ def train(
     try:
         trainer.train(resume and bool(Checkpoints(folder, 1).paths()))
     except NonFiniteError:
-        return trainer.record
+        return thinned(trainer.record)
     except _TimeSpent:
         record = trainer.record
         if record.evals[-1].step < len(record.steps):
@@ -106,7 +109,85 @@ def train(
         record.status = "finished"
         record.save(folder / "record.json")
     shutil.rmtree(folder / FOLDER)  # its record and its adapter are all that is used
-    return trainer.record
+    return thinned(trainer.record)
+
+
+def train_all(
+    configs: Sequence[TrainConfig],
+    on_step: Callable[[RunRecord], None] = lambda record: None,
+    resume: bool = False,
+) -> list[RunRecord]:
+    """All runs in one pass over the weights; each is equal, bit for bit, to the run alone.
+
+    A NaN ends its run, recorded. resume: runs of these settings that finished are read, others go
+    on. The times of a step are those of a pass that all runs share.
+    """
+    done = {}
+    for place, config in enumerate(configs):
+        path = Path(config.output_dir) / "record.json"
+        record = RunRecord.load(path) if resume and path.is_file() else None
+        if record and record.status == "finished" and record.config == config.without_paths():
+            done[place] = record
+    waiting = [place for place in range(len(configs)) if place not in done]
+    chosen = [configs[place] for place in waiting]
+    try:
+        records = train_many(chosen, resume, on_step) if chosen else []
+    except NonFiniteError:  # of all runs
+        records = [RunRecord.load(Path(config.output_dir) / "record.json") for config in chosen]
+    for config in chosen:  # its record and its adapter are all that is used
+        shutil.rmtree(Path(config.output_dir) / FOLDER, ignore_errors=True)
+    done |= zip(waiting, records, strict=True)
+    return [thinned(done[place]) for place in range(len(configs))]
+
+
+def thinned(record: RunRecord, n_rows: int = 48) -> RunRecord:
+    """The run with about `n_rows` rows for its steps: a row of a stretch holds sums and means.
+
+    No stretch goes beyond an evaluation. The first steps, the steps of the largest and the least
+    gradient norm of a layer and those with a NaN or Inf are rows of their own, so that extremes
+    and sums are those of all steps; a norm of a stretch is its median.
+    """
+    steps, size = record.steps, math.ceil(len(record.steps) / n_rows)
+    if size == 1:
+        return record
+    norms = {n: step.grad_norm_by_layer.values() for n, step in enumerate(steps)}
+    apart = {min(norms, key=lambda n: min(norms[n])), max(norms, key=lambda n: max(norms[n]))}
+    apart |= {*range(WHOLE_STEPS)} | {n for n, step in enumerate(steps) if step.nonfinite}
+    ends = {done.step for done in record.evals}
+    rows, stretch = [], []
+    for number, step in enumerate(steps):
+        if number in apart and stretch:
+            rows.append(_joined(stretch))
+            stretch = []
+        stretch.append(step)
+        if number in apart or step.step in ends or len(stretch) == size:
+            rows.append(_joined(stretch))
+            stretch = []
+    rows += [_joined(stretch)] if stretch else []
+    return dataclasses.replace(record, steps=rows)
+
+
+def _joined(steps: list[StepRecord]) -> StepRecord:
+    """One row for several steps, named by the last of them."""
+    if len(steps) == 1:
+        return steps[0]
+    last, n_counted = steps[-1], sum(step.counted_tokens for step in steps)
+    summed = {
+        name: sum(getattr(step, name) for step in steps)
+        for name in (*SUMMED, *(name for name in vars(last) if name.endswith("_s")))
+    }
+    by_layer = {
+        layer: statistics.median(step.grad_norm_by_layer[layer] for step in steps)
+        for layer in last.grad_norm_by_layer
+    }
+    return dataclasses.replace(
+        last,
+        **summed,
+        loss=sum(step.loss * step.counted_tokens for step in steps) / n_counted,
+        grad_norm=statistics.median(step.grad_norm for step in steps),
+        grad_norm_by_layer=by_layer,
+        skipped=any(step.skipped for step in steps),
+    )
 
 
 def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[float]:

@@ -3,20 +3,27 @@
 import dataclasses
 import operator
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from onn_core.weights import geometry
-from onn_workbench import curves, pages, speed, stability_report, study
+from onn_workbench import curves, pages, speed, stability_report, study, sweep
 from onn_workbench.stability import FIXES, Outcome
 from onn_workbench.study import Study
+from onn_workbench.sweep import Sweep
+from onn_workbench.verdicts import CONFIRMED, REFUTED, RULE, judge
 
 NOT_MEASURED = "not measured in this profile"
-CONFIRMED, REFUTED, DIFFERENT = "confirmed", "refuted", "different"
 PHI4_LAYERS = 40
+PHI4_TRAINED = 5_570_560  # rank 8 in 8 layers
+REPORT_DEVICE = "GTX 1650"
+CLAIMED = range(32, 129)  # batch sizes that the report calls optimised
 CLAIMED_PEAKS_BYTES = (1_568_000_000, 982_000_000)  # batch 32 to 128, batch 1
+ROOM_BYTES = 1_650_000_000  # the largest memory_budget whose peak can be held against them
 # Fused projections of a phi-4 layer, in + out: qkv, o, gate and up, down.
 PHI4_WIDTHS = (5120 + 7680, 5120 + 5120, 5120 + 35840, 17920 + 5120)
 REPRODUCE = """make report                # this report, quick profile
@@ -31,17 +38,23 @@ class Records:
     learning: Study | None = None
     stability: dict[str, Outcome] | None = None
     benchmark: dict[str, Any] | None = None
+    sweep: Sweep | None = None
 
 
 @dataclasses.dataclass
 class Claim:
-    """A claim of the original report, what was measured here, and whether the two agree."""
+    """A claim of the original report, what was measured here, and the verdict of `RULE`."""
 
     claim: str
     original: str
     here: str = NOT_MEASURED
     verdict: str = "none"
     why: str = ""
+
+    def judge(self, holds: bool, here: str, why: str, missing: Sequence[str] = ()) -> None:
+        """Set what was measured, the verdict and its reason: what is missing comes first."""
+        self.here, self.verdict = here, judge(holds, missing)
+        self.why = "; ".join([*missing, why] if why else missing)
 
 
 def read(folder: str | Path) -> Records:
@@ -53,6 +66,8 @@ def read(folder: str | Path) -> Records:
         found.stability = stability_report.load(path)
     if (path := folder / "training_benchmark.json").is_file():
         found.benchmark = speed.load_benchmark(path)
+    if (path := folder / "sweep.json").is_file():
+        found.sweep = Sweep.load(path)
     return found
 
 
@@ -71,6 +86,19 @@ def headline_table(records: Records) -> pd.DataFrame:
     rows = [dataclasses.asdict(claim) for claim in claims(records)]
     names = {"original": "original report", "here": "measured here"}
     return pd.DataFrame(rows).rename(columns=names).set_index("claim")
+
+
+def answer(records: Records) -> str:
+    """How many of the claims were confirmed, refuted and not comparable, and which were refuted."""
+    found = claims(records)
+    counts = Counter(claim.verdict for claim in found if claim.verdict != "none")
+    lines = [f"{len(found)} claims: {', '.join(f'{n} {word}' for word, n in counts.items())}."]
+    if counts.total() < len(found):
+        lines[0] = f"{lines[0][:-1]}, {len(found) - counts.total()} not measured."
+    lines += [
+        f"Refuted: {claim.claim} ({claim.here})." for claim in found if claim.verdict == REFUTED
+    ]
+    return "\n".join(lines)
 
 
 def settings_table(records: Records) -> pd.DataFrame:
@@ -103,10 +131,16 @@ def settings_table(records: Records) -> pd.DataFrame:
 
 def write_comparison(records: Records, path: str | Path) -> None:
     """The report on one page: every table, and the learning curves."""
-    sections = {"Claims": [pages.table(headline_table(records))]}
-    sections |= {"Speed": [], "Learning": [], "Stability": []}
-    if records.benchmark:
-        sections["Speed"] = [pages.table(speed.speed_table(records.benchmark))]
+    claimed = [pages.code(answer(records)), pages.paragraph(RULE)]
+    sections = {"Claims": [*claimed, pages.table(headline_table(records))]}
+    sections |= {"Speed": [], "Learning": [], "Stability": [], "Sweep": []}
+    if found := records.benchmark:
+        sections["Speed"] = [
+            pages.code(speed.headline(found)),
+            pages.table(speed.speed_table(found)),
+        ]
+    if found := records.sweep:
+        sections["Sweep"] = [pages.code(sweep.answer(found)), pages.table(sweep.table(found))]
     if found := records.learning:
         verdicts = curves.verdict_table(found.runs | found.controls, found.reference)
         picture = curves.study_figure(found.runs, found.controls).png()
@@ -125,97 +159,100 @@ def write_comparison(records: Records, path: str | Path) -> None:
 
 
 def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
-    ratio = Claim("time per sample, batch 32 to 128 against batch 1", "7 to 13 times less")
-    rate = Claim("samples per second, batch 32 to 128", "0.86 to 1.32")
-    memory = Claim("peak memory, batch 32 to 128; batch 1", "1528 to 1568 MB; 979 to 982 MB")
-    if not benchmark:
-        return [ratio, rate, memory]
-    first = benchmark["rows"][0]
-    found = {  # the report's case: one depth and one length of a sample
-        (row["system"], row["batch_size"]): row
-        for row in benchmark["rows"]
-        if (row["layers"], row["sequence"]) == (first["layers"], first["sequence"])
-    }
-    single = [found[system, 1] for system in ("baseline", "onn") if (system, 1) in found]
-    large = [row for (name, size), row in found.items() if name == "onn" and 32 <= size <= 128]
-    if not single or not large:
-        return [ratio, rate, memory]
-    best, one = min(large, key=lambda row: row["ms_per_sample"]), single[0]
-    times = one["ms_per_sample"] / best["ms_per_sample"]
-    ratio.here = (
-        f"{times:.1f} times less: {best['ms_per_sample']:,.0f} ms at batch {best['batch_size']}, "
-        f"{one['ms_per_sample']:,.0f} ms at batch 1"
+    cheaper = Claim(
+        "a large batch makes a sample cheaper than the baseline's", "yes, 7 to 13 times"
     )
-    ratio.verdict = speed.verdict(times)
-    ratio.why = (
-        "the ratio of reading to computing time belongs to the machine; "
-        f"{best['percent_of_limit']:.0f} % of its limit at batch {best['batch_size']}, "
-        f"{one['percent_of_limit']:.0f} % at batch 1"
+    ratio = Claim(
+        "phi-4: 7 to 13 times less time per sample, batch 32 to 128", "7 to 13 times less"
     )
-    if benchmark["disturbed"]:
-        ratio.why += "; the machine was disturbed: measure again"
-    whole = first["layers"] == PHI4_LAYERS
-    other = f"{first['layers']} decoder layers instead of {PHI4_LAYERS}, another machine"
-    rate.here = ", ".join(f"{r['samples_per_s']:.2f} (batch {r['batch_size']})" for r in large)
-    faster = max(r["samples_per_s"] for r in large) >= 0.86
-    rate.verdict = DIFFERENT if not whole else CONFIRMED if faster else REFUTED
-    peaks = [max(r["peak_memory_bytes"] for r in large), one["peak_memory_bytes"]]
-    memory.here = "; ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks)
+    rate = Claim("phi-4: samples per second, batch 32 to 128", "0.86 to 1.32")
+    memory = Claim("phi-4: peak memory, batch 32 to 128; batch 1", "1568 MB; 982 MB at most")
+    rows = [cheaper, ratio, rate, memory]
+    pair, missing = speed.ratio_claim(benchmark) if benchmark else (None, [])
+    if pair is None:
+        return rows
+    own, other = pair["own"], pair["other"]
+    other_model = own["layers"] != PHI4_LAYERS or own.get("trainable") != PHI4_TRAINED
+    of_phi4 = [f"{own['layers']} layers of another model or depth"] if other_model else []
+    here = (
+        f"{pair['times']:.1f} times less: {own['ms_per_sample']:,.0f} ms at batch "
+        f"{own['batch_size']}, {other['ms_per_sample']:,.0f} ms at batch {other['batch_size']}"
+    )
+    percents = [
+        f"{row['percent_of_limit']:.0f} % of its limit at batch {row['batch_size']}"
+        for row in (own, other)
+        if row["percent_of_limit"] is not None
+    ]
+    spread = f"{pair['least']:.1f} to {pair['most']:.1f} over the steps"
+    cheaper.judge(pair["least"] > 1, here, spread, missing)
+    ratio.judge(pair["times"] >= 7, here, ", ".join(percents), missing + of_phi4)
+    machine = f"the report's machine is a {REPORT_DEVICE}"
+    elsewhere = [] if REPORT_DEVICE in benchmark["environment"]["device"] else [machine]
+    fast = f"{own['samples_per_s']:.2f} (batch {own['batch_size']})"
+    rate.judge(own["samples_per_s"] >= 0.86, fast, "", missing + of_phi4 + elsewhere)
+    peaks = [own["peak_memory_bytes"], other["peak_memory_bytes"]]
+    budget = benchmark.get("budget_bytes")
+    wide = (
+        []
+        if budget is not None and budget <= ROOM_BYTES
+        else [
+            "it was given more memory" if budget is None else f"it was given {budget / 1e6:,.0f} MB"
+        ]
+    )
+    shown = "; ".join(f"{peak / 1e6:,.0f} MB" for peak in peaks)
     within = all(map(operator.le, peaks, CLAIMED_PEAKS_BYTES))
-    as_little = CONFIRMED if within else DIFFERENT
-    memory.verdict = DIFFERENT if not whole else as_little if max(peaks) < 4e9 else REFUTED
-    rate.why = "another machine" if whole else other
-    memory.why = "it fills the budget that it is given, within 4 GB" if whole else other
-    return [ratio, rate, memory]
+    memory.judge(within, shown, "", missing + of_phi4 + wide)
+    return rows
 
 
 def _learning_claims(found: Study | None) -> list[Claim]:
-    baseline = Claim("learning, baseline (batch 1)", "loss falls by 3.2 %")
-    optimised = Claim("learning, optimised (batch 32)", "loss falls by 2.2 %")
-    alike = Claim("both configurations learn alike", "yes")
+    baseline = Claim("the baseline (batch 1) learns", "yes, loss falls by 3.2 %")
+    optimised = Claim("optimised (batch 32) learns", "yes, loss falls by 2.2 %")
+    alike = Claim("large batches learn as well as the baseline", "yes")
     evidence = Claim("gradients are non-zero, no NaN or Inf", "yes")
     ends = Claim("the first and last layers matter most", "layers 0 to 3 and 36 to 39 of 40")
     rows = [baseline, optimised, alike, evidence, ends]
     if not found:
         return rows
-    controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
-    of_controls = "the controls do not learn" if controls == {"NO"} else "A CONTROL LEARNED"
-    for label, claim in (("baseline", baseline), ("optimised", optimised)):
-        label = next(name for name in found.runs if name.startswith(label))
-        said = study.verdict(found.runs[label], found.reference)
-        claim.here = (
-            f"held-out loss {said['loss_before']:.3f} to {said['loss_after']:.3f}: "
-            f"falls by {100 * said['fall']:.1f} % ({label})"
-        )
-        learned = said["learned"] == "YES"
-        claim.verdict = CONFIRMED if learned else REFUTED if said["fall"] <= 0 else DIFFERENT
-        against, noise = said["against_shuffled"], said["against_shuffled_noise"]
-        claim.why = (
-            f"noise of {said['seeds']} seeds {100 * said['noise']:.1f} %; "
-            f"{against:+.3f} ± {noise:.3f} against shuffled targets; {of_controls}"
-        )
     first = next(label for label in found.runs if label.startswith("baseline"))
     last = next(label for label in found.runs if label.startswith("optimised"))
+    controls = {study.verdict(r, found.reference)["learned"] for r in found.controls.values()}
+    seeds = ["one seed has no noise"] if len(found.runs[first]) < 2 else []
+    fooled = [] if controls == {"NO"} else ["a control learned"]
+    for label, claim, claimed in ((first, baseline, range(1, 2)), (last, optimised, CLAIMED)):
+        said = study.verdict(found.runs[label], found.reference)
+        size = found.runs[label][0].config.get("batch_size")
+        other = [] if size is None or size in claimed else [f"measured at batch {size}"]
+        here = (
+            f"held-out loss {said['loss_before']:.3f} to {said['loss_after']:.3f}: "
+            f"{-100 * said['fall']:+.1f} % ({label})"
+        )
+        against, noise = said["against_shuffled"], said["against_shuffled_noise"]
+        why = (
+            f"noise of {said['seeds']} seeds {100 * said['noise']:.1f} %; {against:+.3f} ± "
+            f"{noise:.3f} against shuffled targets; how far it falls belongs to model and data"
+        )
+        claim.judge(said["learned"] == "YES", here, why, seeds + fooled + other)
     mean, noise, words = study.compare(found.runs[first], found.runs[last])
-    alike.here = f"final held-out loss {mean:+.3f} (optimised less baseline)"
-    alike.verdict = CONFIRMED if words.startswith("no") or mean < 0 else REFUTED
-    alike.why = f"{words} ({noise:.3f})" if words.startswith("no") else f"{words} than the baseline"
+    size = found.runs[last][0].config.get("batch_size")
+    other = [] if size is None or size in CLAIMED else [f"measured at batch {size}"]
+    here = f"final held-out loss {mean:+.3f} (optimised less baseline)"
+    alike.judge(words != "higher", here, f"{words}, noise {noise:.3f}", seeds + other)
     norms = [study.verdict(runs, found.reference) for runs in found.runs.values()]
     least = min(said["grad_norm_least"] for said in norms)
     bad = sum(said["nonfinite"] for said in norms)
-    evidence.here = f"least gradient norm of a layer {least:.2g}, {bad} NaN or Inf"
-    evidence.verdict = CONFIRMED if least > 0 and not bad else REFUTED
-    evidence.why = "every trained layer, every step, every seed"
+    here = f"least gradient norm of a layer {least:.2g}, {bad} NaN or Inf"
+    evidence.judge(least > 0 and not bad, here, "every trained layer, every step, every seed")
     if found.layouts:
         falls = {k: statistics.fmean(map(study.fall, runs)) for k, runs in found.layouts.items()}
         each = (f"{100 * value:.1f} % ({label})" for label, value in falls.items())
-        ends.here = f"at equal time loss falls by {', '.join(each)}"
         best, second = sorted(falls, key=falls.__getitem__, reverse=True)[:2]
         settled = study.compare(found.layouts[second], found.layouts[best])[2] == "lower"
-        of_best = CONFIRMED if best.startswith("ends") else REFUTED
-        ends.verdict = of_best if settled else DIFFERENT
-        reading = curves.layout_reading(found.layouts)
-        ends.why = reading.split("; ")[-1].removeprefix("but ").rstrip(".")
+        noisy = (
+            [] if settled else [curves.layout_reading(found.layouts).split("; ")[-1].rstrip(".")]
+        )
+        here = f"at equal time loss falls by {', '.join(each)}"
+        ends.judge(best.startswith("ends"), here, "" if noisy else f"{best} is best", noisy)
     return rows
 
 
@@ -234,21 +271,25 @@ def _size_claims() -> list[Claim]:
 
 def _stability_claims(outcomes: dict[str, Outcome] | None) -> list[Claim]:
     broken = Claim("float16 weights with LoRA become NaN", "yes")
-    fixed = Claim("four fixes make it sound", "yes, all four")
+    fixed = Claim("four fixes together make it sound", "yes")
+    needed = Claim("each of the four fixes is needed", "yes, all four")
     if not outcomes:
-        return [broken, fixed]
-    found = outcomes["broken"]
-    broken.here = str(found.first[0]) if found.first else "every tensor stays finite"
-    broken.verdict = REFUTED if found.adapter_finite else CONFIRMED
-    broken.why = "the first of the tensors watched; the adapters end as NaN"
-    needed = [name for name in FIXES if not outcomes[f"sound - {name}"].learned]
-    spare = [name for name in FIXES if name not in needed]
-    sound = outcomes["sound"].learned
-    fixed.here = "sound with all four" if sound else "not sound with all four"
-    fixed.verdict = REFUTED if not sound else DIFFERENT if spare else CONFIRMED
-    fixed.why = f"missed when taken away: {', '.join(needed) or 'none'}"
-    fixed.why += f"; not missed: {', '.join(spare)}" if spare else ""
-    return [broken, fixed]
+        return [broken, fixed, needed]
+    found, sound = outcomes["broken"], outcomes["sound"].learned
+    first = str(found.first[0]) if found.first else "every tensor stays finite"
+    why = (
+        "" if found.adapter_finite else "the first of the tensors watched; the adapters end as NaN"
+    )
+    broken.judge(not found.adapter_finite, first, why)
+    fixed.judge(
+        sound, "it learns with all four" if sound else "it does not learn with all four", ""
+    )
+    missed = [name for name in FIXES if not outcomes[f"sound - {name}"].learned]
+    spare = [name for name in FIXES if name not in missed]
+    here = f"missed when taken away: {', '.join(missed) or 'none'}"
+    why = f"not missed: {', '.join(spare)}" if spare else ""
+    needed.judge(not spare, here, why, [] if sound else ["not sound with all four"])
+    return [broken, fixed, needed]
 
 
 def _environment(found: dict[str, Any]) -> dict[str, Any]:

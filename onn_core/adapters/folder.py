@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from onn_core.config import expand_home
 from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.ops.making import MAKING
 from onn_core.streaming.loading import skeleton
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import find_sources
@@ -132,7 +133,7 @@ def check_adapter(
     model = skeleton(model_folder, torch.float32, torch.device("cpu"))
     _require_quick_patterns(config, folder, [name for name, _ in model.named_modules()])
     try:
-        with warnings.catch_warnings():
+        with MAKING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
             needed = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -183,11 +184,12 @@ def load_adapter(
         )
     config, copies = check_adapter(model_folder, folder)
     room = tempfile.TemporaryDirectory() if copies else contextlib.nullcontext()
-    with room as temporary, warnings.catch_warnings():
+    with MAKING, room as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         try:
             path = _without_copies(Path(folder), copies, Path(temporary)) if copies else folder
             how = {"is_trainable": trainable, "autocast_adapter_dtype": float32}
+            how["low_cpu_mem_usage"] = float32 and not trainable  # no random values at first
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(path, adapter_name, **how)
                 return model

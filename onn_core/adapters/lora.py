@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from onn_core.adapters.folder import load_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
+from onn_core.ops.making import MAKING
 from onn_core.streaming.loading import all_layers, decoder_layers
 
 
@@ -95,8 +96,9 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> peft.PeftModel:
         layers_to_transform=numbers,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(config.seed)
-    with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
+    with MAKING, warnings.catch_warnings():
+        torch.manual_seed(config.seed)
+        # PEFT asks transformers for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = peft.get_peft_model(model, lora, autocast_adapter_dtype=float32).train()
     left_out = describe_experts(model).get("untrained_experts")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from onn_core.ops.lora import fuse_lora
+from onn_core.ops.making import MAKING
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,7 +62,7 @@ def visit_bytes(
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    with torch.device("meta"):
+    with MAKING, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed

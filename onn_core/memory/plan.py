@@ -24,7 +24,7 @@ PROCESS_BYTES = 40 << 20  # on a CPU: library pages, small blocks, readers' buff
 HEAP_FACTOR = 1.95
 # Of a budget, for what the sum does not see. A CUDA allocator is counted to the byte.
 CPU_MARGIN = 1.05
-CUDA_MARGIN = 1.04
+CUDA_MARGIN = 1.03
 TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments of AdamW
 # Where reading is the limit, reserved graphs take at most this part of a budget.
 MAX_GRAPH_FRACTION = 1 / 8
@@ -33,7 +33,7 @@ GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
 # Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
 CAPTURE_BYTES = 160 << 20
 # Their pool takes more than what is in use at once, since it is cut anew for each graph.
-POOL_FACTOR = 1.5
+POOL_FACTOR = 1.1
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
 MAX_CAPTURED_TOKENS = 4096
 # From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.

@@ -24,7 +24,7 @@ from onn_core.ops.matmul import in_float32
 
 BLOCK_BYTES = 1 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
 CUDA_BLOCK_BYTES = 64 << 20  # there fewer launches count
-SPLIT_TOKENS = 4096  # on CUDA, below that, launches are the limit
+SPLIT_TOKENS = 1024  # on CUDA, below that, the parts are too small to pay
 MAX_RANK = 128  # above, MKL's sums in one step are rounded elsewhere
 # h b^T from the parts 0, 1, 2 of both; what is left out is below 2^-21 of it.
 LEFT, RIGHT = (0, 0, 0, 1, 1, 2), (0, 1, 2, 0, 1, 0)

@@ -14,6 +14,7 @@ from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
+from onn_core.ops.making import MAKING
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
 from onn_core.weights.dequantise import Quantised, is_llm_int8
@@ -52,7 +53,7 @@ def geometry_of(
     the matrices by the names of their parameters.
     """
     compute_dtype, stored = compute_dtype or dtype, stored or {}
-    with torch.device("meta"):
+    with MAKING, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = decoder_layers(model)
     names = {id(p): name for name, p in model.named_parameters()}

@@ -96,8 +96,10 @@ class Batching:
 
         self.probing, self._seen = True, []
         devices = list(range(torch.cuda.device_count()))
+        # An evaluation draws nothing: to set the generator back would undo another run's draws.
+        draws = getattr(getattr(of.run, "__self__", None), "training", True)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with torch.no_grad(), torch.random.fork_rng(devices, enabled=draws):
                 args, kwargs = pytree.tree_map(grow, (of.args, of.kwargs))
                 of.run(*args, **kwargs)
         except Exception:

@@ -73,7 +73,7 @@ class Captures:
             if self._pool is None:
                 torch.cuda.empty_cache()  # of the passes before, whose memory the graphs take over
                 self._pool = torch.cuda.graph_pool_handle()
-                self._stream = torch.cuda.Stream(self.device)
+                self._stream = capture_stream(self.device)
             captured = CapturedLayer(self, call, (state, call_key(call)))
             self.layers[weights.number] = captured
         return captured if captured.can_run_forward(call) else None
@@ -139,6 +139,12 @@ class Captures:
             return None
         now.wait_stream(self._stream)
         return graph
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all models: cuBLAS keeps memory for each stream that it has seen, for good."""
+    return torch.cuda.Stream(device)
 
 
 class CapturedLayer:

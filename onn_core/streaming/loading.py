@@ -32,6 +32,7 @@ from onn_core.memory.plan import Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
+from onn_core.ops.making import MAKING
 from onn_core.ops.matmul import (
     ScaledMatmul,
     cast_in_cache,
@@ -345,7 +346,8 @@ def skeleton(
     ConfigError, ModelFolderError if config.json describes none that can be streamed from here.
     """
     try:
-        return _skeleton(model_folder, dtype, device, make_class)
+        with MAKING:
+            return _skeleton(model_folder, dtype, device, make_class)
     except OnnError:
         raise
     except Exception as error:  # what a bad file raises differs from family to family

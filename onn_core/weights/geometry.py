@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from onn_core.errors import ConfigError
+from onn_core.ops.making import MAKING
 
 # fmt: off
 GEOMETRY_FIELDS = (
@@ -52,7 +53,7 @@ def empty_model(config: Any, dtype: torch.dtype | None) -> Any:
     """The causal language model of `config` on the meta device: shapes without memory."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with MAKING, torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
