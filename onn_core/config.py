@@ -47,7 +47,12 @@ def dtype_name(dtype: Any) -> str:
 
 
 def expand_home(path: str | os.PathLike) -> str | os.PathLike:
-    """`path` with a leading "~" or "~user" as that home; ConfigError if it is not known."""
+    """`path` with a leading "~" or "~user" as that home; ConfigError if that is not known.
+
+    Or if `path` is none.
+    """
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise ConfigError(f"{path!r:.60} is no path: give one as text.")
     if not str(path).startswith("~"):
         return path
     try:
@@ -210,12 +215,9 @@ class TrainConfig:
         _require_choice("objective", self.objective, ("sft", "dpo"))
         _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         _require_choice("dtype", self.dtype, DTYPES)
-        _require_choice("train_on", self.train_on, ("all", "last"))
-        for name in ("completion_only", "packing", "verify_weights", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        if self.train_on == "last" and not self.completion_only:
-            raise ConfigError('train_on "last" needs completion_only: without, all is learned.')
+        require_learned(self.completion_only, self.train_on)
+        for name in ("packing", "verify_weights", "progress"):
+            _require_switch(name, getattr(self, name))
         if self.objective == "dpo":
             for name in ("packing", "shuffle_targets", "completion_only", "train_on"):
                 default = type(self).__dataclass_fields__[name].default
@@ -324,6 +326,19 @@ def _require_number(
         bounds = f"{'above' if open_below else 'at least'} {at_least}"
         bounds += "" if below == float("inf") else f" and below {below}"
         raise ConfigError(f"{name} must be a finite number {bounds}, not {value!r}.")
+
+
+def require_learned(completion_only: Any, train_on: Any) -> None:
+    """ConfigError unless these settings say together which tokens of a conversation count."""
+    _require_switch("completion_only", completion_only)
+    _require_choice("train_on", train_on, ("all", "last"))
+    if train_on == "last" and not completion_only:
+        raise ConfigError('train_on "last" needs completion_only: without, all is learned.')
+
+
+def _require_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {value!r}.")
 
 
 def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -1,19 +1,24 @@
 """Perplexity and answers of a streamed model, with and without its adapter in one pass."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from onn_core import data
 from onn_core.adapters.by_rows import Choice, by_rows, find_tuners, repeated
 from onn_core.adapters.folder import load_adapter
+from onn_core.config import require_integer, require_learned
+from onn_core.data.corpus import say_what_is_lost, tokenize_data
+from onn_core.data.tokenizer import read_template, require_context, require_ids_fit
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import IGNORED
 from onn_core.streaming.model import StreamedModel
@@ -49,25 +54,36 @@ def perplexity(
     *,
     max_length: int = 128,
     batch_size: int = 32,
+    chat_template: str | None = None,
+    completion_only: bool = True,
+    train_on: str = "all",
     adapters: Sequence[str | os.PathLike] | None = None,
 ) -> Perplexity | list[Perplexity]:
     """The perplexity of a streamed model, or a PeftModel of one, on what `TrainConfig.data` takes.
 
     Of a conversation the answers count, of plain text every token but the first of each piece of
-    `max_length` tokens.
+    `max_length` tokens. The settings are those of TrainConfig; a line on stderr says what was cut.
 
     adapters: PEFT folders; `model` then has no adapter yet, and has none afterwards. Returns what
     each of them gives by itself, in their order, for one pass over the weights a batch: all of them
     and the base are evaluated in it. Equal bit for bit to each alone, with the same micro-batches.
+    Raises ConfigError for a wrong setting, DataError for text that cannot be used.
     """
-    examples = data.tokenize(data.read_rows(text), tokenizer, max_length).examples
-    batches = examples.longest_first(), tokenizer.pad_token_id, batch_size
-    if adapters is None:
-        base, has_adapter = streamed_base(model)
-        return _perplexity(*_mean_losses(model, base, [True, False][: 1 + has_adapter], *batches))
-    with _loaded(model, adapters) as (adapted, names):
+    require_integer("max_length", max_length, 2)
+    require_integer("batch_size", batch_size)
+    require_learned(completion_only, train_on)
+    tokenizer = _with_template(tokenizer, chat_template)
+    with _adapted(model, adapters) as (adapted, choices):
         base, _ = streamed_base(adapted)
-        n_tokens, losses = _mean_losses(adapted, base, [*names, False], *batches)
+        require_context(base.config, max_length, "max_length")
+        learned = {"completion_only": completion_only, "train_on": train_on}
+        dataset = tokenize_data(text, tokenizer, max_length, **learned)
+        require_ids_fit(tokenizer, dataset.tokens.largest_id(), _n_embeddings(base))
+        say_what_is_lost(dataset, max_length)
+        batches = dataset.examples.longest_first(), _pad_id(tokenizer, base), batch_size
+        n_tokens, losses = _mean_losses(adapted, base, choices, *batches)
+    if adapters is None:
+        return _perplexity(n_tokens, losses)
     return [_perplexity(n_tokens, [loss, losses[-1]]) for loss in losses[:-1]]
 
 
@@ -79,7 +95,7 @@ def token_losses(
     (1, T) of a model without an adapter. A token that is not counted has 0.
     """
     found, (base, has_adapter) = [], streamed_base(model)
-    of = model, base, [True, False][: 1 + has_adapter], examples, tokenizer.pad_token_id
+    of = model, base, [True, False][: 1 + has_adapter], examples, _pad_id(tokenizer, base)
     for part, losses in _losses_by_batch(*of, batch_size):
         losses = F.pad(losses, (1, 0)).cpu()  # each was at the token before
         found += [losses[:, row, : len(own.input_ids)] for row, own in enumerate(part)]
@@ -89,20 +105,37 @@ def token_losses(
 def answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: str | Iterable[str],
     *,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    chat_template: str | None = None,
 ) -> list[Answer]:
     """What a streamed model, or a PeftModel of one, answers: the likeliest token each time.
 
-    Each prompt is a user's turn in the tokenizer's chat template; without one, a line. The whole
-    batch goes through a layer at once: a pass over the weights gives one token to every answer.
+    prompts: one or several. Each is a user's turn in the chat template, the tokenizer's or the one
+    that is given as in TrainConfig; without one, a line. The whole batch goes through a layer at
+    once: a pass over the weights gives one token to every answer. Raises ConfigError for a wrong
+    setting, DataError for a prompt that the template or the model cannot take.
     """
+    require_integer("max_new_tokens", max_new_tokens)
+    require_integer("batch_size", batch_size)
+    prompts = (
+        [prompts]
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        else list(prompts)
+    )
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ConfigError(f'prompts must be texts such as ["What is AI?"], not {prompt!r:.60}.')
+    tokenizer = _with_template(tokenizer, chat_template)
     asked = [data.prompt_ids(prompt, tokenizer) for prompt in prompts]
-    pad_id, found = tokenizer.pad_token_id or 0, []
     base, has_adapter = streamed_base(model)
     choices = [True, False][: 1 + has_adapter]
+    pad_id, found = _pad_id(tokenizer, base), []
+    for ids in asked:
+        require_ids_fit(tokenizer, max(ids), _n_embeddings(base))
+        require_context(base.config, len(ids) + max_new_tokens, "a prompt with max_new_tokens")
     with _evaluating(model):
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
@@ -123,6 +156,30 @@ def answers(
             texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
             found += [texts[row::n_rows] for row in range(n_rows)]
     return [Answer(prompt, *texts) for prompt, texts in zip(prompts, found, strict=True)]
+
+
+def _with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """The tokenizer, or where there is a template a copy that has it."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is no tokenizer: give that of AutoTokenizer."
+            "from_pretrained(model_dir)."
+        )
+    if chat_template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
+
+def _n_embeddings(base: Any) -> int:
+    return len(base.get_input_embeddings().weight)
+
+
+def _pad_id(tokenizer: Any, base: Any) -> int:
+    """The id to pad with; what it is does not matter, if the embedding has it."""
+    pad_id = tokenizer.pad_token_id or 0
+    return pad_id if pad_id < _n_embeddings(base) else 0
 
 
 def streamed_base(model: Any) -> tuple[StreamedModel, bool]:
@@ -195,8 +252,16 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loaded(model: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[Any, list[Choice]]]:
-    """Inside, a streamed model has the adapters of `folders`, under the names that come along."""
+def _adapted(
+    model: Any, adapters: Sequence[str | os.PathLike] | None
+) -> Iterator[tuple[Any, list[Choice]]]:
+    """The model to run, inside with the `adapters` if there are any, and what to choose of them."""
+    if adapters is None:
+        _, has_adapter = streamed_base(model)
+        yield model, [True, False][: 1 + has_adapter]
+        return
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Iterable):
+        raise ConfigError(f"adapters must be a list of folders, not {adapters!r:.60}.")
     if not isinstance(model, StreamedModel) or find_tuners(model):
         raise ConfigError(
             "adapters are evaluated on a model of onn_core.from_pretrained that has none yet: give "
@@ -204,11 +269,11 @@ def _loaded(model: Any, folders: Sequence[str | os.PathLike]) -> Iterator[tuple[
         )
     names: list[Choice] = []
     try:
-        for folder in folders:
+        for folder in adapters:
             name = f"adapter{len(names)}"
             model = load_adapter(model, folder, adapter_name=name)
             names.append(name)
-        yield model, names
+        yield model, [*names, False]
     finally:
         if names:
             model.unload()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def train_many(
     A run that fails leaves the others going, and its record's status says why. Where all fail,
     the first OnnError is raised; an error that is none is raised once the others have ended.
     """
+    configs = list(configs) if isinstance(configs, Iterable) else [configs]
+    if not all(isinstance(config, TrainConfig) for config in configs):
+        raise ConfigError("train_many takes a list of TrainConfig: give [TrainConfig(...), ...].")
     runs = [_Run(config) for config in configs]
     device = _require_one_base([run.config for run in runs])
     before = random_state(device)

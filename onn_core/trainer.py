@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice, takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from onn_core.adapters.lora import (
 )
 from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
+from onn_core.data.tokenizer import require_context
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.preference import N_ROWS, run_pairs, train_adapters_only
@@ -93,14 +94,17 @@ class ChunkedLoraTrainer:
         digests = self.base.keep_digests() if config.verify_weights else None
         self.device = self.base.device
         self.tokenizer = data.load_tokenizer(config.model_dir)
-        context = getattr(self.base.config, "max_position_embeddings", None)
-        if context is not None and config.max_length > context:
-            raise ConfigError(
-                f"max_length {config.max_length} is more than the model's context of {context} "
-                "tokens: lower it."
-            )
+        require_context(self.base.config, config.max_length, "max_length")
         if config.packing:
             require_packing(self.base)
+        narrow = config.lora_dtype == "model" and self.base.dtype == torch.float16
+        if narrow and config.loss_scale is not None:
+            raise ConfigError(
+                "float16 adapters cannot take loss_scale, because their gradients would be "
+                'rounded again when it is taken out: set lora_dtype to "float32".'
+            )
+        n_parameters = self.base.num_parameters()
+        self.model = add_adapter(self.base, config)
         corpus = prepare(config, self.tokenizer, len(self.base.get_input_embeddings().weight))
         config, self.n_samples = with_steps(config, len(corpus.train))
         self.config = config
@@ -110,17 +114,10 @@ class ChunkedLoraTrainer:
                 "eval_every needs held-out rows, but all rows share one prompt or "
                 "held_out_fraction is 0: raise it, give more rows, or set eval_every to 0."
             )
-        narrow = config.lora_dtype == "model" and self.base.dtype == torch.float16
-        if narrow and config.loss_scale is not None:
-            raise ConfigError(
-                "float16 adapters cannot take loss_scale, because their gradients would be "
-                'rounded again when it is taken out: set lora_dtype to "float32".'
-            )
-        n_parameters = self.base.num_parameters()
-        self.model = add_adapter(self.base, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self._train_mode()
-        self.base.fit(self.n_rows(config.batch_size), config.max_length)
+        n_rows = self.n_rows(config.batch_size)
+        self.base.fit(n_rows, config.max_length, corpus.held_bytes)
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -131,7 +128,7 @@ class ChunkedLoraTrainer:
             enabled=config.loss_scale is not None,
         )
         state = TrainingState(self.model, self.optimizer, self.scaler)
-        run = describe_run(config, self.base.model_folder, chain(self.train_set, self.held_out))
+        run = describe_run(config, self.base.model_folder, corpus.digest)
         self.saver = RunSaver(config, self.model, state, run, digests, processes)
         self.record = RunRecord(
             config=config.without_paths(),

@@ -1,8 +1,13 @@
 """Settings in the forms in which people write them."""
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 
+import onn_core
+from onn_core.adapters.lora import select_layers
 from onn_core.config import TrainConfig, dtype_name, parse_bytes, require_integer
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir
@@ -86,3 +91,33 @@ def test_whole_numbers_within_bounds(value):
     require_integer("chunk_size", 3, at_most=3)
     with pytest.raises(ConfigError, match="chunk_size must be a whole number of 1 to 3, not"):
         require_integer("chunk_size", value, at_most=3)
+
+
+HOSTILE = [5, -1, 1.5, float("nan"), True, None, "", "xyz", "\0", b"x", [], [None], ["a"], [1, 2]]
+HOSTILE += [{}, {"a": 1}, {1}, object(), torch.float32, 10**30, range(3), (1,), "~nobody/x"]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+def test_a_setting_of_any_type_is_taken_or_refused_in_a_sentence(name):
+    for value in HOSTILE:
+        with contextlib.suppress(OnnError):
+            made(**{name: value}).without_paths()
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5, {}, [True], ["0"], b"0", object()], ids=repr)
+def test_layers_of_any_type_are_refused_in_a_sentence(value):
+    with pytest.raises(ConfigError, match="sparse_layers must be"):
+        select_layers(value, 4)
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5, {}, b"x", "a\0b"], ids=repr)
+def test_what_is_no_path_is_refused_in_a_sentence(value):
+    for call in (onn_core.from_pretrained, lambda path: onn_core.merge("m", "a", path)):
+        with pytest.raises(ConfigError, match="is no path"):
+            call(value)
+
+
+@pytest.mark.parametrize("value", [5, None, "xyz", [None], [made().to_dict()]], ids=str)
+def test_runs_that_are_no_settings_are_refused_in_a_sentence(value):
+    with pytest.raises(ConfigError, match="takes a list of TrainConfig"):
+        onn_core.train_many(value)

@@ -206,7 +206,6 @@ print(json.dumps(found | {"seconds": time.perf_counter() - started, "data": reco
 
 
 @pytest.mark.heavy
-@pytest.mark.xfail(reason="measured once: a peak of 1.2 GB, which is about the token file's size")
 def test_a_corpus_of_a_gigabyte_trains_within_the_budget(toy_with_tokenizer, tmp_path):
     talk = [turn["content"] for row in data.load_rows("chatterbot") for turn in row["messages"]]
     words = " ".join(talk).split() * 200

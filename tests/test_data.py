@@ -274,3 +274,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, smollm2_dir):
     with pytest.raises(DataError, match="no tokenizer can be loaded"):
         data.load_tokenizer(tmp_path)
     assert len(data.load_tokenizer(smollm2_dir)) == 49152
+
+
+def test_a_long_text_is_tokenized_as_if_it_were_whole(smollm2_dir):
+    """Also one that says the same again and again, whose parts cannot be told by their tokens."""
+    tokenizer = data.load_tokenizer(smollm2_dir)
+    phrase = "It was the best of times, it was the worst of times; 1859.\n"
+    for text in (phrase * 1200, "".join(map(chr, range(32, 36_000))) * 2, "a" * 70_000):
+        found = data.tokenize([{"text": text}], tokenizer, 1000).examples
+        ids = [token for example in found for token in example.input_ids]
+        assert ids == [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]

@@ -136,6 +136,54 @@ def test_model_in_memory_is_refused(folder, text):
         onn_core.perplexity(in_memory(folder), AutoTokenizer.from_pretrained(folder), text)
 
 
+def test_evaluation_takes_the_settings_of_a_run_and_says_what_was_cut(folder, capsys):
+    model, tokenizer = streamed(folder), AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": role, "content": "one two"} for role in ("user", "assistant") * 2]
+    rows, template = [{"messages": turns, "source": "web"}], tokenizer.chat_template
+
+    def tokens(**settings):
+        return onn_core.perplexity(model, tokenizer, rows, **settings).tokens
+
+    learned = [tokens(), tokens(train_on="last"), tokens(completion_only=False)]
+    assert learned[1] < learned[0] < learned[2]
+    assert "column source" in capsys.readouterr().err
+    plain = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+    assert tokens(completion_only=False, chat_template=plain) < learned[2]
+    assert tokenizer.chat_template == template
+    assert tokens(completion_only=False, max_length=8) == 7
+    assert "1 of 1 rows were cut at max_length 8" in capsys.readouterr().err
+    one, several = (onn_core.answers(model, tokenizer, x, max_new_tokens=2) for x in ("a", ["a"]))
+    assert one == several
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text": ""}, 'data "" cannot be read'),
+        ({"max_length": 1}, "max_length must be a whole number"),
+        ({"max_length": 10**9}, "more than the model's context"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"train_on": "first"}, "train_on must be one of"),
+        ({"chat_template": 5}, "is no"),
+        ({"tokenizer": "gpt2"}, "is no tokenizer"),
+        ({"prompts": 5}, "prompts must be texts"),
+        ({"prompts": ["a", None]}, "prompts must be texts"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number"),
+        ({"prompts": "a", "max_new_tokens": 10**9}, "more than the model's context"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_sentences(folder, settings, message):
+    given = {"model": streamed(folder), "tokenizer": AutoTokenizer.from_pretrained(folder)}
+    call = onn_core.perplexity
+    if settings.keys() & {"prompts", "max_new_tokens"}:
+        call, given["prompts"] = onn_core.answers, ["a"]
+    else:
+        given["text"] = [{"text": "a b c"}]
+    with pytest.raises(OnnError, match=message):
+        call(**given | settings)
+
+
 LORAS = (
     {"r": 2},
     {"r": 4, "target_modules": ["q_proj", "down_proj"]},

@@ -177,7 +177,12 @@ def load_adapter(
     ModelFolderError that its weights are damaged.
     """
     folder = expand_home(folder)
-    config, copies = check_adapter(model_folder or model.model_folder, folder)
+    model_folder = model_folder or getattr(model, "model_folder", None)
+    if model_folder is None:
+        raise ConfigError(
+            f"{type(model).__name__} is not streamed: give a model of onn_core.from_pretrained."
+        )
+    config, copies = check_adapter(model_folder, folder)
     room = tempfile.TemporaryDirectory() if copies else contextlib.nullcontext()
     with MAKING, room as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

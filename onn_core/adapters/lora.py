@@ -3,9 +3,10 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import peft
@@ -41,7 +42,7 @@ def select_layers(sparse_layers: str | Sequence[int], n_layers: int) -> list[int
         size = int(match[2])
         last = range(n_layers - size, n_layers)
         return sorted({*range(size), *last}) if match[1] == "ends" else list(last)
-    layers = list(sparse_layers)
+    layers = list(sparse_layers) if isinstance(sparse_layers, Iterable) else []
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise wrong
     if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(range(n_layers)):
@@ -99,7 +100,15 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> peft.PeftModel:
         torch.manual_seed(config.seed)
         # PEFT asks transformers for a property that was renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return peft.get_peft_model(model, lora, autocast_adapter_dtype=float32).train()
+        adapted = peft.get_peft_model(model, lora, autocast_adapter_dtype=float32).train()
+    left_out = describe_experts(model).get("untrained_experts")
+    if left_out and config.target_modules is None:
+        print(
+            f"adapter: the experts of this mixture are not trained ({', '.join(left_out)}), only "
+            "the linear modules; target_parameters takes these names.",
+            file=sys.stderr,
+        )
+    return adapted
 
 
 def _target_parameters(

@@ -39,6 +39,7 @@ from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import cache_dir, sha256_of
 from onn_core.weights.gguf import gguf_files
+from onn_core.weights.reader import give_back_memory
 
 # What decides how a folder's tokenizer works.
 TOKENIZER_FILES = (
@@ -51,6 +52,7 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 FORMAT = 3  # of a file of the cache, or of what is in it
+BYTES_PER_EXAMPLE = 32  # its length, place, prompt, and its number in the split and in an epoch
 MAX_NAMED = 9  # columns and files that are not used
 # What such a file says of a Dataset apart from its tokens.
 FACTS = ("rows", "truncated", "dropped", "unanswered", "length_95", "reasoning_left_out", "unused")
@@ -59,11 +61,17 @@ SEGMENTED = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What a run trains and evaluates on; facts: what its record says of it, JSON values."""
+    """What a run trains and evaluates on.
+
+    facts: what its record says of it, JSON values. digest: a hash of all tokens. held_bytes: what
+    of it is in memory, not in the file.
+    """
 
     train: Examples
     held_out: Examples
     facts: dict[str, Any]
+    digest: str
+    held_bytes: int
 
 
 def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None) -> Corpus:
@@ -99,7 +107,10 @@ def prepare(config: TrainConfig, tokenizer: Any, n_embeddings: int | None = None
         "tokenize_s": round(seconds, 3),
         "tokens_cached": cached,
     }
-    return Corpus(train, held_out, facts | ({"packed_rows": n_rows} if config.packing else {}))
+    facts |= {"packed_rows": n_rows} if config.packing else {}
+    digest, n_examples = dataset.tokens.digest(), len(dataset.examples)
+    give_back_memory()  # of the tokenizer: the plan counts on it
+    return Corpus(train, held_out, facts, digest, BYTES_PER_EXAMPLE * n_examples)
 
 
 def with_steps(config: TrainConfig, n_train: int) -> tuple[TrainConfig, int | None]:
@@ -152,25 +163,27 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     once = isinstance(config.data, Iterator)
     if not once and (dataset := read_tokens(path)) is not None:
         return dataset, True
-    unused: set[str] = set()
     if config.objective == "dpo":
-        pairs = read_pairs(config.data, unused)
-        dataset = tokenize_pairs(pairs, tokenizer, config.max_length, folder=folder)
-    else:
-        dataset = tokenize(
-            read_rows(config.data, unused),
-            tokenizer,
-            config.max_length,
-            completion_only=config.completion_only,
-            train_on=config.train_on,
-            folder=folder,
+        unused: set[str] = set()
+        pairs = tokenize_pairs(
+            read_pairs(config.data, unused), tokenizer, config.max_length, folder=folder
         )
-    dataset = dataclasses.replace(dataset, unused=sorted(unused))
+        dataset = dataclasses.replace(pairs, unused=sorted(unused))
+    else:
+        learned = {"completion_only": config.completion_only, "train_on": config.train_on}
+        dataset = tokenize_data(config.data, tokenizer, config.max_length, folder=folder, **learned)
     if not once:
         with contextlib.suppress(OSError):
             write_tokens(path, dataset)
             dataset = read_tokens(path) or dataset
     return dataset, False
+
+
+def tokenize_data(source: Any, tokenizer: Any, max_length: int, **settings: Any) -> Dataset:
+    """`tokenize` of what `read_rows` takes, with what was left out of it."""
+    unused: set[str] = set()
+    dataset = tokenize(read_rows(source, unused), tokenizer, max_length, **settings)
+    return dataclasses.replace(dataset, unused=sorted(unused))
 
 
 def _key(config: TrainConfig, tokenizer: Any) -> str:

@@ -30,8 +30,10 @@ from onn_core.ops.cross_entropy import IGNORED
 
 SMALL_BYTES = 2**22  # of tokens that are read into memory at once
 COUNTS = ("rows", "truncated", "dropped", "unanswered", "reasoning_left_out")
-BATCH_ROWS, BATCH_CHARACTERS = 256, 2**18  # that are tokenized at once
-WINDOW, OVERLAP = 2**17, 2**12  # characters of a longer text that are tokenized at once
+BATCH_ROWS, BATCH_CHARACTERS = 1024, 2**18  # that are tokenized at once
+# Characters of a longer text that are tokenized as one, how many of the last ones again, and how
+# many such windows at once.
+WINDOW, OVERLAP, WINDOWS = 2**16, 2**11, 4
 ANCHOR = 64  # tokens on which two windows must agree
 
 
@@ -67,22 +69,26 @@ class Examples(Sequence[Example | Pair]):
     """Examples that are made when they are asked for; a slice is a list.
 
     get: example number i. lengths: their tokens (N,). prompts: equal where the tokens before the
-    first counted one are (N,).
+    first counted one are (N,); None where nothing is to be split.
     """
 
-    def __init__(self, get: Callable[[int], Example], lengths: np.ndarray, prompts: np.ndarray):
+    def __init__(
+        self,
+        get: Callable[[int], Example],
+        lengths: np.ndarray,
+        prompts: np.ndarray | None = None,
+    ):
         self.get = get
         self.lengths = lengths
         self.prompts = prompts
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":
-        """`examples` as they are, with their lengths and prompts."""
+        """`examples` as they are, with their lengths."""
         if isinstance(examples, Examples):
             return examples
         lengths = np.array([len(example.input_ids) for example in examples], np.int32)
-        prompts = np.array([_prompt_number(example) for example in examples], np.int64)
-        return cls(examples.__getitem__, lengths, prompts)
+        return cls(examples.__getitem__, lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,8 +106,8 @@ class Examples(Sequence[Example | Pair]):
 
     def select(self, order: Any) -> "Examples":
         """Those with the numbers in `order`, in that order."""
-        order = np.asarray(order, np.int64)
-        return Examples(lambda i: self.get(int(order[i])), self.lengths[order], self.prompts[order])
+        order = np.asarray(order, np.int32)
+        return Examples(lambda i: self.get(int(order[i])), self.lengths[order])
 
     def longest_first(self) -> "Examples":
         """By length, so that a batch has little padding."""
@@ -141,27 +147,40 @@ class TokenFile:
 
     def append(self, ids: np.ndarray, counted: np.ndarray) -> None:
         """One more example: ids (T,) and which of them count (T,)."""
-        coded = np.where(counted, ids, ~ids).astype(np.int32)
-        self.file.write(coded.tobytes())
+        self.file.write(np.where(counted, ids, ~ids).astype(np.int32).tobytes())
         self.lengths.append(len(ids))
-        self.prompts.append(_prompt_number(_decoded(coded)))
+        self.prompts.append(_prompt_number(ids, counted))
 
     def _read(self, start: int, size: int) -> bytes:
         return os.pread(self.file.fileno(), size, self.start + start)
 
+    def _blocks(self) -> Iterator[bytes]:
+        self.file.seek(self.start)
+        while block := self.file.read(2**20):
+            yield block
+
     def largest_id(self) -> int:
         """The largest token id of all."""
-        self.file.seek(self.start)
         largest = 0
-        while block := self.file.read(2**20):
+        for block in self._blocks():
             coded = np.frombuffer(block, np.int32)
             largest = max(largest, int(coded.max()), int((~coded).max()))
         return largest
 
+    def digest(self) -> str:
+        """A hash of all tokens, of which count, and of where each example ends."""
+        found = hashlib.sha256(np.array(self.lengths, np.int32).tobytes())
+        for block in self._blocks():
+            found.update(block)
+        return found.hexdigest()
+
     def examples(self) -> Examples:
-        """All of them, read from the file one at a time."""
+        """All of them, read from the file one at a time; none can be appended after that."""
         self.file.flush()
-        lengths, prompts = np.array(self.lengths, np.int32), np.array(self.prompts, np.int64)
+        lengths, prompts = (
+            np.frombuffer(self.lengths, np.int32),
+            np.frombuffer(self.prompts, np.int64),
+        )
         ends = 4 * np.cumsum(lengths, dtype=np.int64)
         n_bytes = int(ends[-1])
         self.file.seek(self.start)
@@ -237,7 +256,10 @@ def split(
     one that would go far beyond it is trained on.
     """
     given = Examples.of(examples)
-    _, first, group_of = np.unique(given.prompts, return_index=True, return_inverse=True)
+    prompts = given.prompts
+    if prompts is None:
+        prompts = np.array([_prompt_number(x.input_ids, _counts(x)) for x in examples], np.int64)
+    _, first, group_of = np.unique(prompts, return_index=True, return_inverse=True)
     by_first = np.argsort(first, kind="stable")  # groups in the order of their first example
     members = np.argsort(group_of, kind="stable")
     sizes = np.bincount(group_of, minlength=len(first))
@@ -287,7 +309,7 @@ def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Ex
             example.input_ids, [next(left) if x != IGNORED else x for x in example.labels]
         )
 
-    return _like(examples, Examples(get, given.lengths, given.prompts))
+    return _like(examples, Examples(get, given.lengths))
 
 
 def batches(
@@ -304,14 +326,14 @@ def batches(
     examples, and every example is seen once an epoch. They have no end, or end when `n_samples`
     were seen from the first batch on, with a batch of what is left.
     """
-    epoch, order = -1, array.array("q")
+    epoch, order = -1, array.array("i")
     for first in count(start_step * batch_size, batch_size):
         end = first + batch_size if n_samples is None else min(first + batch_size, n_samples)
         batch = []
         for position in range(first, end):
             if position // len(examples) != epoch:
                 epoch = position // len(examples)
-                order = array.array("q", range(len(examples)))
+                order = array.array("i", range(len(examples)))
                 random.Random(f"epoch {seed} {epoch}").shuffle(order)
             batch.append(examples[order[position % len(examples)]])
         if not batch:
@@ -325,28 +347,36 @@ def pack(examples: Sequence[Example], max_length: int) -> Sequence[Example]:
     The longest first, each into the fullest sample that has room; the same every time.
     """
     given = Examples.of(examples)
-    members: list[array.array] = []
+    rows = np.argsort(-given.lengths, kind="stable").astype(np.int32)
+    samples = np.empty_like(rows)  # into which each row goes
     with_room: dict[int, list[int]] = {}  # tokens of room -> samples
-    for i in np.argsort(-given.lengths, kind="stable").tolist():
-        length = int(given.lengths[i])
+    n_samples = 0
+    for place, row in enumerate(rows):
+        length = int(given.lengths[row])
         room = next((room for room in range(length, max_length) if with_room.get(room)), max_length)
         if room == max_length:
-            members.append(array.array("q"))
-            with_room.setdefault(room, []).append(len(members) - 1)
-        sample = with_room[room].pop()
-        members[sample].append(i)
-        with_room.setdefault(room - length, []).append(sample)
+            sample, n_samples = n_samples, n_samples + 1
+        else:
+            sample = with_room[room].pop()
+        samples[place] = sample
+        if room > length:
+            with_room.setdefault(room - length, []).append(sample)
+    rows = rows[np.argsort(samples, kind="stable")]  # one sample after another
+    ends = np.cumsum(np.bincount(samples))
+
+    def members(sample: int) -> np.ndarray:
+        return rows[ends[sample - 1] if sample else 0 : ends[sample]]
 
     def get(sample: int) -> Example:
-        parts = [given[i] for i in members[sample]]
+        parts = [given[int(row)] for row in members(sample)]
         return Example(
             [token for part in parts for token in part.input_ids],
             [label for part in parts for label in part.labels],
             tuple(len(part.input_ids) for part in parts),
         )
 
-    lengths = np.array([given.lengths[of].sum() for of in members], np.int32)
-    return _like(examples, Examples(get, lengths, np.arange(len(members))))
+    lengths = [given.lengths[members(sample)].sum() for sample in range(n_samples)]
+    return _like(examples, Examples(get, np.array(lengths, np.int32)))
 
 
 def collate(examples: Sequence[Example | Pair], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
@@ -408,11 +438,15 @@ def _decoded(coded: np.ndarray) -> Example:
     return Example(ids.tolist(), np.where(coded < 0, IGNORED, ids).tolist())
 
 
-def _prompt_number(example: Example) -> int:
+def _counts(example: Example) -> np.ndarray:
+    return np.array(example.labels) != IGNORED
+
+
+def _prompt_number(ids: Sequence[int] | np.ndarray, counted: Any) -> int:
     """A number of the tokens before the first counted one; of all, if there is but one."""
-    first = next((i for i, label in enumerate(example.labels) if label != IGNORED), 0)
-    prompt = example.input_ids[:first] if first > 1 else example.input_ids
-    digest = hashlib.blake2b(np.array(prompt, np.int64).tobytes(), digest_size=8).digest()
+    first = int(np.argmax(counted))
+    prompt = np.array(ids[:first] if first > 1 else ids, np.int64)
+    digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -448,44 +482,68 @@ def _encoded(
     batch: list[str | Rendered], tokenizer: Any, first: int
 ) -> Iterator[tuple[str | Rendered, np.ndarray, Any]]:
     bos, end = tokenizer.bos_token, tokenizer.eos_token_id
+    texts = [made if isinstance(made, str) else made.text for made in batch]
     # What a template has rendered, here or before, holds its special tokens already.
     plain = [isinstance(made, str) and not (bos and made.startswith(bos)) for made in batch]
     encoded: list[Any] = [None] * len(batch)
     with explained(f"rows {first} to {first + len(batch) - 1} cannot be tokenized"):
+        for i, text in enumerate(texts):
+            if len(text) > WINDOW and tokenizer.is_fast:
+                encoded[i] = _by_windows(text, tokenizer, plain[i])
         for special in (True, False):
-            which = [i for i in range(len(batch)) if plain[i] == special]
-            texts = [made if isinstance(made := batch[i], str) else made.text for i in which]
-            if special and max(map(len, texts), default=0) > WINDOW:
-                found = {"input_ids": [_long_ids(text, tokenizer) for text in texts]}
-            else:
-                offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-                given = {} if special else {"add_special_tokens": False} | offsets
-                found = tokenizer(texts, verbose=False, **given) if texts else {"input_ids": []}
-            for i, ids in zip(which, found["input_ids"], strict=True):
-                if isinstance(batch[i], str) and end is not None and ids[-1:] != [end]:
-                    ids = [*ids, end]
-                encoded[i] = (batch[i], np.array(ids, np.int64), tokenizer)
-            for i, mapping in zip(which, found.get("offset_mapping", []), strict=False):
-                encoded[i] = (*encoded[i][:2], np.array(mapping, np.int64).reshape(-1, 2))
-    yield from encoded
+            which = [i for i in range(len(batch)) if encoded[i] is None and plain[i] == special]
+            if which:
+                found = _tokens([texts[i] for i in which], tokenizer, special)
+                for i, ids, offsets in zip(which, *found, strict=True):
+                    encoded[i] = ids, offsets
+    for made, (ids, offsets) in zip(batch, encoded, strict=True):
+        if isinstance(made, str) and end is not None and ids[-1:].tolist() != [end]:
+            ids = np.append(ids, end)
+        yield made, ids, tokenizer if offsets is None else offsets
 
 
-def _long_ids(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text, a window at a time: a tokenizer takes hundreds of bytes a character.
+def _tokens(texts: list[str], tokenizer: Any, special: bool) -> tuple[list[Any], list[Any]]:
+    """The ids of each text (T,), and their offsets (T, 2): None with special tokens, or none."""
+    located = tokenizer.is_fast and not special
+    settings = {"add_special_tokens": special, "return_offsets_mapping": located}
+    settings |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    found = tokenizer(texts, **settings)
+    offsets = [
+        np.array(pairs, np.int64).reshape(-1, 2) for pairs in found.get("offset_mapping", [])
+    ]
+    return [np.array(ids, np.int64) for ids in found["input_ids"]], offsets or [None] * len(texts)
 
-    Two windows overlap and are joined where they agree; where they do not, all is done at once.
+
+def _by_windows(text: str, tokenizer: Any, special: bool) -> tuple[np.ndarray, Any]:
+    """The ids of a long text (T,) and their offsets (T, 2), in little memory.
+
+    A tokenizer takes hundreds of bytes a character. Windows overlap, and two are joined behind
+    ANCHOR tokens that both have at the same place; where they have none, as in a million times
+    the same letter, all is done at once.
     """
-    ids = tokenizer(text[:WINDOW], verbose=False)["input_ids"]
-    for start in range(WINDOW, len(text), WINDOW):
-        window = text[start - OVERLAP : start + WINDOW]
-        more = tokenizer(window, add_special_tokens=False, verbose=False)["input_ids"]
-        anchor = ids[-2 * ANCHOR : -ANCHOR]
-        ends = range(ANCHOR, min(len(more), OVERLAP) + 1)
-        ends = [end for end in ends if more[end - ANCHOR : end] == anchor]
-        if len(ends) != 1:
-            return tokenizer(text, verbose=False)["input_ids"]
-        ids[-ANCHOR:] = more[ends[0] :]
-    return ids
+    joined: list[np.ndarray] = []  # (T, 3) each: id, offsets
+    for first in range(0, len(text), WINDOWS * WINDOW):
+        places = range(first, min(first + WINDOWS * WINDOW, len(text)), WINDOW)
+        starts = [max(0, place - OVERLAP) for place in places]
+        windows = [text[a : b + WINDOW] for a, b in zip(starts, places, strict=True)]
+        for start, ids, offsets in zip(starts, *_tokens(windows, tokenizer, False), strict=True):
+            part = np.column_stack([ids, offsets + start])
+            if joined:
+                anchor = joined[-1][-2 * ANCHOR : -ANCHOR]
+                ends = np.flatnonzero(part[:, 1] == (anchor[-1, 1] if len(anchor) else -1)) + 1
+                ends = [n for n in ends if np.array_equal(part[max(0, n - ANCHOR) : n], anchor)]
+                if not ends:
+                    (ids,), (offsets,) = _tokens([text], tokenizer, special)
+                    return ids, offsets
+                joined[-1], part = joined[-1][:-ANCHOR], part[ends[0] :]
+            joined.append(part)
+    ids, offsets = np.concatenate(joined)[:, 0], np.concatenate(joined)[:, 1:]
+    if special:  # what the tokenizer puts before and behind any text
+        found = tokenizer("a", return_special_tokens_mask=True)
+        plain = np.flatnonzero(np.array(found["special_tokens_mask"]) == 0)
+        ends = found["input_ids"][: plain[0]], found["input_ids"][plain[-1] + 1 :]
+        ids = np.concatenate([ends[0], ids, ends[1]]).astype(np.int64)
+    return ids, offsets
 
 
 def _counted(

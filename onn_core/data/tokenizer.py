@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from onn_core.config import expand_home
-from onn_core.errors import DataError, OnnError
+from onn_core.errors import ConfigError, DataError, OnnError
 from onn_core.weights.gguf import gguf_files, gguf_tokenizer
 
 NO_TOKENIZER = "no tokenizer can be loaded: copy tokenizer.json and its like from the original"
@@ -61,11 +61,11 @@ def read_template(chat_template: str | os.PathLike | None) -> str | None:
     if chat_template is None or "{" in str(chat_template):
         return chat_template
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        return Path(expand_home(chat_template)).read_text(encoding="utf-8")
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"chat_template {chat_template} is no template and cannot be read ({error}): give the "
-            "text of a template or the path of a .jinja file."
+            f"chat_template {chat_template!r} is no template and cannot be read ({error}): give "
+            "the text of a template or the path of a .jinja file."
         ) from error
 
 
@@ -76,4 +76,13 @@ def require_ids_fit(tokenizer: Any, max_id: int, n_rows: int) -> None:
         raise DataError(
             f"the token {token!r} has id {max_id}, but the model's embedding has {n_rows} rows: "
             "use the tokenizer that belongs to the model, or resize the model's embedding first."
+        )
+
+
+def require_context(model_config: Any, n_tokens: int, what: str) -> None:
+    """ConfigError, naming `what`, if a model cannot take `n_tokens` in a row."""
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and n_tokens > context:
+        raise ConfigError(
+            f"{what} of {n_tokens} tokens is more than the model's context of {context}: lower it."
         )

@@ -64,6 +64,12 @@ class Planner:
             return self._micro_batch_size
         return max(1, self.plan.micro_batch_size * self._load.length // self._length)
 
+    def hold(self, host_bytes: int) -> None:
+        """From the next plan on, leave room for so much of host memory, if it is this budget's."""
+        if self.sizes.on_cpu:
+            held = self.sizes.held_bytes + host_bytes
+            self.sizes = dataclasses.replace(self.sizes, held_bytes=held)
+
     def fit(self, batch_size: int, n_tokens: int, n_trained: int, n_back: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits.
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onn_core.adapters.lora import linear_names, select_layers
-from onn_core.config import parse_bytes
+from onn_core.config import parse_bytes, require_integer
 from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
@@ -139,6 +139,8 @@ def predict(
     forward was done once), instead of its matmuls at the ceiling.
     What does not fit has "refused", the arithmetic.
     """
+    require_integer("batch_size", batch_size)
+    require_integer("tokens", n_tokens)
     sizes, n = geometry.sizes, batch_size * n_tokens
     n_layers, n_back = len(sizes.layers), sizes.n_back
     found: dict[str, Any] = {"parameters": geometry.n_parameters, "trainable": sizes.n_trained}

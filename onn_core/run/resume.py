@@ -4,12 +4,9 @@ The batches of a step, its learning rate and what its dropout draws depend on th
 step's number alone, so that number stands for the position in the data and in the schedule.
 """
 
-import array
 import hashlib
 import time
 import warnings
-from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from safetensors import SafetensorError
 
 from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
-from onn_core.data.examples import Example, Pair, unpaired
 from onn_core.errors import OnnError
 from onn_core.processes import ALONE, Processes
 from onn_core.record import RunRecord
@@ -227,25 +223,21 @@ class RunSaver:
         )
 
 
-def describe_run(
-    config: TrainConfig, model_folder: ModelFolder, examples: Iterable[Example | Pair]
-) -> dict[str, Any]:
+def describe_run(config: TrainConfig, model_folder: ModelFolder, text: str) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run, as JSON values.
 
-    The weights' fingerprint covers every tensor's name, dtype, shape and first row.
+    The weights' fingerprint covers every tensor's name, dtype, shape and first row. text: that of
+    all tokens.
     """
-    weights, text = hashlib.sha256(), hashlib.sha256()
+    weights = hashlib.sha256()
     for name, entry in sorted(model_folder.tensors.items()):
         weights.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
         if entry.n_bytes:
             row = torch.zeros(1, dtype=torch.int64)
             first = model_folder.read_rows(name, row) if entry.shape else model_folder.read(name)
             weights.update(first.flatten().view(torch.uint8).numpy())
-    for example in chain.from_iterable(unpaired([one]) for one in examples):
-        text.update(array.array("q", [len(example.input_ids), *example.input_ids]))
-        text.update(array.array("q", example.labels))
     settings = {k: v for k, v in config.to_dict().items() if k not in MAY_DIFFER}
-    return {"settings": settings, "weights": weights.hexdigest(), "text": text.hexdigest()}
+    return {"settings": settings, "weights": weights.hexdigest(), "text": text}
 
 
 def require_same_run(saved: dict[str, Any], now: dict[str, Any], n_steps: int) -> None:

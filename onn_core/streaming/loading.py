@@ -547,7 +547,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f'device {device!r} is not understood: use "cpu" or "cuda".') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError('there is no CUDA device here: use device="cpu".')

@@ -137,8 +137,12 @@ class StreamedModel:
             inputs = {name: values for name, values in batch.items() if name != "labels"}
             return token_losses(model(**inputs).logits, labels)
 
-    def fit(self, batch_size: int, n_tokens: int) -> None:
-        """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits."""
+    def fit(self, batch_size: int, n_tokens: int, host_bytes: int = 0) -> None:
+        """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits.
+
+        host_bytes: what else the trainer holds in host memory for as long as it trains.
+        """
+        self.streaming.planner.hold(host_bytes)
         n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         self._fit(batch_size, n_tokens, None, n_trained)
 
