@@ -197,10 +197,8 @@ class RunSaver:
             return
         try:
             self.save(record)
-            note = f"stopped after step {len(record.steps)} of {self.config.max_steps}"
-            last = [path.name for path in self.checkpoints.paths()[-1:]]
-            if last == [f"step-{len(record.steps):08d}"]:  # else the process that writes could not
-                note += ": train(resume=True) continues from there"
+            done = f"stopped after step {len(record.steps)} of {self.config.max_steps}"
+            note = f"{done}: train(resume=True) continues from there"
         except OnnError as problem:
             note = str(problem)
         if not error.args:  # a KeyboardInterrupt
