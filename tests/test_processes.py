@@ -156,6 +156,7 @@ def test_with_dropout_a_resumed_run_of_processes_is_equal_bit_for_bit(forks, sma
     require_equal(cut, whole)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("how", "rank", "said"),
     [
@@ -195,6 +196,7 @@ def test_processes_of_a_host_read_the_model_once(quantize, forks, small, tmp_pat
     require_equal(tmp_path, tmp_path / "apart")
 
 
+@pytest.mark.faults
 def test_a_full_disk_ends_all_with_one_sentence(forks, small, tmp_path):
     changes = RUNS["uneven"] | {"n_bytes": 100, "after": 2}
     code, errors = launch(forks, 2, "run_with_small_files", small, tmp_path, **changes)
