@@ -197,11 +197,10 @@ def answer(runs: Runs, controls: Runs, reference: Sequence[RunRecord]) -> str:
         lines.append(f"Does it learn? {label}: {learned[label]}, {fell}.")
     for label in others:
         mean, noise, words = compare(runs[first], runs[label])
-        said = {"lower": "YES, better", "higher": "NO, worse"}.get(words)
-        by = f"by {abs(mean):.3f} ± {noise:.3f} than {first}"
-        if said is None:
-            said, by = "no difference beyond the noise", f"{mean:+.3f} ± {noise:.3f} to {first}"
-        lines.append(f"As well as in the smallest batch? {label}: {said} {by}.")
+        by = f"{abs(mean):.3f} ± {noise:.3f} than {first}"
+        said = {"lower": f"YES, better by {by}", "higher": f"NO, worse by {by}"}
+        still = f"{words}, {mean:+.3f} ± {noise:.3f} against {first}"
+        lines.append(f"As well as in the smallest batch? {label}: {said.get(words, still)}.")
     fooled = [label for label in controls if learned[label] == "YES"]
     lines.append("A control learned: no answer above counts." if fooled else "No control learned.")
     return "\n".join(lines)

@@ -269,6 +269,8 @@ def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, A
         axis |= {"type": "log", "exponentformat": "power"} if is_log else {"type": "linear"}
     if ticks := _log_ticks(panel):
         x |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    elif alone := _only_count(panel):
+        x |= {"range": [alone - 1, alone + 1], "tickvals": [alone]}
     if panel.from_zero:
         y["rangemode"] = "tozero"
     if panel.rows:
@@ -314,9 +316,20 @@ def _traces(part: Line | Bars, number: str, in_legend: Any) -> list[dict[str, An
     return [band | {"showlegend": False}, trace]
 
 
+def _xs(panel: Panel) -> list[float]:
+    return [x for part in panel.parts if isinstance(part, Line) for x in part.x]
+
+
+def _only_count(panel: Panel) -> int:
+    """The one x of a panel whose points all have it, if it is a whole number; else 0."""
+    found = {float(x) for x in _xs(panel)}
+    alone = found.pop() if len(found) == 1 and not panel.log_x and not panel.rows else 0.5
+    return int(alone) if alone.is_integer() else 0
+
+
 def _log_ticks(panel: Panel) -> list[float]:
     """The ticks of a logarithmic axis: 1, 2, 5, 10 ... between its points, so no half of a step."""
-    points = [x for part in panel.parts if isinstance(part, Line) for x in part.x]
+    points = _xs(panel)
     if not panel.log_x or not points:
         return []
     low, high = min(points), max(points)
@@ -364,8 +377,9 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.xaxis.minorticks_off()
         if len(ticks) == 1:
             axes.set_xlim(ticks[0] / 2, 2 * ticks[0])
-    points = [float(x) for part in panel.parts if isinstance(part, Line) for x in part.x]
-    if points and not panel.log_x and not panel.rows and all(x.is_integer() for x in points):
+    elif alone := _only_count(panel):
+        axes.set(xlim=(alone - 1, alone + 1), xticks=[alone])
+    elif not panel.rows and all(float(x).is_integer() for x in _xs(panel)):
         axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

@@ -1,9 +1,10 @@
 """Records -> pandas tables and figures, for the notebooks."""
 
+import io
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 from IPython.display import display
@@ -116,3 +117,18 @@ class LiveLines:
             self.handle = display(bundle, raw=True, display_id=True)
         else:
             self.handle.update(bundle, raw=True)
+
+
+class Once(io.TextIOBase):
+    """Instead of standard error for several runs: what each of them says of the data, once."""
+
+    def __init__(self, target: TextIO):
+        self.target, self.before, self.line = target, set(), ""
+
+    def write(self, text: str) -> int:
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            if line not in self.before:
+                self.before.add(line)
+                self.target.write(f"{line}\n")
+        return len(text)

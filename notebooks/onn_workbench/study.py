@@ -1,10 +1,12 @@
 """Does it learn? Runs over several seeds, a verdict from a stated rule, a file that holds them."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
+from onn_workbench.report import Once
 
 SCHEMA_VERSION = 1
 WHOLE_STEPS = 8  # first steps of a run that are rows of their own
@@ -131,7 +134,8 @@ def train_all(
     waiting = [place for place in range(len(configs)) if place not in done]
     chosen = [configs[place] for place in waiting]
     try:
-        records = train_many(chosen, resume, on_step) if chosen else []
+        with contextlib.redirect_stderr(Once(sys.stderr)):
+            records = train_many(chosen, resume, on_step) if chosen else []
     except NonFiniteError:  # of all runs
         records = [RunRecord.load(Path(config.output_dir) / "record.json") for config in chosen]
     for config in chosen:  # its record and its adapter are all that is used

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
 from onn_core.record import RunRecord, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel, Parallel, Scale
+from onn_workbench.report import Once
 from onn_workbench.study import compare, fall, thinned
 from onn_workbench.tables import frame
 
@@ -102,7 +104,8 @@ def train(
 ) -> Sweep:
     """Train all of them in one pass. A run that fails leaves the others going."""
     before = _read_bytes()
-    records = onn_core.train_many(list(chosen.values()), resume, on_step)
+    with contextlib.redirect_stderr(Once(sys.stderr)):
+        records = onn_core.train_many(list(chosen.values()), resume, on_step)
     n_bytes = _read_bytes() - before
     runs = {name: thinned(run) for name, run in zip(chosen, records, strict=True)}
     names = [

@@ -42,11 +42,14 @@ class Captures:
         self.impossible: str | None = None  # why a layer could not be captured
         self._shape: Any = None
         self._first_pass: Any = None  # of this shape: it runs as it is
+        self.layers: dict[int, CapturedLayer] = {}  # by number
         self.clear()
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
-        self.layers: dict[int, CapturedLayer] = {}  # by number
+        if self.layers:  # one may run still
+            torch.cuda.synchronize(self.device)
+        self.layers = {}
         self._fixed: dict[Any, torch.Tensor] = {}
         self._source: dict[Any, tuple[weakref.ref, int]] = {}  # what was copied there last
         self._pool = self._stream = None
