@@ -359,6 +359,8 @@ BAD_STATES = {
     "a scale that is text": ({"scale": "65536"}, "scale 65536"),
     "a scale that is true": ({"scale": True}, "scale True"),
     "a factor that shrinks": ({"growth_factor": 0.5}, "growth_factor 0.5"),
+    "an interval beyond torch's": ({"growth_interval": 2**31}, "growth_interval 2147483648"),
+    "a scale beyond float32": ({"scale": 1e300}, "scale 1e\\+300"),
     "a field of another scaler": ({"other": 1}, "other fields"),
 }
 

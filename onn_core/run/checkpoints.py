@@ -9,7 +9,6 @@ checkpoints/step-00000012/
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -28,12 +27,14 @@ SCHEMA_VERSION = 1
 FOLDER = "checkpoints"
 FILES = ("state.safetensors", "state.json", "record.json")
 SUMS = "SHA256SUMS"
-SCALER_FIELDS: dict[str, tuple[type, Callable[[Any], bool]]] = {  # of torch.amp.GradScaler
-    "scale": (float, lambda value: 0 < value < math.inf),
-    "growth_factor": (float, lambda value: 1 < value < math.inf),
+FLOAT_MAX = torch.finfo(torch.float32).max
+# Of torch.amp.GradScaler; torch takes the floats as float32, the whole numbers as int32.
+SCALER_FIELDS: dict[str, tuple[type, Callable[[Any], bool]]] = {
+    "scale": (float, lambda value: 0 < value <= FLOAT_MAX),
+    "growth_factor": (float, lambda value: 1 < value <= FLOAT_MAX),
     "backoff_factor": (float, lambda value: 0 < value < 1),
-    "growth_interval": (int, lambda value: value >= 1),
-    "_growth_tracker": (int, lambda value: value >= 0),
+    "growth_interval": (int, lambda value: 1 <= value < 2**31),
+    "_growth_tracker": (int, lambda value: 0 <= value < 2**31),
 }
 
 
