@@ -117,6 +117,8 @@ def test_first_run_and_its_reading(folder, monkeypatch, capsys):
     monkeypatch.setattr(onn_core, "prepare_default_model", lambda: folder / "path" / "to" / "model")
     first = example("A first run").replace("ends:4", "all")  # the toy has three layers
     run(first, "runs/first/adapter")
-    exec(compile(example("Reading the results"), "README.md", "exec"), {"__name__": "__main__"})
+    # The toy has room for 64 tokens.
+    reading = example("Reading the results").replace('AI?"])', 'AI?"], max_new_tokens=8)')
+    exec(compile(reading, "README.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
     assert "held-out loss" in printed and "gradient norm" in printed and "->" in printed

@@ -189,7 +189,6 @@ def load_adapter(
         try:
             path = _without_copies(Path(folder), copies, Path(temporary)) if copies else folder
             how = {"is_trainable": trainable, "autocast_adapter_dtype": float32}
-            how["low_cpu_mem_usage"] = float32 and not trainable  # no random values at first
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(path, adapter_name, **how)
                 return model
