@@ -177,6 +177,7 @@ def load_adapter(
     ModelFolderError that its weights are damaged.
     """
     folder = expand_home(folder)
+    is_streamed = model_folder is None
     model_folder = model_folder or getattr(model, "model_folder", None)
     if model_folder is None:
         raise ConfigError(
@@ -189,6 +190,9 @@ def load_adapter(
         try:
             path = _without_copies(Path(folder), copies, Path(temporary)) if copies else folder
             how = {"is_trainable": trainable, "autocast_adapter_dtype": float32}
+            # No random values at first, which another run's generator would miss; a merge would
+            # round elsewhere.
+            how["low_cpu_mem_usage"] = is_streamed and float32 and not trainable
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(path, adapter_name, **how)
                 return model
