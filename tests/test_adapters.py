@@ -40,6 +40,8 @@ def saved_adapter(base, folder, **settings):
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim == 1:  # biases, DoRA magnitudes
                 parameter += 0.1 * torch.rand_like(parameter)
+            elif parameter.requires_grad:  # values that no narrower dtype holds
+                parameter *= 1.0001
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
@@ -69,6 +71,21 @@ def test_merge_equals_peft(family, kind, tmp_path):
         settings = {"rank_pattern": {"c_fc": 2}, "alpha_pattern": {"c_attn": 5}}
     adapter = saved_adapter(base, tmp_path / "adapter", **settings)
     assert_merges_like_peft(base, adapter, tmp_path / "out")
+
+
+def test_merge_in_bfloat16_does_not_round_the_adapter(tmp_path):
+    base = toy_dir("llama", torch.bfloat16)
+    assert_merges_like_peft(base, saved_adapter(base, tmp_path / "adapter"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_loaded_adapter_has_the_values_that_are_stored(trainable, tmp_path):
+    base = toy_dir("llama", torch.bfloat16)
+    adapter = saved_adapter(base, tmp_path / "adapter")
+    model = onn_core.load_adapter(streamed(base), adapter, trainable=trainable)
+    want = dict(peft.PeftModel.from_pretrained(in_memory(base), adapter).named_parameters())
+    got = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert got and all(torch.equal(p, want[name]) for name, p in got.items())
 
 
 def test_merge_in_bfloat16_with_converted_experts(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -177,7 +177,6 @@ def load_adapter(
     ModelFolderError that its weights are damaged.
     """
     folder = expand_home(folder)
-    is_streamed = model_folder is None
     model_folder = model_folder or getattr(model, "model_folder", None)
     if model_folder is None:
         raise ConfigError(
@@ -190,13 +189,18 @@ def load_adapter(
         try:
             path = _without_copies(Path(folder), copies, Path(temporary)) if copies else folder
             how = {"is_trainable": trainable, "autocast_adapter_dtype": float32}
-            # No random values at first, which another run's generator would miss; a merge would
-            # round elsewhere.
-            how["low_cpu_mem_usage"] = is_streamed and float32 and not trainable
+            # No random values at first, which another run's generator would miss.
+            how["low_cpu_mem_usage"] = frozen = float32 and not trainable
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(path, adapter_name, **how)
-                return model
-            return peft.PeftModel.from_pretrained(model, path, adapter_name, config=config, **how)
+            else:
+                model = peft.PeftModel.from_pretrained(
+                    model, path, adapter_name, config=config, **how
+                )
+            if frozen:  # PEFT has rounded the values to the base's dtype on their way
+                values = load_peft_weights(str(path), device="cpu")
+                peft.set_peft_model_state_dict(model, values, adapter_name)
+            return model
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise _unfit(folder, error) from error
 
