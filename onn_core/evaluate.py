@@ -81,7 +81,7 @@ def perplexity(
         require_ids_fit(tokenizer, dataset.tokens.largest_id(), _n_embeddings(base))
         say_what_is_lost(dataset, max_length)
         batches = dataset.examples.longest_first(), _pad_id(tokenizer, base), batch_size
-        n_tokens, losses = _mean_losses(adapted, base, choices, *batches)
+        n_tokens, losses = _mean_losses(_losses_by_batch(adapted, base, choices, *batches))
     if adapters is None:
         return _perplexity(n_tokens, losses)
     return [_perplexity(n_tokens, [loss, losses[-1]]) for loss in losses[:-1]]
@@ -203,16 +203,11 @@ def streamed_base(model: Any) -> tuple[StreamedModel, bool]:
 
 
 def _mean_losses(
-    model: Any,
-    base: StreamedModel,
-    choices: Sequence[Choice],
-    examples: Sequence[data.Example],
-    pad_id: int | None,
-    batch_size: int,
+    batches: Iterable[tuple[Sequence[data.Example], torch.Tensor]],
 ) -> tuple[int, list[float]]:
-    """The tokens that count in `examples`, and their mean loss under each choice of adapters."""
+    """Of `_losses_by_batch`: the tokens that count, and their mean loss under each choice."""
     totals, n_tokens = 0.0, 0
-    for part, losses in _losses_by_batch(model, base, choices, examples, pad_id, batch_size):
+    for part, losses in batches:
         totals = totals + losses.double().flatten(1).sum(-1).cpu()
         n_tokens += sum(label != IGNORED for example in part for label in example.labels)
     return n_tokens, (totals / n_tokens).tolist()

@@ -209,7 +209,7 @@ def test_a_new_explorer_watches_the_run_that_goes_on(explorer, small):
     again.fields["max_length"].value = "48"  # nor does a prediction disturb it
     steps = len(again.run.record.steps)
     until(lambda: len(again.run.record.steps) > steps)
-    assert "not measured beside a run" in again.prediction.value
+    assert "not measured during a run" in again.prediction.value
     assert again.buttons["start"].disabled
     again.stop()
     again.wait()

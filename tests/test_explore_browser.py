@@ -167,7 +167,7 @@ def test_a_run_goes_on_while_settings_change_and_cells_run_again(lab, smollm2_di
     notebook.enter("Tokens, at most", "56")
     notebook.until_status("running: step 2 of 1000")
     notebook.run_all()  # a new explorer
-    wait_for(lambda: "not measured beside a run" in text(notebook.page), "the new explorer")
+    wait_for(lambda: "not measured during a run" in text(notebook.page), "the new explorer")
     notebook.until_status("running: step")
     notebook.press("Pause")
     notebook.until_status("paused: step")

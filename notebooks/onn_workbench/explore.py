@@ -198,7 +198,7 @@ class Explorer:
     def _describe(self, outline: Outline, config: TrainConfig, found: dict[str, Any]) -> str:
         sure = found["measured"]
         run_s = config.max_steps * found["step_s"] + found["eval_s"]
-        how = "from a visit of a real layer" if sure else "at least: not measured beside a run"
+        how = "from a visit of a real layer" if sure else "at least: not measured during a run"
         return (
             f"<b>{html.escape(outline.title)}</b>. Trainable: <b>{found['trainable']:,}</b>. "
             f"About <b>{found['step_s']:.2g} s</b> a step of full-length samples ({how}; limited "
@@ -448,7 +448,7 @@ def memory_bar(peak_bytes: int, memory_budget: str | None) -> str:
     share = min(100.0, 100 * peak_bytes / free)
     mark = min(100.0, 100 * (budget or 0) / free)
     colour = "#b00020" if share > 90 else "#00568a"
-    text = f"{peak_bytes / 2**20:,.0f} MiB of memory beside Python's"
+    text = f"{peak_bytes / 2**20:,.0f} MiB of memory, without Python's"
     text += f", budget {budget / 2**20:,.0f} MiB" if budget else ""
     text += f", {free / 2**20:,.0f} MiB free on this machine"
     bar = f'<div style="background:{colour};height:100%;width:{share:.1f}%"></div>'

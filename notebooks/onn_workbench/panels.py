@@ -219,7 +219,7 @@ class OfARun(Panel):
 
 
 class Ask(OfARun):
-    """The answer of the base beside that of the adapter."""
+    """The answers of the base and of the adapter."""
 
     def __init__(self, explorer: Any):
         self.prompt = w.Textarea(description="Prompt", rows=2, **WIDE)

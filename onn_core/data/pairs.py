@@ -21,7 +21,7 @@ from onn_core.errors import DataError
 
 FORM = 'prompt, chosen and rejected, each a text or messages, for objective "dpo"'
 SIDES = ("chosen", "rejected")
-BESIDE = ("tools", "chat_template_kwargs")
+MORE_FIELDS = ("tools", "chat_template_kwargs")
 
 
 def read_pairs(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def _pair(raw: Any, where: str, unused: set[str]) -> Row:
     if not all(sides) or kinds not in ({str}, {list}):
         raise DataError(f"{where} needs {FORM}.")
     prompt = fields.get("prompt")
-    if type(prompt) not in kinds:  # beside whole conversations a prompt may stand once more
+    if type(prompt) not in kinds:  # with whole conversations a prompt may stand once more
         if prompt is not None and kinds == {str}:
             raise DataError(f"{where} needs {FORM}: all three of one kind.")
         prompt, sides = _split(*sides)
@@ -49,7 +49,7 @@ def _pair(raw: Any, where: str, unused: set[str]) -> Row:
     if kinds == {list}:
         row = {key: [message_of(turn, where) for turn in turns] for key, turns in row.items()}
     for name in sorted(fields.keys() - row.keys(), key=str):
-        if name in BESIDE and fields[name] and kinds == {list}:
+        if name in MORE_FIELDS and fields[name] and kinds == {list}:
             row[name] = fields[name]
         elif name in (*REFUSED_FIELDS, "system") and fields[name]:
             raise DataError(
@@ -126,9 +126,9 @@ def _ids(row: Row, tokenizer: Any) -> list[list[int]]:
         end = tokenizer.eos_token or ""
         answers = [text if end and text.endswith(end) else text + end for text in answers]
         return tokenizer([prompt, *(prompt + text for text in answers)], verbose=False)["input_ids"]
-    beside = {name: row[name] for name in BESIDE if name in row}
-    texts = [render({"messages": prompt, **beside}, tokenizer, for_answer=True).text]
-    texts += [render({"messages": prompt + turns, **beside}, tokenizer).text for turns in answers]
+    more = {name: row[name] for name in MORE_FIELDS if name in row}
+    texts = [render({"messages": prompt, **more}, tokenizer, for_answer=True).text]
+    texts += [render({"messages": prompt + turns, **more}, tokenizer).text for turns in answers]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -319,7 +319,7 @@ def _captured_bytes(weight: StreamedWeight) -> int:
 
 
 def _work_bytes(sizes: Sizes) -> int:
-    """What it takes to make one packed weight dense, beside its buffer."""
+    """What it takes to make one packed weight dense, without its buffer."""
     weights = [weight for unit in sizes.layers for weight in unit]
     packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
     # What transformers makes of several matrices is in fresh memory first, and so are those.

@@ -26,7 +26,7 @@ def is_llm_int8(one: "Quantised | None") -> bool:
 
 
 def work_bytes(on_cpu: bool) -> int:
-    """Memory that making a matrix dense takes, beside the matrix."""
+    """Memory that making a matrix dense takes, without the matrix."""
     return BLOCK_BYTES * BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"]
 
 

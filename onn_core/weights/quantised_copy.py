@@ -22,7 +22,7 @@ from onn_core.weights.shards import TensorEntry, stamp, write_tensors
 MANIFEST_NAME = "manifest.json"
 VERSION = 1  # of what is written
 COPY_BYTES = 8 << 20
-COPIED = (".json", ".txt", ".model", ".jinja")  # beside the weights
+COPIED = (".json", ".txt", ".model", ".jinja")  # next to the weights
 
 
 def quantised_copy(
@@ -136,7 +136,7 @@ class _Copy:
         yield self._parts.pop(name).contiguous().view(-1).view(torch.uint8).numpy()
 
     def _write_rest(self, partial: Path) -> None:
-        """All that is beside the weights."""
+        """All that is no weight."""
         for path in self.model_folder.model_dir.iterdir():
             own = path.name in (INDEX_NAME, MANIFEST_NAME) or path.name.startswith(".")
             if path.suffix in COPIED and path.is_file() and not own:
