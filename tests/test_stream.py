@@ -380,6 +380,16 @@ def clean():
 
 
 @pytest.mark.usefixtures("clean")
+def test_logits_that_outlive_their_model_leave_no_reader():
+    with torch.no_grad():
+        outputs = streamed(toy_dir("llama"))(**toy_batch())
+    assert outputs.logits.isfinite().all()
+    del outputs
+    gc.collect()
+    assert readers() == []
+
+
+@pytest.mark.usefixtures("clean")
 def test_close_stops_the_readers_and_closes_files_and_the_model_works_again():
     model = with_lora(streamed(toy_dir("llama")))
     before = n_descriptors()

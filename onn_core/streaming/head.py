@@ -42,6 +42,7 @@ class StreamedHead:
         self.module = module
         self.blocks = blocks
         self.streaming = streaming
+        self.owner: Callable[[], Any] = lambda: None  # the model, while there is one
         self.n_rows = len(module.weight)
 
     @property
@@ -89,6 +90,7 @@ class Logits(LazyTensor):
     """
 
     head: StreamedHead
+    model: Any  # so that it, which stops the readers, outlives these
     hidden: torch.Tensor
     ops: tuple[Op, ...]
     made: torch.Tensor | None
@@ -103,7 +105,7 @@ class Logits(LazyTensor):
         graph = hidden.requires_grad and torch.is_grad_enabled()
         shape = (*hidden.shape[:-1], head.n_rows)
         tensor = Logits.absent(shape, one.dtype, device, graph)
-        tensor.head, tensor.hidden, tensor.ops = head, hidden, ops
+        tensor.head, tensor.model, tensor.hidden, tensor.ops = head, head.owner(), hidden, ops
         tensor.made, tensor.changed = None, False
         return tensor
 

@@ -240,6 +240,8 @@ class StreamedModel:
                         if parameter is weight:
                             module._parameters[name] = lazy
         owner = weakref.ref(self)  # no cycle: it is freed at once
+        if head is not None:
+            head.owner = owner
         base = self.base_model
         base.register_forward_pre_hook(
             lambda module, args, kwargs: owner().begin_pass(module, args, kwargs),
