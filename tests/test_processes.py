@@ -28,7 +28,10 @@ RUNS = {
     | {"gradient_accumulation_steps": 1},
     "packed": SAME | {"packing": True, "gradient_accumulation_steps": 3, "loss_scale": None},
 }
-ROUNDING = 2e-5  # of the largest value of a tensor
+# Of the largest value of a tensor. Adam divides a gradient by its own size: where the rows'
+# gradients nearly cancel, the rounding of their sum becomes a part of the step. 6e-5 was seen on
+# one processor, 1e-5 on another; a row that is left out or counted twice moves a tenth.
+ROUNDING = 5e-4
 
 
 @pytest.fixture(scope="module")
