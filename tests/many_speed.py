@@ -1,0 +1,126 @@
+"""Many runs in one pass against one after another: `tests/many_speed.py OUT.json [LAYERS]`.
+
+phi-4's geometry at random (8 layers), in a control group of 4 GiB, one sample of 16 tokens a step
+and run, rows of real text. Each number of runs is trained in a process of its own, with other
+learning rates and seeds. The ratio is n steps of the run alone over one step of n runs together;
+its limit is the same ratio of the machine's ceilings, T_io = bytes read / bandwidth and T_c = 6 P
+tokens / FLOP/s, each the larger of both.
+"""
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import onn_core
+from onn_core.record import describe_environment, write_json
+from onn_core.streaming.loading import resolve_device
+from onn_core.weights.geometry import geometry
+from onn_core.weights.random_model import prepare
+from onn_workbench.bench import evict, measure_ceilings, memory_cap
+
+N_RUNS = (1, 2, 4, 8, 16, 32)
+N_TOKENS = 16
+N_STEPS = 4  # the first is not timed
+CAP_BYTES, BUDGET_BYTES = 4 << 30, 3 << 30
+
+
+def train(folder: str, n_runs: int) -> dict:
+    """The median step of `n_runs` in one pass, and the bytes that it reads."""
+    with tempfile.TemporaryDirectory() as scratch:
+        configs = [
+            onn_core.TrainConfig(
+                model_dir=folder,
+                data="chatterbot",
+                output_dir=f"{scratch}/{number}",
+                batch_size=1,
+                max_length=N_TOKENS,
+                packing=True,
+                completion_only=False,
+                max_steps=N_STEPS,
+                learning_rate=1e-4 * (number + 1),
+                seed=number,
+                memory_budget=BUDGET_BYTES,
+                checkpoint_minutes=0,
+                progress=False,
+            )
+            for number in range(n_runs)
+        ]
+        records = onn_core.train_many(configs)
+    steps = [record.steps[1:] for record in records]
+    return {
+        "runs": n_runs,
+        "step_s": statistics.median(step.step_s for step in steps[0]),
+        "step_s_all": [step.step_s for step in steps[0]],
+        "bytes_read": statistics.median(step.bytes_read for step in steps[0]),
+        "tokens": steps[0][0].tokens,
+        "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
+        "status": sorted({record.status for record in records}),
+    }
+
+
+def measure(folder: Path, n_runs: int) -> dict:
+    evict(folder)
+    command = [sys.executable, __file__, "--worker", str(folder), str(n_runs)]
+    with memory_cap(CAP_BYTES) as group:
+        done = subprocess.run([*command, str(group or "")], capture_output=True, text=True)
+    if done.returncode:
+        return {"runs": n_runs, "failed": done.stderr.strip()[-300:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if sys.argv[1] == "--worker":
+        folder, n_runs, group = sys.argv[2:]
+        if group:
+            Path(group).write_text(str(os.getpid()))
+        print(json.dumps(train(folder, int(n_runs))))
+        return
+    n_layers = int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    folder = prepare("phi-4", n_layers)
+    config = geometry("phi-4", n_layers)
+    hidden = config.hidden_size
+    head_dim = hidden // config.num_attention_heads
+    layer = hidden * (2 * hidden + 2 * config.num_key_value_heads * head_dim)
+    layer += 3 * hidden * config.intermediate_size
+    # forward, recompute and dL/dh of the layers; the head has no recompute
+    run_flops = N_TOKENS * (6 * layer * n_layers + 4 * hidden * config.vocab_size)
+    before = measure_ceilings(folder, [N_TOKENS], "cpu")
+    rows = []
+    for n_runs in N_RUNS:
+        rows.append(measure(folder, n_runs))
+        print(json.dumps(rows[-1]), flush=True)
+    after = measure_ceilings(folder, [N_TOKENS], "cpu")
+    ceilings = before.mean(after)
+    alone, limits_s = rows[0], {}
+    for row in rows:
+        if "failed" in row:
+            continue
+        n = row["runs"]
+        read_s = row["bytes_read"] / ceilings.read_bytes_per_s
+        limits_s[n] = max(read_s, n * run_flops / ceilings.flops_per_s[N_TOKENS])
+        row["ratio"] = n * alone["step_s"] / row["step_s"]
+        row["limit_of_ratio"] = n * limits_s[1] / limits_s[n]
+        row["percent_of_limit"] = 100 * limits_s[n] / row["step_s"]
+        shown = ("runs", "step_s", "ratio", "limit_of_ratio", "percent_of_limit")
+        print("  ".join(f"{name} {row[name]:.3g}" for name in shown))
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": describe_environment(resolve_device("cpu")),
+        "layers": n_layers,
+        "cap_bytes": CAP_BYTES,
+        "budget_bytes": BUDGET_BYTES,
+        "read_bytes_per_s": ceilings.read_bytes_per_s,
+        "flops_per_s": ceilings.flops_per_s[N_TOKENS],
+        "disturbed": before.disturbed(after, ("read", N_TOKENS)),
+        "rows": rows,
+    }
+    write_json(sys.argv[1], record)
+
+
+if __name__ == "__main__":
+    main()
