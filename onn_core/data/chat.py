@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -156,9 +157,9 @@ class _Chat:
         self.stage = 1
         spans: dict[int, list[Span]] = {}
         end = 0
-        for i in answers:
+        for i, following in zip_longest(answers, answers[1:]):
             if self.marked:
-                spans[i] = self._marked_spans(i, marks)
+                spans[i] = self._marked_spans(i, following, marks)
             else:
                 spans[i] = [self._span(i, whole, end)]
             end = max([end, *(span[1] for span in spans[i])])
@@ -170,13 +171,13 @@ class _Chat:
             left_out,
         )
 
-    def _marked_spans(self, i: int, marks: list[Span]) -> list[Span]:
-        """The spans that the template marks as generated in message `i`."""
+    def _marked_spans(self, i: int, following: int | None, marks: list[Span]) -> list[Span]:
+        """The spans that the template marks as generated in message `i`, up to the next answer."""
         first = len(self.rendering(self.messages[:i], for_answer=True)[1])
         last = len(marks)
-        if i + 1 < len(self.messages):
-            last = len(self.rendering(self.messages[: i + 1], for_answer=True)[1])
-        return marks[first:last]
+        if following is not None:  # up to it a turn is rendered as in the whole conversation
+            last = len(self.rendering(self.messages[:following], for_answer=True)[1])
+        return [(start, end) for start, end in marks[first:last] if start < end]
 
     def _span(self, i: int, whole: str, after: int) -> Span:
         """Where answer `i` is in the whole text, its end-of-turn token included."""
