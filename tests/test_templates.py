@@ -191,7 +191,8 @@ def test_settings_say_what_is_learned(tokenizer):
     turns = [USER, ANSWER, USER, other]
     assert learned(turns) == "Lisbon.<|im_end|>Madrid.<|im_end|>"
     assert learned(turns, train_on="last") == "Madrid.<|im_end|>"
-    assert learned([USER, ANSWER | {"weight": 0}, USER, other]) == "Madrid.<|im_end|>"
+    for silent in (ANSWER | {"weight": 0}, ANSWER | {"content": "\n"}):
+        assert learned([USER, silent, USER, other]) == "Madrid.<|im_end|>"
     assert "Where?" in learned(turns, completion_only=False)
 
 

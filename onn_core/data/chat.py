@@ -44,13 +44,13 @@ class Rendered:
 def render(row: Row, tokenizer: Any, train_on: str = "all", for_answer: bool = False) -> Rendered:
     """The text of a conversation, with the answers that are learned: "all" of them or the "last".
 
-    A turn of weight 0 is not learned. Without a chat template turns are joined by newlines.
-    for_answer: with the beginning of one more answer. Raises DataError if the template does not
-    take the row, or leaves out something of it.
+    A turn of weight 0 is not learned, nor an empty one. Without a chat template turns are joined by
+    newlines. for_answer: with the beginning of one more answer. Raises DataError if the template
+    does not take the row, or leaves out something of it.
     """
     messages = row["messages"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    learned = {i for i in answers if messages[i].get("weight", 1)}
+    learned = {i for i in answers if messages[i].get("weight", 1) and _says_something(messages[i])}
     if train_on == "last":
         learned &= {answers[-1]} if answers else set()
     if not tokenizer.chat_template:
@@ -308,6 +308,12 @@ def _joined(row: Row, tokenizer: Any, answers: list[int], learned: set[int]) -> 
         [spans[i] for i in answers if i in learned],
         [spans[i] for i in answers if i not in learned],
     )
+
+
+def _says_something(message: Message) -> bool:
+    """An empty answer would teach to say nothing: most are cells that nobody filled in."""
+    said = message["content"].strip(), *(message.get(name) for name in ("tool_calls", *REASONING))
+    return any(said)
 
 
 def _common(text: str, other: str) -> int:
