@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +17,30 @@ from onn_core.weights.geometry import GEOMETRIES
 from onn_core.weights.quantise import KINDS
 
 
+class SettingsLoader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number: PyYAML takes it for text, as YAML 1.1 does."""
+
+
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?|\d*\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def read_settings(path: Path | None, changes: Sequence[str]) -> dict[str, Any]:
     """The settings of a YAML file, then each "key=value" (a YAML value); ConfigError."""
     settings: Any = {}
     try:
         if path is not None:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            settings = yaml.load(path.read_text(encoding="utf-8"), SettingsLoader) or {}
         if not isinstance(settings, dict):
             raise ConfigError(f"{path} must map names of settings to values.")
         for change in changes:
             name, equals, value = change.partition("=")
             if not equals:
                 raise ConfigError(f"{change!r} is not key=value.")
-            settings[name] = yaml.safe_load(value)
+            settings[name] = yaml.load(value, SettingsLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"the settings cannot be read ({error}): correct them.") from error
     known = {field.name for field in dataclasses.fields(TrainConfig)}

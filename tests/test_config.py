@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import onn_core
+from onn_core.__main__ import read_settings
 from onn_core.adapters.lora import select_layers
 from onn_core.config import TrainConfig, dtype_name, parse_bytes, require_integer
 from onn_core.errors import ConfigError, OnnError
@@ -121,3 +122,12 @@ def test_what_is_no_path_is_refused_in_a_sentence(value):
 def test_runs_that_are_no_settings_are_refused_in_a_sentence(value):
     with pytest.raises(ConfigError, match="takes a list of TrainConfig"):
         onn_core.train_many(value)
+
+
+def test_numbers_in_a_file_are_those_that_people_write(tmp_path):
+    file, text = tmp_path / "run.yaml", "model_dir: m\ndata: 1e-3.txt\noutput_dir: o\n"
+    file.write_text(text + "learning_rate: 1e-3\ngrid: {weight_decay: [0, 5E-2, -.5e1]}\n")
+    settings = read_settings(file, ["dpo_beta=+2.e-1", "chat_template=e1"])
+    assert settings["learning_rate"] == 0.001 and settings["dpo_beta"] == 0.2
+    assert settings["grid"] == {"weight_decay": [0, 0.05, -5.0]}
+    assert settings["data"] == "1e-3.txt" and settings["chat_template"] == "e1"

@@ -58,6 +58,7 @@ def test_what_stands_beside_the_messages_is_learned():
         ({"messages": [USER | {"content": [{"type": "image"}]}]}, "of type 'image'"),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight"),
         ({"prompt": "a", "answer": 4}, "answer is not text"),
+        ({"Question": "a", "Answer": "b"}, "or text: it has Question, Answer"),
         ({"text": "a", "images": ["x.png"]}, '"images"'),
         ({"text": "a", "tools": [CALL]}, '"tools"'),
         ({"text": "a", "system": "S"}, '"system"'),
@@ -181,12 +182,13 @@ def test_epochs_and_steps(tmp_path):
 def test_what_is_cut_is_said(smollm2_dir, capfd):
     rows = [{"prompt": "word " * 2 * i, "response": "yes " * 30} for i in range(40)]
     rows.append({"messages": [USER], "source": "web"})
+    rows.append({"question": "a", "answer": " "})
     given = {"model_dir": str(smollm2_dir), "data": rows, "output_dir": "o", "max_length": 80}
     for _ in range(2):  # the second time from the cache
         prepare(onn_core.TrainConfig(**given), data.load_tokenizer(smollm2_dir))
         said = capfd.readouterr().err
-        assert "of 41 rows were cut at max_length 80" in said and "would keep 95 % whole" in said
-        assert "1 of 41 rows were dropped" in said and "not used: column source" in said
+        assert "of 42 rows were cut at max_length 80" in said and "would keep 95 % whole" in said
+        assert "2 of 42 rows were dropped" in said and "not used: column source" in said
 
 
 def test_a_big_group_does_not_swallow_the_split():

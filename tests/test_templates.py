@@ -1,10 +1,12 @@
 """Chat templates: every one that TRL ships trains to the whole text's own tokens, or is refused.
 
-`python tests/test_templates.py` writes tests/templates.md.
+`python tests/test_templates.py` writes tests/templates.md and the table of it in tests/README.md.
 """
 
+import contextlib
 import glob
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -27,11 +29,13 @@ USER, ANSWER = {"role": "user", "content": "Where?"}, {"role": "assistant", "con
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}}
 TOOL = {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}
+OTHER = {"role": "assistant", "content": "In Madrid, I think."}
+SYSTEM = {"role": "system", "content": "Be terse."}
+THOUGHT = ANSWER | {"reasoning_content": "A port."}
 ROWS = {
     "one turn": {"messages": [USER, ANSWER]},
-    "two turns": {
-        "messages": [USER, ANSWER, USER, {"role": "assistant", "content": "In Madrid, I think."}]
-    },
+    "two turns": {"messages": [USER, ANSWER, USER, OTHER]},
+    "system": {"messages": [SYSTEM, USER, ANSWER, USER, OTHER]},
     "tools": {
         "messages": [
             {"role": "user", "content": "Weather in Oslo?"},
@@ -41,8 +45,12 @@ ROWS = {
         ],
         "tools": [{"type": "function", "function": TOOL}],
     },
-    "reasoning": {"messages": [USER, ANSWER | {"reasoning_content": "A port."}]},
+    "reasoning": {"messages": [USER, THOUGHT]},
+    "earlier reasoning": {"messages": [USER, THOUGHT, USER, OTHER]},
 }
+TABLE = Path(__file__).with_name("templates.md")
+README = Path(__file__).with_name("README.md")
+SPECIAL = re.compile(r"<[|｜/]?[a-zA-Z0-9_▁]+[|｜]?>|\[/?[A-Z_]+\]")
 
 
 @pytest.fixture(scope="module")
@@ -50,54 +58,109 @@ def tokenizer(smollm2_dir):
     return AutoTokenizer.from_pretrained(smollm2_dir)
 
 
+@pytest.fixture(scope="module")
+def special(smollm2_dir):
+    return with_special_tokens(smollm2_dir)
+
+
+def with_special_tokens(folder):
+    """The default tokenizer, to which what the templates mark turns with is one token each."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = {token for path in TEMPLATES.values() for token in SPECIAL.findall(read(path))}
+    tokenizer.add_tokens(sorted(found), special_tokens=True)
+    return tokenizer
+
+
+def read(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
 def learned_texts(row, tokenizer):
     rendered = chat.render(row, tokenizer)
     return [rendered.text[start:end] for start, end in rendered.learned]
 
 
-def whole_ids(row, tokenizer):
-    """What transformers itself makes of the row, in the shape that the template wants."""
-    found = []
-    for in_parts, as_text in chat._shapes(row["messages"]):
-        shape = chat._Chat(row, tokenizer, in_parts, as_text)
-        messages = [shape._shaped(message) for message in row["messages"]]
-        try:
-            made = tokenizer.apply_chat_template(messages, tools=row.get("tools"), return_dict=True)
-        except Exception:
-            continue
-        found.append(made["input_ids"])
-    return found
+def shapes(row):
+    """The row's messages as one template or another wants them."""
+    for in_parts in (False, True):
+        for as_text in (False, True):
+            messages = json.loads(json.dumps(row["messages"]))
+            for message in messages:
+                if in_parts:
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+                for call in message.get("tool_calls", ()) if as_text else ():
+                    call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            yield messages
+
+
+def require_equal(example, row, tokenizer):
+    """The example is what transformers makes of the whole row, its labels what this says is said.
+
+    That is the template's own marks, if it has them. Elsewhere every token of an answer's text,
+    arguments and reasoning counts, with the token that ends the turn, no token of another message,
+    and none of the generation prompt.
+    """
+    marked = bool(MARKS.search(tokenizer.chat_template))
+    settings = {"tools": row.get("tools"), "return_dict": True}
+    asked = {"return_assistant_tokens_mask": marked}
+    offsets = {"tokenizer_kwargs": {"return_offsets_mapping": True}}
+    n_tokens, whole = len(example.input_ids), None
+    for messages in shapes(row):
+        with contextlib.suppress(Exception):  # this template takes another shape
+            made = tokenizer.apply_chat_template(messages, **settings, **asked, **offsets)
+            if made["input_ids"][:n_tokens] == example.input_ids:
+                whole = made, messages
+                break
+    assert whole
+    made, messages = whole
+    counted = [label != data.IGNORED for label in example.labels]
+    counted += [False] * (len(made["input_ids"]) - n_tokens)
+    if marked:
+        assert counted == [bool(mask) for mask in made["assistant_masks"]]
+    text = tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False)
+
+    def counts(start, end):
+        pairs = zip(counted, made["offset_mapping"], strict=True)
+        return {count for count, (a, b) in pairs if a < end and b > start}
+
+    at, left_out = 0, 0
+    for i, message in enumerate(row["messages"]):
+        ours, before = message["role"] == "assistant", at
+        said = [value for name in chat.REASONING if (value := message.get(name))]
+        if said and i + 1 < len(messages) and said[0] not in text:
+            said, left_out = [], left_out + 1
+        for call in message.get("tool_calls", ()):
+            said += [call["function"]["name"], *call["function"]["arguments"].values()]
+        places = [text.index(part, at) for part in [*said, message["content"]]]
+        for place, part in zip(places, [*said, message["content"]], strict=True):
+            assert not part or counts(place, place + len(part)) == {ours}
+            at = max(at, place + len(part))
+        if ours and not marked:
+            prompt = tokenizer.apply_chat_template(
+                messages[:i], tools=row.get("tools"), tokenize=False, add_generation_prompt=True
+            )
+            if text.startswith(prompt):
+                pairs = zip(counted, made["offset_mapping"], strict=True)
+                assert not any(count for count, (a, b) in pairs if a >= before and b <= len(prompt))
+            end = chat.END_OF_TURN.match(text, at)
+            if message["content"] and not tokenizer.chat_template.startswith("[gMASK]"):
+                assert counts(*end.span(1)) == {True}
+    return left_out
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_of_trl(name, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", Path(TEMPLATES[name]).read_text())
-    for kind, row in ROWS.items():
-        try:
-            (example,) = data.tokenize([row], tokenizer, 9999).examples
-        except OnnError as error:
-            assert kind in ("tools", "reasoning") and "row 1 does not fit" in str(error)
-            continue
-        n_tokens = len(example.input_ids)
-        assert example.input_ids in [ids[:n_tokens] for ids in whole_ids(row, tokenizer)]
-        learned = tokenizer.decode([i for i in example.labels if i != data.IGNORED])
-        for message in row["messages"]:
-            if message["role"] == "assistant":
-                assert (
-                    message["content"] in learned
-                    and message.get("reasoning_content", "") in learned
-                )
-            elif message["role"] == "user":
-                assert message["content"] not in learned
-        if kind == "tools":
-            assert "get_weather" in learned and "Oslo" in learned and "degrees" not in learned
-    assert data.prompt_ids("Where?", tokenizer)
+def test_every_template_of_trl(name, special, monkeypatch):
+    monkeypatch.setattr(special, "chat_template", read(TEMPLATES[name]))
+    line = table_line(name, special)
+    known = re.search(rf"^\| {name} \|.*$", read(TABLE), re.MULTILINE)
+    assert not known or known[0] == line
+    assert data.prompt_ids("Where?", special)
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.endswith("_training")])
 def test_answers_are_found_where_the_marks_are(name, tokenizer, monkeypatch):
     """Without its marks a template's answers are found all the same, up to header and newline."""
-    text = Path(TEMPLATES[name]).read_text()
+    text = read(TEMPLATES[name])
     for kind in ("one turn", "two turns"):
         found = []
         for template in (text, MARKS.sub(r"{%\1 if true \3%}{%\1 endif \3%}", text)):
@@ -128,7 +191,8 @@ def test_settings_say_what_is_learned(tokenizer):
     turns = [USER, ANSWER, USER, other]
     assert learned(turns) == "Lisbon.<|im_end|>Madrid.<|im_end|>"
     assert learned(turns, train_on="last") == "Madrid.<|im_end|>"
-    assert learned([USER, ANSWER | {"weight": 0}, USER, other]) == "Madrid.<|im_end|>"
+    for silent in (ANSWER | {"weight": 0}, ANSWER | {"content": "\n"}):
+        assert learned([USER, silent, USER, other]) == "Madrid.<|im_end|>"
     assert "Where?" in learned(turns, completion_only=False)
 
 
@@ -182,27 +246,57 @@ def test_reasoning_that_is_left_out_of_what_is_not_learned_is_counted(tokenizer)
     assert data.tokenize([{"messages": turns}], tokenizer, 99).reasoning_left_out == 1
 
 
-def table(tokenizer):
-    """The walk as Markdown."""
-    yield "| template | one turn | two turns | tools | reasoning | learned of two turns; why not |"
-    yield "|---|---|---|---|---|---|"
-    for name, path in TEMPLATES.items():
-        tokenizer.chat_template, cells, why = Path(path).read_text(), [], []
-        for kind, row in ROWS.items():
-            try:
-                learned = learned_texts(row, tokenizer)
-                cells.append("equal")
-                why += [" / ".join(learned)] if kind == "two turns" else []
-            except OnnError as error:
-                cells.append("refused")
-                why.append(f"{kind}: {str(error).partition('template: ')[2]}")
-        text = "; ".join(why).replace("\n", "\\n").replace("|", "\\|")
-        yield f"| {name} | {' | '.join(cells)} | `{text}` |"
+def walked(tokenizer):
+    """Of each kind of row: "equal" or "refused", and what is learned, or why not."""
+    for kind, row in ROWS.items():
+        try:
+            found = data.tokenize([row], tokenizer, 9999)
+        except OnnError as error:
+            assert "row 1 does not fit" in str(error)
+            yield kind, "refused", str(error).partition("template: ")[2].partition(". Begin")[0]
+            continue
+        left_out = require_equal(found.examples[0], row, tokenizer)
+        assert found.reasoning_left_out == left_out
+        yield kind, "equal", " / ".join(learned_texts(row, tokenizer))
+
+
+def table_line(name, tokenizer):
+    found = list(walked(tokenizer))
+    why = [text for kind, cell, text in found if kind == "two turns"]
+    why += [f"{kind}: {text}" for kind, cell, text in found if cell == "refused"]
+    text = "; ".join(why).replace("\n", "\\n").replace("|", "\\|")
+    return f"| {name} | {' | '.join(cell for _, cell, _ in found)} | `{text}` |"
+
+
+def summary(lines):
+    """The templates that have the same outcomes, a row each; then all of them."""
+    cells = [[cell.strip() for cell in line.split("|")[1 : len(ROWS) + 2]] for line in lines]
+    alike = {}
+    for name, *outcome in cells:
+        alike.setdefault(tuple(outcome), []).append(name)
+    yield f"| templates | {' | '.join(ROWS)} |"
+    yield "|---" * (len(ROWS) + 1) + "|"
+    for outcome, names in alike.items():
+        yield f"| {', '.join(names)} | {' | '.join(outcome)} |"
+    n_equal = [str(sum(row[i] == "equal" for row in cells)) for i in range(1, len(ROWS) + 1)]
+    yield f"| **equal, of {len(cells)}** | {' | '.join(n_equal)} |"
+
+
+def test_the_table_in_the_readme():
+    assert "\n".join(summary(read(TABLE).splitlines()[2:])) in read(README)
 
 
 if __name__ == "__main__":
     from onn_core import prepare_default_model
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    lines = table(AutoTokenizer.from_pretrained(prepare_default_model()))
-    Path(__file__).with_name("templates.md").write_text("\n".join(lines) + "\n")
+    tokenizer = with_special_tokens(prepare_default_model())
+    lines = [f"| template | {' | '.join(ROWS)} | learned of two turns; why not |"]
+    lines.append("|---" * (len(ROWS) + 2) + "|")
+    for name in TEMPLATES:
+        tokenizer.chat_template = read(TEMPLATES[name])
+        lines.append(table_line(name, tokenizer))
+    TABLE.write_text("\n".join(lines) + "\n")
+    rows = "\n".join(summary(lines[2:]))
+    old = re.compile(r"^\| templates \|.*?^\| \*\*equal[^\n]*", re.MULTILINE | re.DOTALL)
+    README.write_text(old.sub(lambda _: rows, read(README)))

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -43,13 +44,13 @@ class Rendered:
 def render(row: Row, tokenizer: Any, train_on: str = "all", for_answer: bool = False) -> Rendered:
     """The text of a conversation, with the answers that are learned: "all" of them or the "last".
 
-    A turn of weight 0 is not learned. Without a chat template turns are joined by newlines.
-    for_answer: with the beginning of one more answer. Raises DataError if the template does not
-    take the row, or leaves out something of it.
+    A turn of weight 0 is not learned, nor an empty one. Without a chat template turns are joined by
+    newlines. for_answer: with the beginning of one more answer. Raises DataError if the template
+    does not take the row, or leaves out something of it.
     """
     messages = row["messages"]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    learned = {i for i in answers if messages[i].get("weight", 1)}
+    learned = {i for i in answers if messages[i].get("weight", 1) and _says_something(messages[i])}
     if train_on == "last":
         learned &= {answers[-1]} if answers else set()
     if not tokenizer.chat_template:
@@ -156,9 +157,9 @@ class _Chat:
         self.stage = 1
         spans: dict[int, list[Span]] = {}
         end = 0
-        for i in answers:
+        for i, following in zip_longest(answers, answers[1:]):
             if self.marked:
-                spans[i] = self._marked_spans(i, marks)
+                spans[i] = self._marked_spans(i, following, marks)
             else:
                 spans[i] = [self._span(i, whole, end)]
             end = max([end, *(span[1] for span in spans[i])])
@@ -170,13 +171,13 @@ class _Chat:
             left_out,
         )
 
-    def _marked_spans(self, i: int, marks: list[Span]) -> list[Span]:
-        """The spans that the template marks as generated in message `i`."""
+    def _marked_spans(self, i: int, following: int | None, marks: list[Span]) -> list[Span]:
+        """The spans that the template marks as generated in message `i`, up to the next answer."""
         first = len(self.rendering(self.messages[:i], for_answer=True)[1])
         last = len(marks)
-        if i + 1 < len(self.messages):
-            last = len(self.rendering(self.messages[: i + 1], for_answer=True)[1])
-        return marks[first:last]
+        if following is not None:  # up to it a turn is rendered as in the whole conversation
+            last = len(self.rendering(self.messages[:following], for_answer=True)[1])
+        return [(start, end) for start, end in marks[first:last] if start < end]
 
     def _span(self, i: int, whole: str, after: int) -> Span:
         """Where answer `i` is in the whole text, its end-of-turn token included."""
@@ -307,6 +308,12 @@ def _joined(row: Row, tokenizer: Any, answers: list[int], learned: set[int]) -> 
         [spans[i] for i in answers if i in learned],
         [spans[i] for i in answers if i not in learned],
     )
+
+
+def _says_something(message: Message) -> bool:
+    """An empty answer would teach to say nothing: most are cells that nobody filled in."""
+    said = message["content"].strip(), *(message.get(name) for name in ("tool_calls", *REASONING))
+    return any(said)
 
 
 def _common(text: str, other: str) -> int:

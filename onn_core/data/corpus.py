@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
     "added*",
     "*.tiktoken",
 )
-FORMAT = 3  # of a file of the cache, or of what is in it
+FORMAT = 4  # of a file of the cache, or of what is in it
 BYTES_PER_EXAMPLE = 32  # its length, place, prompt, and its number in the split and in an epoch
 MAX_NAMED = 9  # columns and files that are not used
 # What such a file says of a Dataset apart from its tokens.

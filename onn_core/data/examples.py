@@ -239,7 +239,7 @@ def tokenize(
     if not tokens.lengths:
         n_rows, advice = counts["rows"], f"within max_length {max_length}: raise it"
         if counts["unanswered"] == n_rows:
-            advice = "at all: give text, or answers of the assistant whose weight is not 0"
+            advice = "at all: give text, or answers that are not empty and whose weight is not 0"
         raise DataError(f"none of {n_rows} rows has a token to learn {advice}.")
     lengths = np.array(full_lengths or [0])
     length_95 = int(np.quantile(lengths, 0.95, method="higher"))

@@ -351,7 +351,8 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
     elif isinstance(fields.get("text"), str):
         used, refused = {"text"}, refused.union(BESIDE).difference(LABELS)
     else:
-        raise DataError(f"{where} needs {FORMS}.")
+        has = ", ".join(map(str, fields))[:200] or "none of them"
+        raise DataError(f"{where} needs {FORMS}: it has {has}.")
     for name in sorted(fields.keys() - used, key=str):
         if name in refused and not _is_empty(fields[name]):
             raise DataError(
