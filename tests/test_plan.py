@@ -1,6 +1,7 @@
 """What a memory budget holds: planned, kept, refused with the arithmetic; and all of it exact."""
 
 import gc
+import json
 import time
 import weakref
 from collections import Counter
@@ -300,3 +301,32 @@ def test_kept_activations_go_with_the_loss():
     del loss
     gc.collect()
     assert not any(ref() for ref in kept)
+
+
+def test_micro_batches_are_as_large_as_is_faster_here():
+    """Where a micro-batch runs at full speed was measured; what has no room is smaller."""
+    sizes = geometry_of(geometry("phi-4", 8)).sizes
+    plans = [
+        make_plan(replace(sizes, full_speed_tokens=n), 128, 16, 4 << 30).micro_batch_size
+        for n in (64, 256, 1024, 1 << 30)
+    ]
+    assert plans[:3] == [4, 16, 64] and plans[3] == 128
+    tight = make_plan(replace(sizes, full_speed_tokens=1 << 30), 256, 16, 2 << 30)
+    assert tight.n_resident and 16 < tight.micro_batch_size < 256 and tight.peak_bytes <= 2 << 30
+
+
+def test_full_speed_is_measured_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONN_CACHE", str(tmp_path))
+    plans = []
+    for _ in range(2):
+        model = streamed(toy_dir("llama"), memory_budget="300MB")
+        plans.append(model.streaming.planner.sizes.full_speed_tokens)
+    (path,) = tmp_path.glob("full_speed/*.json")
+    found = json.loads(path.read_text())
+    assert plans == [found["tokens"]] * 2 and str(plans[0]) in found["seconds_a_token"]
+    path.write_text(json.dumps(found | {"tokens": 7}))
+    model = streamed(toy_dir("llama"), memory_budget="300MB")
+    assert model.streaming.planner.sizes.full_speed_tokens == 7
+    path.write_text("{")  # it is measured again
+    model = streamed(toy_dir("llama"), memory_budget="300MB")
+    assert model.streaming.planner.sizes.full_speed_tokens in (64, 256, 512, 1024, 2048)

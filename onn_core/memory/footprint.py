@@ -58,17 +58,8 @@ def visit_bytes(
     The peak forward, the peak backward, and what the graph holds between the two. The first layer
     of `config` stands for all; attention counts as the fused kernel.
     """
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    base = one_layer(config, dtype, torch.device("meta"), lora_rank)
     with MAKING, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            base = peft.get_peft_model(model, lora).train().base_model.model.base_model
-        fuse_lora(base)
         size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
         mask = torch.ones(batch_size, 1, n_tokens, n_tokens, dtype=torch.bool)
@@ -83,6 +74,25 @@ def visit_bytes(
                 at = [hidden, *trained]
                 torch.autograd.grad(out, at, torch.zeros_like(out), allow_unused=True)
     return forward.peak, live.peak, graph_bytes
+
+
+def one_layer(config: Any, dtype: torch.dtype, where: Any, lora_rank: int = 8) -> Any:
+    """The first layer of `config` with LoRA on its linear modules, in its model without a head.
+
+    where: a context in which modules are made, such as `torch.device("meta")`.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with MAKING, where:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            base = peft.get_peft_model(model, lora).train().base_model.model.base_model
+    fuse_lora(base)
+    return base
 
 
 class Footprint:

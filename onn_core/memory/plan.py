@@ -36,7 +36,8 @@ CAPTURE_BYTES = 160 << 20
 POOL_FACTOR = 1.1
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
 MAX_CAPTURED_TOKENS = 4096
-# From here on a micro-batch multiplies at full speed, and a CPU computes longer than it reads.
+# From here on a micro-batch runs at full speed where that was not measured, and a CPU computes
+# longer than it reads.
 FULL_SPEED_TOKENS = 256
 
 
@@ -52,6 +53,7 @@ class Sizes:
     on_cpu: bool = True
     n_trained: int = 0  # parameters
     n_back: int = 0  # layers that backward reaches
+    full_speed_tokens: int = FULL_SPEED_TOKENS  # of a micro-batch; more are not faster
     # (sizes, plan, B, T) -> seconds of a step, the least of which is taken; None goes by rules.
     step_s: "Callable[[Sizes, Plan, int, int], float] | None" = None
 
@@ -220,8 +222,8 @@ def _all_micro_batches(batch_size: int) -> list[int]:
 def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int) -> int:
     """The smallest that multiplies at full speed."""
     all_sizes = _all_micro_batches(batch_size)
-    fast = [size for size in all_sizes if size * n_tokens >= FULL_SPEED_TOKENS] or all_sizes[:1]
-    return fast[-1]
+    fast = [size for size in all_sizes if size * n_tokens >= sizes.full_speed_tokens]
+    return (fast or all_sizes[:1])[-1]
 
 
 def _reserve_graphs(

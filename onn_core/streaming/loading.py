@@ -28,7 +28,8 @@ from onn_core.errors import ConfigError, ModelFolderError, OnnError
 from onn_core.memory.boundaries import HostBoundaries
 from onn_core.memory.costs import measure_costs
 from onn_core.memory.footprint import Footprint
-from onn_core.memory.plan import Sizes
+from onn_core.memory.full_speed import full_speed_tokens
+from onn_core.memory.plan import FULL_SPEED_TOKENS, Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
@@ -194,16 +195,21 @@ def open_streamed(
         blocks = together.same_weights(bindings, blocks)
     units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     head_units = [[weight] for _, weight in blocks]
+    budget, footprint = parse_bytes(memory_budget), Footprint(model_folder.config, model.dtype)
+    first, full_speed = units[0][0], FULL_SPEED_TOKENS
+    if device.type == "cpu" and budget is not None and not first.packed:
+        given = (model_folder.config, model.dtype, first.dtype, footprint, budget)
+        full_speed = full_speed_tokens(*given)
     sizes = Sizes(
         layers=units,
         head=head_units,
         held_bytes=_held_bytes(model) + library_bytes(device),
         hidden_bytes=model.config.get_text_config().hidden_size * model.dtype.itemsize,
-        visit_bytes=Footprint(model_folder.config, model.dtype),
+        visit_bytes=footprint,
+        full_speed_tokens=full_speed,
         on_cpu=device.type == "cpu",
         step_s=measure_costs(device, model.dtype).step_s if device.type == "cuda" else None,
     )
-    budget = parse_bytes(memory_budget)
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         hold_freed_memory(budget is not None)  # whose plan says when to trim
