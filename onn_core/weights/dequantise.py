@@ -8,6 +8,7 @@ stored tensors: in float32, and rounded once to the dtype that is asked for.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ from onn_core.weights.shards import TensorEntry
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
+INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
 
@@ -42,15 +44,8 @@ class Quantised:
     entries: tuple[TensorEntry, ...]
     shape: tuple[int, ...]
 
-    @property
-    def row_step(self) -> int:
-        """Rows begin at a multiple of this in `rows`."""
-        return 1
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether each row is made of the same row of one stored tensor, and of nothing else."""
-        return False
+    row_step: ClassVar[int] = 1  # rows begin at a multiple of this in `rows`
+    by_rows: ClassVar[bool] = False  # whether each is made of the same row of one stored tensor
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
@@ -193,82 +188,54 @@ class FloatFour(Quantised):
 class Grouped(Quantised):
     """Whole numbers of a few bits in words of 32: (number - zero) * scale, by groups of a row.
 
-    compressed-tensors stores parts: packed (out, in/pack), scale (out, groups), then zero
-    (out/pack, groups) and the group of each column (in,), where there are.
+    parts, as compressed-tensors stores them: packed (out, in/pack), scale (out, groups), then zero
+    (out/pack, groups) and the group of each column (in,), where there are. GPTQ (qweight, scales,
+    qzeros, g_idx) and AWQ store the transposes.
     """
 
     bits: int
     has_zero: bool
     has_groups: bool
+    transposed: bool = False
+    zero_offset: int = 0  # version 1 of GPTQ stores each zero less one
+    # AWQ: packed is (out/pack, in). Of eight rows of a word, the first lies in place 0, the others
+    # in 4, 1, 5, 2, 6, 3 and 7.
+    is_awq: bool = False
 
     @property
     def row_step(self) -> int:
         return 32 // self.bits
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        values, scale, zero = self.unpacked(parts, start, stop)
+        packed, scale, *others = (
+            part.t() if self.transposed and part.ndim == 2 else part for part in parts
+        )
+        if self.is_awq:
+            values = self._unpack_rows(packed, start, stop)
+        else:
+            values = _unpack(packed[start:stop], self.bits)[:, : self.shape[1]]
+        values = values.contiguous()  # (rows, in)
+        scale = scale[start:stop].float()  # (rows, groups)
+        if self.has_zero:
+            zero = self._unpack_rows(others[0], start, stop)
+            if self.zero_offset:
+                zero = (zero + self.zero_offset) % (1 << self.bits)
+        else:
+            zero = torch.full_like(scale, 1 << (self.bits - 1))
         if self.has_groups:
-            of_column = parts[-1].int()
+            of_column = others[-1].int()
             values.sub_(zero.index_select(1, of_column))
             return values.mul_(scale.index_select(1, of_column))
         by_group = values.view(*scale.shape, -1)
         return by_group.sub_(zero[..., None]).mul_(scale[..., None]).view(values.shape)
 
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Numbers (rows, in), scales and zeros (rows, groups), all in float32."""
-        n_columns = self.shape[1]
-        values = _unpack(parts[0][start:stop], self.bits)[:, :n_columns].contiguous()
-        scale = parts[1][start:stop].float()
-        if not self.has_zero:
-            return values, scale, torch.full_like(scale, 1 << (self.bits - 1))
-        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
-        zero = _unpack(parts[2][words].t(), self.bits).t()[: stop - start]
-        return values, scale, zero
-
-
-class Gptq(Grouped):
-    """GPTQ: qweight (in/pack, out), scales (groups, out), qzeros (groups, out/pack), g_idx (in,).
-
-    Version 1 stores each zero less one.
-    """
-
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        values = _unpack(parts[0][:, start:stop].t(), self.bits)
-        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
-        zero = _unpack(parts[2][:, words], self.bits)[:, : stop - start].t()
-        return values, parts[1][:, start:stop].t().float(), self.shifted(zero)
-
-    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
-        """The zeros that are meant, of those that are stored."""
-        return (zero + 1) % (1 << self.bits)
-
-
-class GptqVersion2(Gptq):
-    """GPTQ whose zeros are stored as they are."""
-
-    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
-        return zero
-
-
-class Awq(Grouped):
-    """AWQ: qweight (in, out/8), scales (groups, out), qzeros (groups, out/8).
-
-    Of eight columns of a word, the first lies in place 0, the others in 4, 1, 5, 2, 6, 3 and 7.
-    """
-
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        words = slice(start // 8, -(-stop // 8))
-        values, zero = (
-            _unpack(part[:, words], 4).view(len(part), -1, 2, 4).mT.flatten(1).t()
-            for part in (parts[0], parts[2])
-        )
-        return values.contiguous(), parts[1][:, start:stop].t().float(), zero
+    def _unpack_rows(self, words: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """words (out/pack, n), each of several rows -> rows start:stop (rows, n), in float32."""
+        words = words[start * self.bits // 32 : -(-stop * self.bits // 32)]
+        numbers = _unpack(words.t(), self.bits)  # (n, rows)
+        if self.is_awq:
+            numbers = numbers.view(len(numbers), -1, 2, 4).mT.flatten(1)
+        return numbers.t()[: stop - start]
 
 
 def _floats(stored: torch.Tensor) -> torch.Tensor:

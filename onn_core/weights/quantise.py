@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from onn_core.ops.four_bit import NF4
-from onn_core.weights.dequantise import FourBit, Quantised, Scaled
+from onn_core.weights.dequantise import INT8_FACTOR, FourBit, Quantised, Scaled
 from onn_core.weights.shards import TensorEntry
 
 KINDS = ("int8", "nf4")
 NF4_BLOCK = 64
 BLOCK_ELEMENTS = 1 << 24  # that are quantised at a time
-INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
