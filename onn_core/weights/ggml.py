@@ -5,6 +5,7 @@ and on any device. The others are transformers' and the gguf package's. All are 
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,24 +31,22 @@ class Ggml(Quantised):
 
     @property
     def by_rows(self) -> bool:
-        """As in `Quantised`."""
         return len(self.entries) == 1 and self.order is None
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        made = [self._part(part, number, start, stop) for number, part in enumerate(parts)]
+        made = []
+        for part, entry, kind in zip(parts, self.entries, self.types, strict=True):
+            _, *middle, row_bytes = entry.shape
+            n = math.prod(middle)
+            stored = part.view(-1, row_bytes)
+            if self.order is None:
+                stored = stored[start * n : stop * n]
+            else:
+                order = self.order.to(stored.device, non_blocking=True)
+                stored = stored.index_select(0, order[start * n : stop * n])
+            made.append(dense_rows(stored, kind).view(stop - start, *middle, -1))
         values = made[0] if len(made) == 1 else torch.cat(made, 1)
         return values.view(stop - start, *self.shape[1:])
-
-    def _part(self, part: torch.Tensor, number: int, start: int, stop: int) -> torch.Tensor:
-        _, *middle, row_bytes = self.entries[number].shape
-        n = math.prod(middle)
-        stored = part.view(-1, row_bytes)
-        if self.order is None:
-            stored = stored[start * n : stop * n]
-        else:
-            order = self.order.to(stored.device, non_blocking=True)
-            stored = stored.index_select(0, order[start * n : stop * n])
-        return dense_rows(stored, self.types[number]).view(stop - start, *middle, -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,25 +130,13 @@ def _six_bits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.float(), minimum.float()
 
 
-def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    values = _fields(blocks[:, 2:], (0, 4), 4, 16).float().sub_(8)
-    return values.mul_(_half(blocks, 0))
-
-
-def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    values = _fields(blocks[:, 4:], (0, 4), 4, 16).float()
-    return values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
-
-
-def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
-    low = _fields(blocks[:, 6:], (0, 4), 4, 16)
-    return _joined(low, _single_bits(blocks[:, 2:6])).sub_(16).mul_(_half(blocks, 0))
-
-
-def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
-    low = _fields(blocks[:, 8:], (0, 4), 4, 16)
-    values = _joined(low, _single_bits(blocks[:, 4:8]))
-    return values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+def _q4_and_q5(blocks: torch.Tensor, has_fifth: bool, has_minimum: bool) -> torch.Tensor:
+    """Q4_0 to Q5_1: scale, minimum, the numbers' fifth bits, and the others; some lack a part."""
+    low = _fields(blocks[:, -16:], (0, 4), 4, 16)
+    values = _joined(low, _single_bits(blocks[:, -20:-16])) if has_fifth else low.float()
+    if has_minimum:
+        return values.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return values.sub_(16 if has_fifth else 8).mul_(_half(blocks, 0))
 
 
 def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
@@ -163,26 +150,19 @@ def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
-    low, high = (
-        _fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32),
-        _fields(blocks[:, :32], range(8), 1, 32),
-    )
+    low = _fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32)
+    high = _fields(blocks[:, :32], range(8), 1, 32)
     scale_low = _fields(blocks[:, 96:104], (0, 4), 4, 8)
     scale_high = _fields(blocks[:, 104:108], (0, 2, 4, 6), 2, 4)
     scale = _joined(scale_low, scale_high).sub_(32).mul_(_half(blocks, 108))
     return _scaled(_joined(low, high, 2).sub_(4), scale)
 
 
-def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
+def _q4_k_and_q5_k(blocks: torch.Tensor, has_fifth: bool) -> torch.Tensor:
     scale, minimum = _six_bits(blocks[:, 4:16])
-    values = _fields(blocks[:, 16:], (0, 4), 4, 32).float()
-    return _scaled(values, scale.mul_(_half(blocks, 0)), minimum.mul_(_half(blocks, 2)))
-
-
-def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
-    scale, minimum = _six_bits(blocks[:, 4:16])
-    low, high = _fields(blocks[:, 48:], (0, 4), 4, 32), _fields(blocks[:, 16:48], range(8), 1, 32)
-    values = _joined(low, high)
+    low = _fields(blocks[:, -128:], (0, 4), 4, 32)
+    fifth = _fields(blocks[:, 16:48], range(8), 1, 32) if has_fifth else None
+    values = low.float() if fifth is None else _joined(low, fifth)
     return _scaled(values, scale.mul_(_half(blocks, 0)), minimum.mul_(_half(blocks, 2)))
 
 
@@ -195,14 +175,14 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
 
 # number of the type -> bytes of a block, and what makes (b, values of a block) of (b, bytes)
 BLOCKS: dict[int, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
-    2: (18, _q4_0),
-    3: (20, _q4_1),
-    6: (22, _q5_0),
-    7: (24, _q5_1),
+    2: (18, functools.partial(_q4_and_q5, has_fifth=False, has_minimum=False)),
+    3: (20, functools.partial(_q4_and_q5, has_fifth=False, has_minimum=True)),
+    6: (22, functools.partial(_q4_and_q5, has_fifth=True, has_minimum=False)),
+    7: (24, functools.partial(_q4_and_q5, has_fifth=True, has_minimum=True)),
     8: (34, _q8_0),
     10: (84, _q2_k),
     11: (110, _q3_k),
-    12: (144, _q4_k),
-    13: (176, _q5_k),
+    12: (144, functools.partial(_q4_k_and_q5_k, has_fifth=False)),
+    13: (176, functools.partial(_q4_k_and_q5_k, has_fifth=True)),
     14: (210, _q6_k),
 }
