@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, sha256_of, write_json
@@ -32,7 +33,15 @@ def prepare_default_model() -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with new_folder(folder) as temporary:
-            _convert_gguf(gguf, temporary)
+            stored = ModelFolder.open(gguf)
+            tensors = {name: stored.read_dense(name) for name in stored.parameter_names()}
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            config = geometry("smollm2")
+            config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
+            save_configs(config, temporary)
+            tokenizer = gguf_tokenizer(gguf)
+            tokenizer.model_max_length = config.max_position_embeddings
+            tokenizer.save_pretrained(temporary)
             files = {path.name: sha256_of(path) for path in temporary.iterdir()}
             write_json(temporary / "manifest.json", files)
     except OSError as error:
@@ -41,21 +50,6 @@ def prepare_default_model() -> Path:
             "to a folder that can be."
         ) from error
     return folder
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer inside a GGUF file as a Hugging Face folder."""
-    from safetensors.torch import save_file
-
-    stored = ModelFolder.open(gguf)
-    tensors = {name: stored.read_dense(name) for name in stored.parameter_names()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = geometry("smollm2")
-    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
-    save_configs(config, folder)
-    tokenizer = gguf_tokenizer(gguf)
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
 
 
 def _default_gguf() -> Path:
