@@ -1,13 +1,12 @@
-"""How each format stores a matrix, and how its rows become dense: a class a format.
+"""How a parameter is stored, and how it becomes dense: a class a format.
 
-A class names the stored tensors of one matrix and checks them against the header of their file;
-nothing is read and nothing allocated for it. Its arithmetic is torch's, on the device of the
-stored tensors: in float32, and rounded once to the dtype that is asked for.
+The arithmetic is torch's, on the device of the stored tensors: in float32, and rounded once to the
+dtype that is asked for.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,9 +21,9 @@ INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
 
-def is_llm_int8(one: "Quantised | None") -> bool:
+def is_llm_int8(source: "Source | None") -> bool:
     """Whether it is whole numbers with one factor a row: bitsandbytes' 8 bits, and ours."""
-    return type(one) is Scaled and one.factor != 1
+    return type(source) is Scaled and source.factor != 1
 
 
 def work_bytes(on_cpu: bool) -> int:
@@ -33,19 +32,91 @@ def work_bytes(on_cpu: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantised:
-    """One matrix as it is stored.
+class Source:
+    """How one parameter is stored.
 
-    name: of the parameter in an unquantised folder. entries: what is stored, in the order of the
-    `parts` that the methods take. shape: of the dense matrix.
+    name: in an unquantised folder. entries: the stored tensors, in the order of the `parts` that
+    the methods take. shape: of the parameter. packed: it is held in memory as it is stored, and
+    made dense where it is used.
     """
 
     name: str
     entries: tuple[TensorEntry, ...]
     shape: tuple[int, ...]
+    packed: bool = dataclasses.field(default=True, kw_only=True)
+
+    by_rows: ClassVar[bool] = False  # whether each row is made of the same row of one tensor alone
+    direct: ClassVar[bool] = False  # whether the file's bytes, cast at most, are the values
+
+    @property
+    def entry(self) -> TensorEntry:
+        return self.entries[0]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries)
+
+    def dense(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
+        raise NotImplementedError
+
+    def part(self, start: int, stop: int) -> "Source":
+        """How rows start:stop are stored, of what is stored by rows; it is not packed."""
+        entry = self.entry
+        row_bytes = entry.n_bytes // entry.shape[0]
+        part = dataclasses.replace(
+            entry,
+            name=f"{entry.name} from row {start}",  # by which its reads are told apart
+            offset=entry.offset + start * row_bytes,
+            n_bytes=(stop - start) * row_bytes,
+            shape=(stop - start, *entry.shape[1:]),
+        )
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(self, entries=(part,), shape=shape, packed=False)
+
+    def gathered(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """stored (U, ...), rows of what is stored by rows -> their values (U, C)."""
+        rows = dataclasses.replace(self, shape=(len(stored), *self.shape[1:]))
+        return rows.dense([stored], dtype).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain(Source):
+    """One tensor that has the parameter's values."""
+
+    packed: bool = dataclasses.field(default=False, kw_only=True)
+
+    by_rows = True
+
+    @property
+    def direct(self) -> bool:
+        return self.entry.offset % self.entry.dtype.itemsize == 0
+
+    def dense(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return parts[0] if out is None else out.copy_(parts[0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Converted(Source):
+    """One of the parameters that transformers makes of several. convert: of the stored tensors."""
+
+    convert: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+    def dense(
+        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        made = self.convert(parts)
+        return made if out is None else out.copy_(made)
+
+
+class Quantised(Source):
+    """One matrix that is stored with fewer bits."""
 
     row_step: ClassVar[int] = 1  # rows begin at a multiple of this in `rows`
-    by_rows: ClassVar[bool] = False  # whether each is made of the same row of one stored tensor
 
     def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""

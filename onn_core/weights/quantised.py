@@ -61,7 +61,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
     is none of METHODS.
     """
     settings, path = None, model_dir / "config.json"
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):  # which may be the same
         for name in SETTINGS_NAMES:
             found = part.__dict__.pop(name, None)
             settings = found if settings is None else settings

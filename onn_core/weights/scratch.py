@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import torch
 
-from onn_core.weights.reader import host_buffer
+from onn_core.weights.reader import host_buffer, take_smallest
 from onn_core.weights.slots import StreamedWeight
 
 
@@ -46,11 +46,8 @@ class Scratch:
         self, size: int, busy: Collection[StreamedWeight]
     ) -> tuple[torch.Tensor, StreamedWeight | None]:
         """A buffer of at least `size` bytes: free, not yet made, or of the weight filled first."""
-        fits = [memory for memory in self._free if memory.nbytes >= size]
-        if fits:
-            memory = min(fits, key=lambda memory: memory.nbytes)
-            self._free = [other for other in self._free if other is not memory]
-            return memory, None
+        if (free := take_smallest(self._free, size)) is not None:
+            return free, None
         made = Counter(memory.nbytes for memory in [*self._free, *self._held.values()])
         planned = [other for other in (self.counts - made).elements() if other >= size]
         for one, memory in () if planned else self._held.items():

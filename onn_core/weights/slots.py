@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from onn_core.weights.formats import Source
+from onn_core.weights.dequantise import Source
 from onn_core.weights.reader import PAGE_BYTES
 from onn_core.weights.shards import TensorEntry
 
@@ -87,9 +87,8 @@ class StreamedWeight:
     @property
     def host_bytes(self) -> int:
         """Of host memory that its file is read into page by page."""
-        if self.packed:
-            return sum(_in_pages(entry.n_bytes) for entry in self.source.entries)
-        return _in_pages(self.n_bytes)
+        sizes = [e.n_bytes for e in self.source.entries] if self.packed else [self.n_bytes]
+        return sum(map(_in_pages, sizes))
 
     @property
     def in_place(self) -> bool:
@@ -132,11 +131,8 @@ class StreamedWeight:
 
     def fill_dense(self) -> None:
         """Give `dense` the values of what is in the slot."""
-        source, parts = self.source, self.stored_tensors()
-        if source.quantised is None:
-            self.dense.copy_(source.made_of(parts).view(self.shape))
-        else:
-            source.quantised.dense(parts, self.dtype, self.dense.view(source.quantised.shape))
+        out = self.dense.view(self.source.shape)
+        self.source.dense(self.stored_tensors(), self.dtype, out)
 
 
 def _in_pages(n_bytes: int) -> int:
