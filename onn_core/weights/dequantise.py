@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from onn_core.ops import four_bit
 from onn_core.weights.shards import TensorEntry
 
+Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
@@ -56,9 +58,7 @@ class Source:
     def n_bytes(self) -> int:
         return sum(entry.n_bytes for entry in self.entries)
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class Source:
         shape = (stop - start, *self.shape[1:])
         return dataclasses.replace(self, entries=(part,), shape=shape, packed=False)
 
-    def gathered(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gathered(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """stored (U, ...), rows of what is stored by rows -> their values (U, C)."""
         rows = dataclasses.replace(self, shape=(len(stored), *self.shape[1:]))
         return rows.dense([stored], dtype).to(dtype)
@@ -94,9 +94,7 @@ class Plain(Source):
     def direct(self) -> bool:
         return self.entry.offset % self.entry.dtype.itemsize == 0
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return parts[0] if out is None else out.copy_(parts[0])
 
 
@@ -104,11 +102,9 @@ class Plain(Source):
 class Converted(Source):
     """One of the parameters that transformers makes of several. convert: of the stored tensors."""
 
-    convert: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    convert: Callable[[Parts], Tensor]
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         made = self.convert(parts)
         return made if out is None else out.copy_(made)
 
@@ -118,13 +114,11 @@ class Quantised(Source):
 
     row_step: ClassVar[int] = 1  # rows begin at a multiple of this in `rows`
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
         raise NotImplementedError
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=parts[0].device)
@@ -154,9 +148,7 @@ class FourBit(Quantised):
     def row_step(self) -> int:
         return self.block // math.gcd(self.block, math.prod(self.shape[1:]))
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight, absmax, code, *nested = parts
         kernel = four_bit.kernel(weight.device, self.is_nf4) if weight.is_cuda else None
         if kernel is None:
@@ -167,9 +159,7 @@ class FourBit(Quantised):
         kernel(weight.view(torch.uint8).flatten(), absmax, code.float(), self.block, out)
         return out
 
-    def _absmax(
-        self, stored: torch.Tensor, nested: Sequence[torch.Tensor], first: int
-    ) -> torch.Tensor:
+    def _absmax(self, stored: Tensor, nested: Parts, first: int) -> Tensor:
         """The factors, in float32, of blocks from number `first` on."""
         if not nested:
             return stored.float()
@@ -177,7 +167,7 @@ class FourBit(Quantised):
         outer = nested[0].float()[numbers // self.nested_block]
         return nested[1].float()[stored.int()].mul_(outer).add_(self.offset)
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, absmax, code, *nested = parts
         width = math.prod(self.shape[1:])
         first, n = start * width, (stop - start) * width
@@ -206,7 +196,7 @@ class Scaled(Quantised):
     blocks: tuple[int, ...]
     factor: float = 1.0  # LLM.int8 stores the largest value of a row, not a 127th of it
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, *grids = parts
         values = _floats(weight[start:stop])
         if len(grids) > 1:
@@ -214,7 +204,7 @@ class Scaled(Quantised):
         values *= self._spread(grids[0], start, stop)
         return values if self.factor == 1 else values.mul_(self.factor)
 
-    def _spread(self, grid: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _spread(self, grid: Tensor, start: int, stop: int) -> Tensor:
         """The values of a grid for rows start:stop, in a shape that broadcasts over them."""
         grid = _floats(grid).view(self.grid)
         if self.grid[0] > 1:
@@ -238,7 +228,7 @@ class FloatFour(Quantised):
 
     turned: bool = False  # gpt-oss's parameter is (E, in, out)
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *divisor = parts
         device = packed.device
         half = torch.tensor(FP4_VALUES, device=device)
@@ -277,7 +267,7 @@ class Grouped(Quantised):
     def row_step(self) -> int:
         return 32 // self.bits
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *others = (
             part.t() if self.transposed and part.ndim == 2 else part for part in parts
         )
@@ -300,7 +290,7 @@ class Grouped(Quantised):
         by_group = values.view(*scale.shape, -1)
         return by_group.sub_(zero[..., None]).mul_(scale[..., None]).view(values.shape)
 
-    def _unpack_rows(self, words: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _unpack_rows(self, words: Tensor, start: int, stop: int) -> Tensor:
         """words (out/pack, n), each of several rows -> rows start:stop (rows, n), in float32."""
         words = words[start * self.bits // 32 : -(-stop * self.bits // 32)]
         numbers = _unpack(words.t(), self.bits)  # (n, rows)
@@ -309,7 +299,7 @@ class Grouped(Quantised):
         return numbers.t()[: stop - start]
 
 
-def _floats(stored: torch.Tensor) -> torch.Tensor:
+def _floats(stored: Tensor) -> Tensor:
     """Numbers or scales in float32, in fresh memory; a byte is the exponent of e8m0."""
     if stored.dtype == torch.uint8:
         stored = stored.view(torch.float8_e8m0fnu)
@@ -319,7 +309,7 @@ def _floats(stored: torch.Tensor) -> torch.Tensor:
     return stored.to(torch.float32, copy=True)
 
 
-def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _unpack(words: Tensor, bits: int) -> Tensor:
     """words (..., w) int32 -> (..., w * 32 / bits) float32; the lowest bits are the first."""
     packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
@@ -329,7 +319,7 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return _look_up((numbers & ((1 << bits) - 1)).float(), packed)
 
 
-def _look_up(table: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+def _look_up(table: Tensor, packed: Tensor) -> Tensor:
     """table (256, m) float32, packed (..., w) uint8 -> (..., w * m): the rows of the table.
 
     A row is looked up as one number of its width.

@@ -90,16 +90,11 @@ def _converted(
             f"{name} cannot be made from {members[0][1]} and {len(members) - 1} more tensors "
             f"({error}): save the model again with save_pretrained."
         ) from error
-    return {
-        target: Converted(
-            target,
-            entries,
-            tuple(tensor.shape),
-            functools.partial(convert, target),
-            packed=packed,
-        )
-        for target, tensor in made.items()
-    }
+    sources: dict[str, Source] = {}
+    for target, tensor in made.items():
+        make = functools.partial(convert, target)
+        sources[target] = Converted(target, entries, tuple(tensor.shape), make, packed=packed)
+    return sources
 
 
 def _check(

@@ -33,7 +33,7 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=T
 TEXT, ARRAY = 8, 9  # the other types of a value
 MAX_TEXT_BYTES = 1 << 24  # of a value; a chat template has thousands
 MAX_NUMBERS = 1024  # of an array that may be a setting, one a layer
-MAX_ROWS = 1 << 28  # of a tensor
+MAX_ROWS = 1 << 28  # fewer than these are of one tensor
 MAX_DIMENSIONS = 4  # in ggml
 NAMED = 5  # tensors, in a warning
 WIDTHS_OF_EXPERTS = {  # which transformers 5.23 takes to be those of the smallest model
@@ -57,6 +57,11 @@ class Stored:
     def n_rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    def row_numbers(self, owner: int) -> np.ndarray:
+        """(..., 1): a number of each row, from which its tensor is seen as well."""
+        rows = np.arange(self.n_rows).reshape(*self.shape[:-1], 1)
+        return rows + owner * MAX_ROWS
+
     def entry(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorEntry:
         n_bytes = self.n_rows * self.row_bytes
         return TensorEntry(name, self.path, self.offset, n_bytes, dtype, tuple(shape))
@@ -76,7 +81,7 @@ def gguf_files(model_dir: Path) -> list[Path]:
 
     Safetensors in a folder go first. ModelFolderError if it holds several models or lacks a part.
     """
-    paths = [model_dir]
+    paths = [model_dir] if model_dir.suffix == SUFFIX and os.path.isfile(model_dir) else []
     if os.path.isdir(model_dir):
         with reading(model_dir):
             names = sorted(os.listdir(model_dir))
@@ -84,8 +89,6 @@ def gguf_files(model_dir: Path) -> list[Path]:
             return []
         paths = [model_dir / name for name in names if name.endswith(SUFFIX)]
         paths = [path for path in paths if not path.name.startswith((".", "mmproj"))]
-    elif model_dir.suffix != SUFFIX or not os.path.isfile(model_dir):
-        return []
     sets = {tuple(_all_parts(path)) for path in paths}
     if len(sets) > 1:
         raise ModelFolderError(
@@ -128,7 +131,6 @@ def read_gguf(
         raise damaged(paths[0], f"it has {short(n_layers)} blocks and {len(tensors):,} tensors")
     try:
         mapping = _Mapping(paths[0], architecture, headers[0], tensors)
-        mapping.add(tensors, settings)
     except OnnError:
         raise
     except Exception as error:  # what a bad header raises differs from family to family
@@ -266,7 +268,7 @@ def _tensor(source: _Bytes) -> Stored:
     shape = tuple(source.number("Q") for _ in range(n_dims))[::-1]
     kind, offset = source.number("I"), source.number("Q")
     block, block_bytes, type_name = _block(path, name, kind)
-    if min(shape) <= 0 or math.prod(shape) >= 1 << 62 or math.prod(shape[:-1]) > MAX_ROWS:
+    if min(shape) <= 0 or math.prod(shape) >= 1 << 62 or math.prod(shape[:-1]) >= MAX_ROWS:
         raise damaged(path, f"tensor {short(name)} has the shape {list(shape)}")
     if shape[-1] % block or (block > 1 and len(shape) == 1):
         raise damaged(path, f"tensor {short(name)} of type {type_name} has shape {list(shape)}")
@@ -337,8 +339,9 @@ class _Mapping:
         self.tensors: dict[str, TensorEntry] = {}
         self.quantised: dict[str, Quantised] = {}
         self.orders: dict[bytes, torch.Tensor] = {}  # each once, for all layers
+        self._find(tensors, header.settings)
 
-    def add(self, tensors: Sequence[Stored], settings: dict[str, Any]) -> None:
+    def _find(self, tensors: Sequence[Stored], settings: dict[str, Any]) -> None:
         """Find `tensors`, those that need no change by the parameter's name, and `quantised`."""
         groups: dict[str, list[Stored]] = {}
         for tensor in tensors:
@@ -361,14 +364,12 @@ class _Mapping:
     def _add(self, group: list[Stored]) -> list[str]:
         """Add the tensors of one block; returns the names of those that no parameter takes."""
         made: dict[str, np.ndarray | torch.Tensor] = {}
-        numbers, first = [], 1  # rows of the group are numbered from 1; 0 is no row
         unused = []
-        for tensor in group:
+        for owner, tensor in enumerate(group, 1):  # of 0 would be what no tensor was put in
             is_vector = len(tensor.shape) == 1
-            rows = np.arange(first, first + tensor.n_rows).reshape(*tensor.shape[:-1], 1)
-            values = np.arange(tensor.shape[0], dtype=np.float32) if is_vector else rows
-            numbers.append(rows)
-            first += tensor.n_rows
+            values = tensor.row_numbers(owner)
+            if is_vector:
+                values = np.arange(tensor.shape[0], dtype=np.float32)
             result = self._process(tensor, values, made)
             if result.name is None:
                 continue
@@ -379,7 +380,7 @@ class _Mapping:
             else:
                 made[self.names[result.name]] = result.weights
         for name, order in made.items():
-            self._add_matrix(name, group, numbers, np.asarray(order))
+            self._add_matrix(name, group, np.asarray(order))
         return unused
 
     def _process(self, tensor: Stored, values: np.ndarray, made: dict[str, Any]) -> Any:
@@ -404,28 +405,26 @@ class _Mapping:
         entry = self.tensors[tensor.name] = tensor.entry(tensor.name, tensor.shape, dtype)
         self.quantised[name] = Processed(name, (entry,), changed.shape, change)
 
-    def _add_matrix(
-        self, name: str, group: list[Stored], numbers: list[np.ndarray], order: np.ndarray
-    ) -> None:
-        """order (..., 1): which row of the group each row of the parameter is."""
+    def _add_matrix(self, name: str, group: list[Stored], order: np.ndarray) -> None:
+        """order (..., 1): the number of the row that each row of the parameter is."""
         if order.dtype != np.int64 or order.shape[-1:] != (1,):
             raise self._unmapped(f"changes the values of {name}")
-        starts = [rows.flat[0] for rows in numbers]
-        owners = np.searchsorted(starts, order.flat, side="right") - 1
-        own = list(dict.fromkeys(owners[: math.prod(order.shape[:2])].tolist()))
-        tensors = [group[owner] for owner in own]
+        owners = order.flat[: math.prod(order.shape[:2])] // MAX_ROWS
+        owners = list(dict.fromkeys(owners.tolist()))  # each once, in their order
+        tensors = [group[owner - 1] for owner in owners]
         shape = (*order.shape[:-1], tensors[0].shape[-1])
         permuted = None
-        if len(own) > 1:
-            fits = np.array_equal(order, np.concatenate([numbers[owner] for owner in own], 1))
+        if len(tensors) > 1:
+            numbers = [t.row_numbers(owner) for t, owner in zip(tensors, owners, strict=True)]
+            fits = np.array_equal(order, np.concatenate(numbers, 1))
         else:
-            rows, in_order = order.flatten() - starts[own[0]], np.arange(tensors[0].n_rows)
+            rows, in_order = order.flatten() - owners[0] * MAX_ROWS, np.arange(tensors[0].n_rows)
             fits = np.array_equal(np.sort(rows), in_order)
             if fits and not np.array_equal(rows, in_order):
                 permuted = self.orders.setdefault(rows.tobytes(), torch.from_numpy(rows))
         if not fits or len({tensor.shape[-1] for tensor in tensors}) > 1:
             raise self._unmapped(f"mixes the rows of {name}")
-        if len(own) == 1 and permuted is None and tensors[0].kind in FLOATS:
+        if len(tensors) == 1 and permuted is None and tensors[0].kind in FLOATS:
             self.tensors[name] = tensors[0].entry(name, shape, FLOATS[tensors[0].kind])
             return
         entries = []

@@ -209,10 +209,7 @@ class Staging:
         return self._buffers[self._turn]
 
     def copy(
-        self,
-        target: torch.Tensor,
-        values: torch.Tensor,
-        used: "torch.cuda.Event | None" = None,
+        self, target: torch.Tensor, values: torch.Tensor, used: "torch.cuda.Event | None" = None
     ) -> None:
         """target <- values, with a cast if they differ, once the event `used` has passed."""
         if self._copy_stream is None:

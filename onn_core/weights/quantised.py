@@ -18,23 +18,16 @@ from transformers import PreTrainedConfig
 
 from onn_core.errors import ModelFolderError
 from onn_core.ops import four_bit
-from onn_core.weights.dequantise import (
-    INT8_FACTOR,
-    FloatFour,
-    FourBit,
-    Grouped,
-    Quantised,
-    Scaled,
-)
+from onn_core.weights.dequantise import INT8_FACTOR, FloatFour, FourBit, Grouped, Quantised, Scaled
 from onn_core.weights.shards import TensorEntry, damaged, parse_json_object, reading, short
 
-METHODS = ["bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors"]
-# What a setting may be where another value would mean other weights.
-KNOWN_SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gptq": {
-        "checkpoint_format": (None, "", "gptq", "gptq_v2"),
-        "is_marlin_format": (None, False),
-    },
+# What quantises -> what its settings may be, where another value would mean other weights.
+METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "bitsandbytes": {},
+    "fp8": {},
+    "fbgemm_fp8": {},
+    "mxfp4": {},
+    "gptq": {"checkpoint_format": (None, "", "gptq", "gptq_v2"), "is_marlin_format": (None, False)},
     "awq": {"version": (None, "gemm", "GEMM")},
     "compressed-tensors": {"transform_config": (None, {}), "sparsity_config": (None,)},
 }
@@ -76,7 +69,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
         raise damaged(path, "its quantization_config is not an object")
     by_flag = settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True
     method = settings.get("quant_method", "bitsandbytes" if by_flag else None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ModelFolderError(
             f"{model_dir.name} is quantised with {short(method)}, which is none of "
             f"{', '.join(METHODS)}: use another version of the model."
@@ -85,7 +78,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("format") in (None, "dense"):
         settings["sparsity_config"] = None
-    for name, known in KNOWN_SETTINGS.get(method, {}).items():
+    for name, known in METHODS[method].items():
         value = settings.get(name)
         if value not in known:
             raise ModelFolderError(
@@ -102,9 +95,7 @@ def without_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_quantised(
-    tensors: dict[str, TensorEntry],
-    settings: dict[str, Any],
-    read: Callable[[str], torch.Tensor],
+    tensors: dict[str, TensorEntry], settings: dict[str, Any], read: Callable[[str], torch.Tensor]
 ) -> dict[str, Quantised]:
     """Name of a parameter in an unquantised folder -> how its matrix is stored.
 
@@ -144,7 +135,7 @@ class _Finder:
             state = r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)"
             return {state: self.four_bit, r"(.+)\.SCB": self.int8}
         if method in ("gptq", "awq"):
-            return {r"(.+)\.qweight": self.gptq if method == "gptq" else self.awq}
+            return {r"(.+)\.qweight": self.gptq}
         if method == "mxfp4":
             return {r"(.+)_blocks": self.mxfp4}
         return {r"(.+)_scale(?:_inv)?": self.scaled, r"(.+)\.weight_packed": self.packed}
@@ -276,29 +267,23 @@ class _Finder:
         return Grouped(f"{name}.weight", entries, shape, bits, bool(zero), bool(index))
 
     def gptq(self, name: str, key: str) -> Quantised:
+        """And AWQ, whose words hold numbers of several rows, not of several columns."""
+        is_awq = self.settings["quant_method"] == "awq"
         words = self.part(key, WORDS, (None, None))
-        scale = self.part(f"{name}.scales", FLOATS, (None, words.shape[1]))
+        scale = self.part(f"{name}.scales", FLOATS, (None, None))
         n_groups, n_rows = scale.shape
         zero = self.part(f"{name}.qzeros", WORDS, (n_groups, None))
         bits = 32 * zero.shape[1] // n_rows
-        if bits not in (2, 4, 8) or bits * n_rows != 32 * zero.shape[1]:
+        if bits not in ((4,) if is_awq else (2, 4, 8)) or bits * n_rows != 32 * zero.shape[1]:
             raise _unfit(zero.name, f"has shape {list(zero.shape)} for {n_rows:,} rows")
-        n_columns = words.shape[0] * 32 // bits
+        if words.shape[1] != (zero.shape[1] if is_awq else n_rows):
+            raise _unfit(key, f"has shape {list(words.shape)} for {n_rows:,} rows")
+        n_columns = words.shape[0] if is_awq else words.shape[0] * 32 // bits
         index = self.index(f"{name}.g_idx", n_columns, n_groups)
         entries, shape = (words, scale, zero, *index), (n_rows, n_columns)
-        offset = int(self.settings.get("checkpoint_format") != "gptq_v2")
-        return Grouped(f"{name}.weight", entries, shape, bits, True, bool(index), True, offset)
-
-    def awq(self, name: str, key: str) -> Quantised:
-        words = self.part(key, WORDS, (None, None))
-        n_columns, n_rows = words.shape[0], 8 * words.shape[1]
-        scale = self.part(f"{name}.scales", FLOATS, (None, n_rows))
-        zero = self.part(f"{name}.qzeros", WORDS, (scale.shape[0], words.shape[1]))
-        if n_columns % scale.shape[0]:
-            raise _unfit(scale.name, f"has shape {list(scale.shape)} for {n_columns:,} columns")
-        entries, shape = (words, scale, zero), (n_rows, n_columns)
-        layout = {"transposed": True, "is_awq": True}
-        return Grouped(f"{name}.weight", entries, shape, 4, True, False, **layout)
+        version_1 = not is_awq and self.settings.get("checkpoint_format") != "gptq_v2"
+        layout = {"transposed": True, "zero_offset": int(version_1), "is_awq": is_awq}
+        return Grouped(f"{name}.weight", entries, shape, bits, True, bool(index), **layout)
 
     def index(self, name: str, n_columns: int, n_groups: int) -> list[TensorEntry]:
         """The tensor that says the group of each column, where they are not in order."""

@@ -29,10 +29,9 @@ def quantised_copy(
 ) -> ModelFolder:
     """The folder with the matrices of the tensors `names` in "int8" or "nf4".
 
-    It is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn, named for what it was made
-    of. Made shard by shard, a matrix in memory at a time; what was interrupted goes on with the
-    next shard. A file that was changed since is made again. ConfigError if the disk has no room;
-    ModelFolderError if the cache cannot be written.
+    It is in the cache, named for what it was made of. Made shard by shard, a matrix in memory at a
+    time; what was interrupted goes on with the next shard, and a file that was changed since is
+    made again. ConfigError if the disk has no room, ModelFolderError if it cannot be written.
     """
     copy = _Copy(model_folder, kind, frozenset(names))
     try:

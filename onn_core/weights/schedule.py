@@ -1,11 +1,10 @@
 """The order in which weights pass through their slots, made from the order of their use.
 
-The visits of a step are known: forward, head, backward, and forward again. When a visit begins,
-its part of the schedule is laid down: which weight is fetched as each weight of the visit is
-dropped, and which weight it evicts. That is the absent weight that is used soonest, in place of
-the one that is used last (Belady 1966, optimal because the order is known): what fits is resident
-at both turns of a step, and a model that fits whole is read once. Who runs the fetches only looks
-at the head of a queue.
+When a visit begins, its part of the schedule is laid down: which weight is fetched as each weight
+of the visit is dropped, and which weight it evicts. That is the absent weight that is used soonest,
+in place of the one that is used last (Belady 1966, optimal because the order is known): what fits
+is resident at both turns of a step, and a model that fits whole is read once. Who runs the fetches
+only looks at the head of a queue.
 """
 
 import math

@@ -21,9 +21,8 @@ from onn_core.weights.folder import ModelFolder
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
-from onn_core.weights.scratch import Scratch
 from onn_core.weights.shards import TensorEntry
-from onn_core.weights.slots import Read, Slot, StreamedWeight
+from onn_core.weights.slots import Read, Scratch, Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one
 # alone read 2.8 GB/s, as fast as two.
