@@ -41,6 +41,17 @@ def n_local() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process of this host is inside with the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Processes:
     """The processes of a run; without arguments, this one alone, for which nothing costs anything.
 
@@ -224,12 +235,8 @@ class Processes:
         if self.size == 1:
             yield True
             return
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with alone_in(folder):
             yield True
-        finally:
-            os.close(descriptor)
 
 
 ALONE = Processes()

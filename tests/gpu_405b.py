@@ -257,8 +257,9 @@ def measure(given, config, device: torch.device, note, started: float) -> None:
     with torch.no_grad():
         model(input_ids=batch()[:1, :16])
     wait(device)
-    store = base.streaming.stream.store
-    note(fill_s=time.perf_counter() - begun, store_bytes=store.n_bytes)
+    weights = [weight for unit in base.streaming.stream.units for weight in unit]
+    store_bytes = sum(weight.n_bytes for weight in weights if weight.host is not None)
+    note(fill_s=time.perf_counter() - begun, store_bytes=store_bytes)
 
     n_layer = base.sizes.layer_parameters
     tokens = given.batch_size * given.tokens

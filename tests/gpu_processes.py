@@ -25,12 +25,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from gpu_gather import Gather  # noqa: E402
+
 import onn_core  # noqa: E402
 from onn_core.processes import Processes  # noqa: E402
 from onn_core.record import describe_environment, write_json  # noqa: E402
 from onn_core.run.step import optimizer_step  # noqa: E402
 from onn_core.streaming.loading import resolve_device  # noqa: E402
-from onn_core.weights.gather import Gather  # noqa: E402
 from onn_core.weights.geometry import geometry  # noqa: E402
 from onn_core.weights.random_model import write_random_model  # noqa: E402
 
@@ -49,14 +50,15 @@ def fetched_bytes(base) -> float:
     )
 
 
-def gather(base, processes: Processes, device: torch.device) -> bool:
+def gather(base, processes: Processes) -> Gather | None:
     """From now on each process copies a part of a weight, if all of them have all in the store."""
     plan, stream = base.plan, base.streaming.stream
-    ready = stream.is_in_store and not plan.by_matrix
+    in_store = all(weight.host is not None for unit in stream.units for weight in unit)
+    ready = in_store and not plan.by_matrix
     same = set(processes.meet(f"{ready} {plan.slots} {plan.n_reserved} {plan.micro_batch_size}"))
     if processes.size > 1 and len(same) == 1 and ready:
-        stream.gather = Gather(device, torch.distributed.new_group(backend="nccl"))
-    return stream.gather is not None
+        return Gather(stream, torch.distributed.new_group(backend="nccl"))
+    return None
 
 
 def measure(
@@ -74,11 +76,12 @@ def measure(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(processes.rank)
     n_counted = n_rows * processes.size * (N_TOKENS - 1)
+    of_all = None
     seconds, losses, fetched = [], [], []
     open_s = time.perf_counter() - opened
     for number in range(N_STEPS + 2):
         if number == 1 and gathers:
-            gathers = gather(base, processes, device)
+            of_all = gather(base, processes)
         ids = torch.randint(base.config.vocab_size, (n_rows, N_TOKENS), generator=generator)
         ids = ids.to(device)
         processes.meet()
@@ -87,7 +90,6 @@ def measure(
         part = {"input_ids": ids, "labels": ids}
         loss, _ = optimizer_step(model, [part], n_counted, optimizer, processes=processes)
         torch.cuda.synchronize()
-        of_all = base.streaming.stream.gather
         if len(set(processes.meet(str(of_all and of_all.order)))) > 1:
             raise SystemExit("the processes fetched weights in another order: the step is void")
         seconds.append(time.perf_counter() - started)
@@ -100,7 +102,7 @@ def measure(
     read = [int(said) for said in processes.meet(str(n_read))]
     row = {
         "processes": processes.size,
-        "gathers": gathers,
+        "gathers": of_all is not None,
         "batch_size": n_rows * processes.size,
         "batch_size_each": n_rows,
         "sequence": N_TOKENS,

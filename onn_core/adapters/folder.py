@@ -23,6 +23,7 @@ from onn_core.config import expand_home
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.ops.making import MAKING
 from onn_core.streaming.loading import skeleton
+from onn_core.weights.dequantise import Plain
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import find_sources
 from onn_core.weights.shards import read_tensor_index
@@ -259,7 +260,7 @@ def _require_copies(model_folder: ModelFolder, path: Path, names: list[str]) -> 
             source, values = sources.get(_base_name(name)), file.get_slice(name)
             if (
                 source is None
-                or source.convert is not None
+                or type(source) is not Plain
                 or tuple(values.get_shape()) != source.entry.shape
                 or not _are_equal(values, model_folder, source.entry.name, source.entry.shape[0])
             ):

@@ -29,6 +29,7 @@ from onn_core.data.tokenizer import load_tokenizer
 from onn_core.errors import ConfigError, DataError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.loading import skeleton
+from onn_core.weights.dequantise import Converted
 from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources
 from onn_core.weights.geometry import save_configs
@@ -136,13 +137,12 @@ class _Merged:
                         f"the adapter changes {full_name}, which shares its values with another "
                         "part of the model: only an adapter without it can be merged."
                     )
-                if source.convert is not None and source.quantised is None:
+                if type(source) is Converted:
                     raise ConfigError(
                         f"the adapter changes {full_name}, which transformers makes from other "
                         "tensors of the folder: merge it in memory with PEFT."
                     )
-                name_there = (source.quantised or source.entry).name
-                self.makers[name_there] = parameter.dtype, make
+                self.makers[source.name] = parameter.dtype, make
 
     def pieces(self, name: str) -> Iterator[Any]:
         """The bytes of a tensor of the merged model."""
@@ -163,7 +163,8 @@ class _Merged:
                 if parameter is not None:
                     values = parameter.detach()
                     if _is_absent(parameter):
-                        values = self.sources[f"{module_name}.{own}"].read(self.model_folder)
+                        source = self.sources[f"{module_name}.{own}"]
+                        values = self.model_folder.read_source(source, parameter.dtype)
                     values = values.to(parameter.dtype).view(parameter.shape)
                     values = values.clone() if values.data_ptr() == parameter.data_ptr() else values
                     module._parameters[own] = nn.Parameter(values, requires_grad=False)

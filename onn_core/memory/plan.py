@@ -10,7 +10,7 @@ from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
-from onn_core.weights.dequantise import work_bytes
+from onn_core.weights.dequantise import Converted, work_bytes
 from onn_core.weights.slots import (
     StreamedWeight,
     count_dense,
@@ -325,7 +325,7 @@ def _work_bytes(sizes: Sizes) -> int:
     weights = [weight for unit in sizes.layers for weight in unit]
     packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
     # What transformers makes of several matrices is in fresh memory first, and so are those.
-    merged = [2 * w.dense_bytes for w in packed if w.source.quantised is None]
+    merged = [2 * w.dense_bytes for w in packed if type(w.source) is Converted]
     return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)
 
 

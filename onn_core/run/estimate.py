@@ -17,9 +17,8 @@ from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.ops.making import MAKING
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
-from onn_core.weights.dequantise import Quantised, is_llm_int8
+from onn_core.weights.dequantise import Quantised, Source, is_llm_int8
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.formats import Source
 from onn_core.weights.geometry import GEOMETRIES, geometry
 from onn_core.weights.quantise import stored_as, takes
 from onn_core.weights.slots import StreamedWeight
@@ -60,7 +59,7 @@ def geometry_of(
 
     def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
         made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
-        made.in_blocks = on_cpu and source is not None and is_llm_int8(source.quantised)
+        made.in_blocks = on_cpu and source is not None and is_llm_int8(source)
         return made
 
     units = [
@@ -115,7 +114,7 @@ def _matrices(
         if quantize is not None and id(parameter) in linear and takes(quantize, shape):
             one = stored_as(quantize, shape)
         if one is not None:
-            yield Source(one.entries, quantised=one, packed=True), parameter
+            yield one, parameter
         elif len(shape) > 1:
             yield None, parameter
 

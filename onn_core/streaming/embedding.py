@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from onn_core.errors import ConfigError
+from onn_core.weights.dequantise import Source
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.formats import Source
 from onn_core.weights.host import HostMemory, as_seen_by
 
 

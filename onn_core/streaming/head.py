@@ -16,7 +16,7 @@ from onn_core.ops.matmul import linear, matmul, matmul_grad
 from onn_core.streaming.batching import Reached
 from onn_core.streaming.lazy import LazyTensor, changes_its_tensor
 from onn_core.streaming.visits import Streaming
-from onn_core.weights.formats import Source
+from onn_core.weights.dequantise import Source
 from onn_core.weights.slots import StreamedWeight
 
 HEAD_BLOCK_BYTES = 64 << 20  # a head of one block has the very loss of a head in memory
@@ -354,7 +354,7 @@ def head_blocks(
     return [
         (
             start,
-            StreamedWeight(source.rows(start, stop), (stop - start, hidden_size), dtype, on_device),
+            StreamedWeight(source.part(start, stop), (stop - start, hidden_size), dtype, on_device),
         )
         for start, stop in blocks
     ]

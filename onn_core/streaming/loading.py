@@ -54,9 +54,9 @@ from onn_core.streaming.model import require_no_sharding, streamed_class
 from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming, Visits
-from onn_core.weights.dequantise import is_llm_int8
+from onn_core.weights.dequantise import Plain, Source, is_llm_int8
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.formats import Source, find_sources
+from onn_core.weights.formats import find_sources
 from onn_core.weights.host import HostMemory
 from onn_core.weights.quantise import KINDS, takes
 from onn_core.weights.quantised_copy import quantised_copy
@@ -177,7 +177,7 @@ def open_streamed(
     if micro_batch_size is not None:
         require_integer("micro_batch_size", micro_batch_size)
     sources = find_sources(model, model_folder)
-    _untie(model, sources)
+    _untie(model, sources, model_folder)
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_rows = isinstance(embedding, nn.Embedding)
@@ -188,7 +188,7 @@ def open_streamed(
     blocks = []
     if in_blocks:
         source, in_memory = end_sources[head], head.weight.dtype
-        stored = source.entry.dtype if source.convert is None else in_memory
+        stored = source.entry.dtype if type(source) is Plain else in_memory
         in_memory = stored if cast_in_cache(stored, in_memory, device) else in_memory
         blocks = head_blocks(source, *head.weight.shape, in_memory, device)
     if together is not None:
@@ -438,11 +438,11 @@ def _resolve_dtype(
     return dtype
 
 
-def _untie(model: PreTrainedModel, sources: dict[str, Source]) -> None:
+def _untie(model: PreTrainedModel, sources: dict[str, Source], model_folder: ModelFolder) -> None:
     """As transformers does: what the config ties, but the folder stores apart, is not tied."""
     for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
         stored = [sources.get(name) for name in (target, source)]
-        if None in stored or stored[0].same_bytes(stored[1]):
+        if None in stored or model_folder.same_bytes(*stored):
             continue
         parent, _, name = target.rpartition(".")
         meta = model.get_parameter(target).detach().clone()
@@ -497,7 +497,7 @@ def _fill(
                     shape = tuple(parameter.shape)
                     alone = place if type(module) is nn.Linear else None
                     weight = StreamedWeight(source, shape, in_memory, on_device, alone)
-                    if not on_device and alone is not None and is_llm_int8(source.quantised):
+                    if not on_device and alone is not None and is_llm_int8(source):
                         weight.in_blocks = True
                         int8_linear(module, weight)
                 nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
@@ -518,7 +518,9 @@ def _fill(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))
-                values = buffer if source is None else source.read(model_folder).to(buffer.dtype)
+                values = buffer
+                if source is not None:
+                    values = model_folder.read_source(source, buffer.dtype).to(buffer.dtype)
                 module._buffers[name] = values.to(device)
     return bindings, end_sources
 
@@ -528,7 +530,7 @@ def int8_linear(module: nn.Linear, weight: StreamedWeight) -> None:
 
     def parts() -> tuple[torch.Tensor, torch.Tensor]:
         numbers, largest = weight.stored_tensors()
-        return numbers, largest.float() * weight.source.quantised.factor
+        return numbers, largest.float() * weight.source.factor
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if weight.dense is not None:
@@ -541,7 +543,8 @@ def int8_linear(module: nn.Linear, weight: StreamedWeight) -> None:
 
 def _read(source: Source, model_folder: ModelFolder, like: torch.Tensor) -> torch.Tensor:
     """The values of a parameter, of the shape and dtype and on the device of `like`."""
-    return source.read(model_folder).to(like.device, like.dtype).view(like.shape)
+    values = model_folder.read_source(source, like.dtype)
+    return values.to(like.device, like.dtype).view(like.shape)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

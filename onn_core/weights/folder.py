@@ -15,7 +15,7 @@ import transformers
 
 from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError, OnnError
-from onn_core.weights.dequantise import Quantised
+from onn_core.weights.dequantise import Plain, Quantised, Source
 from onn_core.weights.gguf import gguf_files, read_gguf
 from onn_core.weights.quantised import find_quantised, take_settings
 from onn_core.weights.shards import (
@@ -31,6 +31,7 @@ from onn_core.weights.shards import (
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+COMPARED_BYTES = 8 << 20  # of two tensors at a time
 MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a header
 
 
@@ -113,12 +114,28 @@ class ModelFolder:
             _read_into(descriptor, entry.path, buffer.numpy(), entry.offset)
         return buffer.view(entry.dtype).reshape(entry.shape)
 
+    def source(self, name: str) -> Source:
+        """How the tensor `name` of an unquantised folder is stored."""
+        if name in self.quantised:
+            return self.quantised[name]
+        return Plain(name, (self.tensors[name],), self.tensors[name].shape)
+
+    def read_source(self, source: Source, dtype: torch.dtype) -> torch.Tensor:
+        """A parameter in fresh memory: in `dtype` if it is quantised, else as it is stored."""
+        return source.dense([self.read_entry(entry) for entry in source.entries], dtype)
+
     def read_dense(self, name: str) -> torch.Tensor:
         """The tensor `name` that an unquantised folder would have, in the dtype of the model."""
-        one = self.quantised.get(name)
-        if one is None:
-            return self.read(name).to(self.stored_dtype)
-        return one.dense([self.read(entry.name) for entry in one.entries], self.stored_dtype)
+        return self.read_source(self.source(name), self.stored_dtype).to(self.stored_dtype)
+
+    def same_bytes(self, one: Source, other: Source) -> bool:
+        """Whether two parameters are stored alike, with equal bytes; reads both, by pieces."""
+        if type(one) is not Plain or type(other) is not Plain:
+            return False
+        if (one.entry.dtype, one.shape) != (other.entry.dtype, other.shape):
+            return False
+        pieces = (self.read_blocks(source.name, COMPARED_BYTES) for source in (one, other))
+        return all(map(np.array_equal, *pieces))
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Rows `rows` (U,) int64, in any order, of the tensor `name` (V, C), as (U, C) on the CPU.
@@ -158,20 +175,22 @@ class ModelFolder:
 
     def check_unchanged(self) -> None:
         """ModelFolderError if the size or the modification time of a shard is not as at `open`."""
-        for path, at_open in self._stamps.items():
-            with reading(path):
-                _require_stamp(path, stamp(path), at_open)
+        for path in self._stamps:
+            self._require_unchanged(path, path)
 
     @contextlib.contextmanager
     def _opened(self, path: Path) -> Iterator[int]:
         """A descriptor of a shard, for one read; ModelFolderError if it is not as at `open`."""
+        with reading(path), open(path, "rb", buffering=0) as file:
+            self._require_unchanged(path, file.fileno())
+            yield file.fileno()
+
+    def _require_unchanged(self, path: Path, opened: Path | int) -> None:
         with reading(path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                _require_stamp(path, stamp(descriptor), self._stamps[path])
-                yield descriptor
-            finally:
-                os.close(descriptor)
+            if stamp(opened) != self._stamps[path]:
+                raise ModelFolderError(
+                    f"{path} was changed while it was in use: load the model again."
+                )
 
     def _stamp(self, path: Path) -> None:
         with reading(path):
@@ -184,11 +203,6 @@ class ModelFolder:
                 other = self.tensors[entry.name].path.name
                 raise damaged(path, f"tensor {short(entry.name)} is in {other} as well")
             self.tensors[entry.name] = entry
-
-
-def _require_stamp(path: Path, now: tuple[int, int], at_open: tuple[int, int]) -> None:
-    if now != at_open:
-        raise ModelFolderError(f"{path} was changed while it was in use: load the model again.")
 
 
 def _read_config(model_dir: Path) -> tuple[transformers.PreTrainedConfig, dict[str, Any] | None]:

@@ -33,7 +33,7 @@ SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=T
 TEXT, ARRAY = 8, 9  # the other types of a value
 MAX_TEXT_BYTES = 1 << 24  # of a value; a chat template has thousands
 MAX_NUMBERS = 1024  # of an array that may be a setting, one a layer
-MAX_ROWS = 1 << 28  # of a tensor
+MAX_ROWS = 1 << 28  # fewer than these are of one tensor
 MAX_DIMENSIONS = 4  # in ggml
 NAMED = 5  # tensors, in a warning
 WIDTHS_OF_EXPERTS = {  # which transformers 5.23 takes to be those of the smallest model
@@ -42,7 +42,7 @@ WIDTHS_OF_EXPERTS = {  # which transformers 5.23 takes to be those of the smalle
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Stored:
     """A tensor as a header describes it; shape as torch has it, kind the number of the type."""
 
@@ -56,6 +56,11 @@ class Stored:
     @property
     def n_rows(self) -> int:
         return math.prod(self.shape[:-1])
+
+    def row_numbers(self, owner: int) -> np.ndarray:
+        """(..., 1): a number of each row, from which its tensor is seen as well."""
+        rows = np.arange(self.n_rows).reshape(*self.shape[:-1], 1)
+        return rows + owner * MAX_ROWS
 
     def entry(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorEntry:
         n_bytes = self.n_rows * self.row_bytes
@@ -76,7 +81,7 @@ def gguf_files(model_dir: Path) -> list[Path]:
 
     Safetensors in a folder go first. ModelFolderError if it holds several models or lacks a part.
     """
-    paths = [model_dir]
+    paths = [model_dir] if model_dir.suffix == SUFFIX and os.path.isfile(model_dir) else []
     if os.path.isdir(model_dir):
         with reading(model_dir):
             names = sorted(os.listdir(model_dir))
@@ -84,8 +89,6 @@ def gguf_files(model_dir: Path) -> list[Path]:
             return []
         paths = [model_dir / name for name in names if name.endswith(SUFFIX)]
         paths = [path for path in paths if not path.name.startswith((".", "mmproj"))]
-    elif model_dir.suffix != SUFFIX or not os.path.isfile(model_dir):
-        return []
     sets = {tuple(_all_parts(path)) for path in paths}
     if len(sets) > 1:
         raise ModelFolderError(
@@ -127,9 +130,7 @@ def read_gguf(
     if type(n_layers) is not int or not 0 < n_layers <= len(tensors):
         raise damaged(paths[0], f"it has {short(n_layers)} blocks and {len(tensors):,} tensors")
     try:
-        config, parsed = _config(headers[0], architecture, tensors)
-        mapping = _Mapping(paths[0], architecture, config, parsed)
-        mapping.add(tensors, settings)
+        mapping = _Mapping(paths[0], architecture, headers[0], tensors)
     except OnnError:
         raise
     except Exception as error:  # what a bad header raises differs from family to family
@@ -139,10 +140,11 @@ def read_gguf(
             f"{transformers.__version__} reads it ({reason}): use the model's safetensors."
         ) from error
     kinds = {tensor.kind for tensor in tensors}
-    config.dtype = torch.bfloat16
+    dtype = torch.bfloat16
     if kinds <= FLOATS.keys() and 30 not in kinds:
-        config.dtype = torch.float16 if 1 in kinds else torch.float32
-    return config, mapping.tensors, mapping.quantised
+        dtype = torch.float16 if 1 in kinds else torch.float32
+    mapping.config.dtype = dtype
+    return mapping.config, mapping.tensors, mapping.quantised
 
 
 def gguf_tokenizer(path: Path) -> Any:
@@ -170,17 +172,21 @@ class _Bytes:
         self.place = 0
 
     def take(self, n: int) -> bytes:
-        self.skip(n)
+        self.require(n)
         content = self.file.read(n)
+        self.place += n
         if len(content) < n:
             raise damaged(self.path, "it is shorter than it was")
         return content
 
     def skip(self, n: int) -> None:
-        """Go on behind `n` bytes that must be there."""
+        self.require(n)
+        self.place += n
+        self.file.seek(self.place)
+
+    def require(self, n: int) -> None:
         if n > self.size - self.place:
             raise damaged(self.path, f"its header goes on behind its {self.size:,} bytes")
-        self.place += n
 
     def number(self, kind: str) -> Any:
         return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
@@ -196,25 +202,22 @@ class _Bytes:
 
     def value(self) -> tuple[Any, bool]:
         """A setting, and whether it is one of few bytes; of a long array only its length."""
-        kind = self.number("I")
-        if kind in SCALARS:
-            return self.number(SCALARS[kind]), True
+        kind, count = self.number("I"), None
+        if kind == ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+        if kind != TEXT and kind not in SCALARS:
+            raise damaged(self.path, f"a value of its header is of type {kind}")
+        if count is None:
+            return self.text() if kind == TEXT else self.number(SCALARS[kind]), True
         if kind == TEXT:
-            return self.text(), True
-        inner, count = (self.number("I"), self.number("Q")) if kind == ARRAY else (kind, 0)
-        if inner in SCALARS and count <= MAX_NUMBERS:
-            return [self.number(SCALARS[inner]) for _ in range(count)], True
-        if inner in SCALARS:
-            self.skip(count * struct.calcsize(f"<{SCALARS[inner]}"))
-            self.file.seek(self.place)
-        elif inner == TEXT and kind == ARRAY:
             if 8 * count > self.size - self.place:
                 raise damaged(self.path, f"it has no room for {count:,} texts")
             for _ in range(count):
                 self.skip(self.number("Q"))
-                self.file.seek(self.place)
+        elif count <= MAX_NUMBERS:
+            return [self.number(SCALARS[kind]) for _ in range(count)], True
         else:
-            raise damaged(self.path, f"a value of its header is of type {inner}")
+            self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
         return count, False
 
 
@@ -240,14 +243,15 @@ def read_header(path: Path) -> Header:
             if is_small and name != "general.alignment":
                 file.seek(start)
                 stored.append(file.read(source.place - start))
-        described = [_described(source) for _ in range(n_tensors)]
+        tensors = [_tensor(source) for _ in range(n_tensors)]
         alignment = settings.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise damaged(path, f"its alignment is {short(alignment)}")
-        begin = -(-source.place // alignment) * alignment
-        tensors = [_located(path, begin, alignment, *each) for each in described]
-        end = begin
+        begin = end = -(-source.place // alignment) * alignment  # of the tensors' bytes
         for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+            if tensor.offset % alignment:
+                raise damaged(path, f"tensor {short(tensor.name)} begins at byte {tensor.offset:,}")
+            tensor.offset += begin
             if tensor.offset < end:
                 raise damaged(path, f"tensor {short(tensor.name)} overlaps another")
             end = tensor.offset + tensor.n_rows * tensor.row_bytes
@@ -256,27 +260,19 @@ def read_header(path: Path) -> Header:
     return Header(settings, stored, tensors)
 
 
-def _described(source: _Bytes) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, shape, type and offset of a tensor."""
-    name, n_dims = source.text(), source.number("I")
+def _tensor(source: _Bytes) -> Stored:
+    """A tensor, if its shape is possible; its offset is yet from where all tensors begin."""
+    path, name, n_dims = source.path, source.text(), source.number("I")
     if not 1 <= n_dims <= MAX_DIMENSIONS:
-        raise damaged(source.path, f"tensor {short(name)} has {n_dims:,} dimensions")
+        raise damaged(path, f"tensor {short(name)} has {n_dims:,} dimensions")
     shape = tuple(source.number("Q") for _ in range(n_dims))[::-1]
-    return name, shape, source.number("I"), source.number("Q")
-
-
-def _located(
-    path: Path, begin: int, alignment: int, name: str, shape: tuple[int, ...], kind: int, place: int
-) -> Stored:
-    """A tensor, once its shape and its place are possible ones."""
+    kind, offset = source.number("I"), source.number("Q")
     block, block_bytes, type_name = _block(path, name, kind)
-    if min(shape) <= 0 or math.prod(shape) >= 1 << 62 or math.prod(shape[:-1]) > MAX_ROWS:
+    if min(shape) <= 0 or math.prod(shape) >= 1 << 62 or math.prod(shape[:-1]) >= MAX_ROWS:
         raise damaged(path, f"tensor {short(name)} has the shape {list(shape)}")
     if shape[-1] % block or (block > 1 and len(shape) == 1):
         raise damaged(path, f"tensor {short(name)} of type {type_name} has shape {list(shape)}")
-    if place % alignment:
-        raise damaged(path, f"tensor {short(name)} begins at byte {place:,}")
-    return Stored(name, path, kind, shape, shape[-1] // block * block_bytes, begin + place)
+    return Stored(name, path, kind, shape, shape[-1] // block * block_bytes, offset)
 
 
 def _block(path: Path, name: str, kind: int) -> tuple[int, int, str]:
@@ -328,28 +324,24 @@ def _config(
 class _Mapping:
     """transformers' mapping of tensors, for one architecture."""
 
-    def __init__(
-        self,
-        path: Path,
-        architecture: str,
-        config: transformers.PreTrainedConfig,
-        parsed: dict[str, Any],
-    ):
+    def __init__(self, path: Path, architecture: str, header: Header, tensors: Sequence[Stored]):
         from transformers import modeling_gguf_pytorch_utils as loader
 
         self.path, self.architecture = path, architecture
+        self.config, parsed = _config(header, architecture, tensors)
         self.processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(parsed)
-        self.model = empty_model(config, None)
+        self.model = empty_model(self.config, None)
         # The mapping goes into all parts of a model, which takes minutes, and only Bloom needs it.
         whole = types.SimpleNamespace(
-            config=config, state_dict=self.model.state_dict, named_children=tuple
+            config=self.config, state_dict=self.model.state_dict, named_children=tuple
         )
         self.names = loader.get_gguf_hf_weights_map(whole, self.processor)
         self.tensors: dict[str, TensorEntry] = {}
         self.quantised: dict[str, Quantised] = {}
         self.orders: dict[bytes, torch.Tensor] = {}  # each once, for all layers
+        self._find(tensors, header.settings)
 
-    def add(self, tensors: Sequence[Stored], settings: dict[str, Any]) -> None:
+    def _find(self, tensors: Sequence[Stored], settings: dict[str, Any]) -> None:
         """Find `tensors`, those that need no change by the parameter's name, and `quantised`."""
         groups: dict[str, list[Stored]] = {}
         for tensor in tensors:
@@ -372,14 +364,12 @@ class _Mapping:
     def _add(self, group: list[Stored]) -> list[str]:
         """Add the tensors of one block; returns the names of those that no parameter takes."""
         made: dict[str, np.ndarray | torch.Tensor] = {}
-        numbers, first = [], 1  # rows of the group are numbered from 1; 0 is no row
         unused = []
-        for tensor in group:
+        for owner, tensor in enumerate(group, 1):  # of 0 would be what no tensor was put in
             is_vector = len(tensor.shape) == 1
-            rows = np.arange(first, first + tensor.n_rows).reshape(*tensor.shape[:-1], 1)
-            values = np.arange(tensor.shape[0], dtype=np.float32) if is_vector else rows
-            numbers.append(rows)
-            first += tensor.n_rows
+            values = tensor.row_numbers(owner)
+            if is_vector:
+                values = np.arange(tensor.shape[0], dtype=np.float32)
             result = self._process(tensor, values, made)
             if result.name is None:
                 continue
@@ -390,7 +380,7 @@ class _Mapping:
             else:
                 made[self.names[result.name]] = result.weights
         for name, order in made.items():
-            self._add_matrix(name, group, numbers, np.asarray(order))
+            self._add_matrix(name, group, np.asarray(order))
         return unused
 
     def _process(self, tensor: Stored, values: np.ndarray, made: dict[str, Any]) -> Any:
@@ -415,29 +405,26 @@ class _Mapping:
         entry = self.tensors[tensor.name] = tensor.entry(tensor.name, tensor.shape, dtype)
         self.quantised[name] = Processed(name, (entry,), changed.shape, change)
 
-    def _add_matrix(
-        self, name: str, group: list[Stored], numbers: list[np.ndarray], order: np.ndarray
-    ) -> None:
-        """order (..., 1): which row of the group each row of the parameter is."""
+    def _add_matrix(self, name: str, group: list[Stored], order: np.ndarray) -> None:
+        """order (..., 1): the number of the row that each row of the parameter is."""
         if order.dtype != np.int64 or order.shape[-1:] != (1,):
             raise self._unmapped(f"changes the values of {name}")
-        starts = [rows.flat[0] for rows in numbers]
-        owners = np.searchsorted(starts, order.flat, side="right") - 1
-        own = [int(owner) for owner in dict.fromkeys(owners[: math.prod(order.shape[:2])].tolist())]
-        tensors = [group[owner] for owner in own]
+        owners = order.flat[: math.prod(order.shape[:2])] // MAX_ROWS
+        owners = list(dict.fromkeys(owners.tolist()))  # each once, in their order
+        tensors = [group[owner - 1] for owner in owners]
         shape = (*order.shape[:-1], tensors[0].shape[-1])
         permuted = None
-        if len(own) > 1:
-            fits = order.shape == (whole := np.concatenate([numbers[o] for o in own], 1)).shape
-            fits = fits and (order == whole).all()
+        if len(tensors) > 1:
+            numbers = [t.row_numbers(owner) for t, owner in zip(tensors, owners, strict=True)]
+            fits = np.array_equal(order, np.concatenate(numbers, 1))
         else:
-            rows = order.flatten() - starts[own[0]]
-            fits = np.array_equal(np.sort(rows), np.arange(tensors[0].n_rows))
-            if fits and not np.array_equal(rows, np.arange(len(rows))):
+            rows, in_order = order.flatten() - owners[0] * MAX_ROWS, np.arange(tensors[0].n_rows)
+            fits = np.array_equal(np.sort(rows), in_order)
+            if fits and not np.array_equal(rows, in_order):
                 permuted = self.orders.setdefault(rows.tobytes(), torch.from_numpy(rows))
         if not fits or len({tensor.shape[-1] for tensor in tensors}) > 1:
             raise self._unmapped(f"mixes the rows of {name}")
-        if len(own) == 1 and permuted is None and tensors[0].kind in FLOATS:
+        if len(tensors) == 1 and permuted is None and tensors[0].kind in FLOATS:
             self.tensors[name] = tensors[0].entry(name, shape, FLOATS[tensors[0].kind])
             return
         entries = []

@@ -1,17 +1,17 @@
 """Host memory on the way to a device: pinned buffers, the host store, a reader's staging."""
 
+import functools
 import types
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
 from onn_core.errors import ConfigError
 from onn_core.processes import local_rank, n_local
-from onn_core.weights.reader import host_buffer
+from onn_core.weights.reader import host_buffer, take_smallest
 from onn_core.weights.shared import SharedMemory, is_shared
 from onn_core.weights.slots import READ_BYTES, Read, StreamedWeight
 
@@ -51,47 +51,48 @@ class HostStore:
         self, device: torch.device, weights: Sequence[StreamedWeight], budget: int, what: str = ""
     ):
         self._device = device
-        self._memory: dict[StreamedWeight, torch.Tensor | None] = {}
+        # (host_bytes,) uint8, page-aligned, that each weight is read into, once it is reserved.
+        self.memory: dict[StreamedWeight, torch.Tensor | None] = {}
         self._pinned: list[torch.Tensor] = []
         self._warned = False
         total = sum(weight.host_bytes for weight in weights)
         self._shared: SharedMemory | None = None
-        self._places: dict[StreamedWeight, tuple[int, int]] = {}  # its first byte, its first piece
+        self._open_shared: Callable[[], SharedMemory] | None = None
         if budget and is_shared():
-            start = piece = 0
-            for weight in weights:
-                self._places[weight] = start, piece
-                start, piece = start + weight.host_bytes, piece + len(weight.reads())
-                what += f" {weight.source.entries} {weight.shape} {weight.dtype}"
-            self._of_shared = what, total, piece, budget
-            self._shared = open_shared(*self._of_shared)
+            what += "".join(f" {w.source.entries} {w.shape} {w.dtype}" for w in weights)
+            n_pieces = sum(len(weight.reads()) for weight in weights)
+            self._open_shared = functools.partial(SharedMemory, what, total, n_pieces, budget)
+            self._shared = self._open_shared()
             budget = self._shared.budget
-        passed = 0
-        self.budget_used = 0
+        # Its first byte and its first piece, where another process has them whatever its budget.
+        self._places: dict[StreamedWeight, tuple[int, int]] = {}
+        self.budget_used = n_bytes = n_pieces = 0
         for weight in weights:
-            passed += weight.host_bytes
-            if self.budget_used + weight.host_bytes <= budget * min(1.0, passed / total):
+            place = n_bytes, n_pieces
+            n_bytes, n_pieces = n_bytes + weight.host_bytes, n_pieces + len(weight.reads())
+            if self.budget_used + weight.host_bytes <= budget * min(1.0, n_bytes / total):
+                self.memory[weight], self._places[weight] = None, place
                 self.budget_used += weight.host_bytes
-                self._memory[weight] = None
 
     def holds(self, weight: StreamedWeight) -> bool:
         """Whether a weight has its place here, read or not."""
-        return weight in self._memory
+        return weight in self.memory
 
     def reserve(self, weight: StreamedWeight) -> None:
         """Map memory for a weight; MemoryError or OSError if there is none."""
-        if self._memory[weight] is not None:
+        if self.memory[weight] is not None:
             return
-        if not self._places:
-            self._memory[weight] = host_buffer(weight.host_bytes)
-            return
-        self._shared = self._shared or open_shared(*self._of_shared)
-        self._memory[weight] = self._shared.part(self._places[weight][0], weight.host_bytes)
+        if self._open_shared is not None:
+            self._shared = self._shared or self._open_shared()
+            start, _ = self._places[weight]
+            self.memory[weight] = self._shared.part(start, weight.host_bytes)
+        else:
+            self.memory[weight] = host_buffer(weight.host_bytes)
 
     def reads(self, weight: StreamedWeight) -> list[tuple[int, Read]]:
         """Those of a weight, numbered, in the order of this process: each begins elsewhere."""
         reads = list(enumerate(weight.reads()))
-        first = len(reads) * local_rank() // n_local() if self._places else 0
+        first = len(reads) * local_rank() // n_local() if self._open_shared else 0
         return reads[first:] + reads[:first]
 
     def piece(self, weight: StreamedWeight, number: int) -> AbstractContextManager[bool]:
@@ -100,15 +101,11 @@ class HostStore:
             return nullcontext(True)
         return self._shared.piece(self._places[weight][1] + number)
 
-    def memory(self, weight: StreamedWeight) -> torch.Tensor:
-        """(host_bytes,) uint8, page-aligned, that the weight is read into."""
-        return self._memory[weight]
-
     def pin(self, weight: StreamedWeight) -> None:
         """Pin the memory of a weight after it was read: its pages are there, so that is quick."""
         if self._device.type != "cuda":
             return
-        memory = self._memory[weight]
+        memory = self.memory[weight]
         try:
             pin(memory, self._device)
             self._pinned.append(memory)
@@ -121,11 +118,6 @@ class HostStore:
                 )
             self._warned = True
 
-    @property
-    def n_bytes(self) -> int:
-        """Of the weights that it holds now."""
-        return sum(weight.n_bytes for weight in self._memory if weight.host is not None)
-
     def close(self) -> None:
         """Give the memory back; each weight is read again at its next use."""
         if self._pinned:
@@ -133,22 +125,11 @@ class HostStore:
         for memory in self._pinned:
             unpin(memory)
         self._pinned.clear()
-        for weight in self._memory:
-            self._memory[weight] = weight.host = None
+        for weight in self.memory:
+            self.memory[weight] = weight.host = None
         if self._shared is not None:
             self._shared.close()
             self._shared = None
-
-
-def open_shared(*given: Any) -> SharedMemory:
-    """SharedMemory of `given`; ConfigError where the processes cannot tell each other of it."""
-    try:
-        return SharedMemory(*given)
-    except OSError as error:
-        raise ConfigError(
-            f"the processes of this host cannot share memory ({error}): set TMPDIR to a folder "
-            "that they can write, or host_budget to 0."
-        ) from error
 
 
 class HostMemory:
@@ -160,7 +141,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._taken: list[torch.Tensor] = []
+        self._taken: dict[int, torch.Tensor] = {}  # by address
         self._free: list[torch.Tensor] = []
 
     def take(self, n_bytes: int) -> torch.Tensor:
@@ -169,11 +150,8 @@ class HostMemory:
         Where none is large enough, those that are free make room: a batch longer than all before
         has as many buffers, not more.
         """
-        fits = [buffer for buffer in self._free if buffer.nbytes >= n_bytes]
-        if fits:
-            buffer = min(fits, key=lambda buffer: buffer.nbytes)
-            self._free = [other for other in self._free if other is not buffer]
-        else:
+        buffer = take_smallest(self._free, n_bytes)
+        if buffer is None:
             self._unpin(self._free)
             self._free = []
             buffer = host_buffer(n_bytes)
@@ -184,19 +162,18 @@ class HostMemory:
                     f"the host has no memory to pin for what passes to the device ({error}): free "
                     "some, or lower batch_size or max_length."
                 ) from error
-        self._taken.append(buffer)
+        self._taken[buffer.data_ptr()] = buffer
         return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """The next to take it may fill it only on the stream that last used it."""
-        if any(other is buffer for other in self._taken):  # else it was unpinned in between
-            self._taken = [other for other in self._taken if other is not buffer]
+        if self._taken.pop(buffer.data_ptr(), None) is not None:  # else it was unpinned in between
             self._free.append(buffer)
 
     def close(self) -> None:
         """Unpin all; what is taken stays readable."""
-        self._unpin(self._free + self._taken)
-        self._free, self._taken = [], []
+        self._unpin([*self._free, *self._taken.values()])
+        self._free, self._taken = [], {}
 
     def _unpin(self, buffers: list[torch.Tensor]) -> None:
         if buffers:
@@ -232,10 +209,7 @@ class Staging:
         return self._buffers[self._turn]
 
     def copy(
-        self,
-        target: torch.Tensor,
-        values: torch.Tensor,
-        used: "torch.cuda.Event | None" = None,
+        self, target: torch.Tensor, values: torch.Tensor, used: "torch.cuda.Event | None" = None
     ) -> None:
         """target <- values, with a cast if they differ, once the event `used` has passed."""
         if self._copy_stream is None:

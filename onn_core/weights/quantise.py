@@ -11,26 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from onn_core.ops.four_bit import NF4
-from onn_core.weights.dequantise import FourBit, Quantised, Scaled
+from onn_core.weights.dequantise import INT8_FACTOR, FourBit, Quantised, Scaled
 from onn_core.weights.shards import TensorEntry
 
 KINDS = ("int8", "nf4")
 NF4_BLOCK = 64
 BLOCK_ELEMENTS = 1 << 24  # that are quantised at a time
-INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def settings(kind: str) -> dict[str, Any]:
     """`quantization_config` of a config.json, as transformers writes it for bitsandbytes."""
-    own = {"quant_method": "bitsandbytes", "load_in_4bit": kind == "nf4"}
-    own |= {"load_in_8bit": kind == "int8", "_load_in_4bit": kind == "nf4"}
-    own |= {"_load_in_8bit": kind == "int8", "llm_int8_skip_modules": None}
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
-    four |= {"bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8"}
-    return own | four if kind == "nf4" else own
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True).to_dict()
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4).to_dict()
 
 
 def takes(kind: str, shape: tuple[int, ...]) -> bool:

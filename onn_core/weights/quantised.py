@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ from transformers import PreTrainedConfig
 
 from onn_core.errors import ModelFolderError
 from onn_core.ops import four_bit
-from onn_core.weights.dequantise import (
-    Awq,
-    FloatFour,
-    FourBit,
-    Gptq,
-    GptqVersion2,
-    Grouped,
-    Quantised,
-    Scaled,
-)
+from onn_core.weights.dequantise import INT8_FACTOR, FloatFour, FourBit, Grouped, Quantised, Scaled
 from onn_core.weights.shards import TensorEntry, damaged, parse_json_object, reading, short
 
-METHODS = ["bitsandbytes", "fp8", "fbgemm_fp8", "mxfp4", "gptq", "awq", "compressed-tensors"]
+# What quantises -> what its settings may be, where another value would mean other weights.
+METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "bitsandbytes": {},
+    "fp8": {},
+    "fbgemm_fp8": {},
+    "mxfp4": {},
+    "gptq": {"checkpoint_format": (None, "", "gptq", "gptq_v2"), "is_marlin_format": (None, False)},
+    "awq": {"version": (None, "gemm", "GEMM")},
+    "compressed-tensors": {"transform_config": (None, {}), "sparsity_config": (None,)},
+}
 SETTINGS_NAMES = ("quantization_config", "compression_config")  # in config.json
 OLD_GPTQ_NAME = "quantize_config.json"  # where AutoGPTQ kept its settings
 MAX_SETTINGS_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
     is none of METHODS.
     """
     settings, path = None, model_dir / "config.json"
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):  # which may be the same
         for name in SETTINGS_NAMES:
             found = part.__dict__.pop(name, None)
             settings = found if settings is None else settings
@@ -69,7 +69,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
         raise damaged(path, "its quantization_config is not an object")
     by_flag = settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True
     method = settings.get("quant_method", "bitsandbytes" if by_flag else None)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ModelFolderError(
             f"{model_dir.name} is quantised with {short(method)}, which is none of "
             f"{', '.join(METHODS)}: use another version of the model."
@@ -78,7 +78,7 @@ def take_settings(model_dir: Path, config: PreTrainedConfig) -> dict[str, Any] |
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("format") in (None, "dense"):
         settings["sparsity_config"] = None
-    for name, known in _known_settings(method).items():
+    for name, known in METHODS[method].items():
         value = settings.get(name)
         if value not in known:
             raise ModelFolderError(
@@ -94,22 +94,8 @@ def without_settings(config: dict[str, Any]) -> dict[str, Any]:
     return {n: without_settings(v) if isinstance(v, dict) else v for n, v in inner.items()}
 
 
-def _known_settings(method: str) -> dict[str, tuple[Any, ...]]:
-    """What a setting may be where another value would mean other weights."""
-    if method == "gptq":
-        formats = (None, "", "gptq", "gptq_v2")
-        return {"checkpoint_format": formats, "is_marlin_format": (None, False)}
-    if method == "awq":
-        return {"version": (None, "gemm", "GEMM")}
-    if method == "compressed-tensors":
-        return {"transform_config": (None, {}), "sparsity_config": (None,)}
-    return {}
-
-
 def find_quantised(
-    tensors: dict[str, TensorEntry],
-    settings: dict[str, Any],
-    read: Callable[[str], torch.Tensor],
+    tensors: dict[str, TensorEntry], settings: dict[str, Any], read: Callable[[str], torch.Tensor]
 ) -> dict[str, Quantised]:
     """Name of a parameter in an unquantised folder -> how its matrix is stored.
 
@@ -118,10 +104,10 @@ def find_quantised(
     """
     found: dict[str, Quantised] = {}
     taken: set[str] = set()
-    finder = _Finder(tensors, settings, read)
+    formats = _Finder(tensors, settings, read).formats()
     for key in tensors:
-        for pattern, make in finder.formats():
-            match = pattern.fullmatch(key)
+        for pattern, make in formats.items():
+            match = re.fullmatch(pattern, key)
             if match and (one := make(match[1], key)) is not None:
                 if one.name in found or one.name in tensors.keys() - {e.name for e in one.entries}:
                     raise _unfit(one.name, "is stored twice")
@@ -142,19 +128,17 @@ class _Finder:
     settings: dict[str, Any]
     read: Callable[[str], torch.Tensor]
 
-    def formats(self) -> Iterator[tuple[re.Pattern, Callable[[str, str], Quantised | None]]]:
-        """The name of a part that each matrix of a format has one of, and what makes of it."""
+    def formats(self) -> dict[str, Callable[[str, str], Quantised | None]]:
+        """The name of a part that each matrix of a format has one of -> what makes of it."""
         method = self.settings["quant_method"]
         if method == "bitsandbytes":
-            yield re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)"), self.four_bit
-            yield re.compile(r"(.+)\.SCB"), self.int8
-        elif method in ("gptq", "awq"):
-            yield re.compile(r"(.+)\.qweight"), self.gptq if method == "gptq" else self.awq
-        elif method == "mxfp4":
-            yield re.compile(r"(.+)_blocks"), self.mxfp4
-        else:
-            yield re.compile(r"(.+)_scale(?:_inv)?"), self.scaled
-            yield re.compile(r"(.+)\.weight_packed"), self.packed
+            state = r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)"
+            return {state: self.four_bit, r"(.+)\.SCB": self.int8}
+        if method in ("gptq", "awq"):
+            return {r"(.+)\.qweight": self.gptq}
+        if method == "mxfp4":
+            return {r"(.+)_blocks": self.mxfp4}
+        return {r"(.+)_scale(?:_inv)?": self.scaled, r"(.+)\.weight_packed": self.packed}
 
     def part(
         self, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...] | None
@@ -210,10 +194,8 @@ class _Finder:
         layout = self.tensors.get(f"{name}.weight_format")
         if layout is not None and (layout.n_bytes > 8 or self.read(layout.name).any()):
             raise _unfit(layout.name, "names a layout of one processor")
-        grid, blocks = (weight.shape[0], 1), (1, 1)
-        return Scaled(
-            weight.name, (weight, scale), weight.shape, grid, blocks, 7.874015748698502e-3
-        )
+        grid = (weight.shape[0], 1)
+        return Scaled(weight.name, (weight, scale), weight.shape, grid, (1, 1), INT8_FACTOR)
 
     def scaled(self, name: str, key: str) -> Quantised | None:
         weight = self.tensors.get(name)
@@ -285,45 +267,34 @@ class _Finder:
         return Grouped(f"{name}.weight", entries, shape, bits, bool(zero), bool(index))
 
     def gptq(self, name: str, key: str) -> Quantised:
+        """And AWQ, whose words hold numbers of several rows, not of several columns."""
+        is_awq = self.settings["quant_method"] == "awq"
         words = self.part(key, WORDS, (None, None))
-        scale = self.part(f"{name}.scales", FLOATS, (None, words.shape[1]))
+        scale = self.part(f"{name}.scales", FLOATS, (None, None))
         n_groups, n_rows = scale.shape
         zero = self.part(f"{name}.qzeros", WORDS, (n_groups, None))
         bits = 32 * zero.shape[1] // n_rows
-        if bits not in (2, 4, 8) or bits * n_rows != 32 * zero.shape[1]:
+        if bits not in ((4,) if is_awq else (2, 4, 8)) or bits * n_rows != 32 * zero.shape[1]:
             raise _unfit(zero.name, f"has shape {list(zero.shape)} for {n_rows:,} rows")
-        n_columns = words.shape[0] * 32 // bits
+        if words.shape[1] != (zero.shape[1] if is_awq else n_rows):
+            raise _unfit(key, f"has shape {list(words.shape)} for {n_rows:,} rows")
+        n_columns = words.shape[0] if is_awq else words.shape[0] * 32 // bits
         index = self.index(f"{name}.g_idx", n_columns, n_groups)
-        second = self.settings.get("checkpoint_format") == "gptq_v2"
-        made = GptqVersion2 if second else Gptq
         entries, shape = (words, scale, zero, *index), (n_rows, n_columns)
-        return made(f"{name}.weight", entries, shape, bits, True, bool(index))
-
-    def awq(self, name: str, key: str) -> Quantised:
-        words = self.part(key, WORDS, (None, None))
-        n_columns, n_rows = words.shape[0], 8 * words.shape[1]
-        scale = self.part(f"{name}.scales", FLOATS, (None, n_rows))
-        zero = self.part(f"{name}.qzeros", WORDS, (scale.shape[0], words.shape[1]))
-        if n_columns % scale.shape[0]:
-            raise _unfit(scale.name, f"has shape {list(scale.shape)} for {n_columns:,} columns")
-        entries, shape = (words, scale, zero), (n_rows, n_columns)
-        return Awq(f"{name}.weight", entries, shape, 4, True, False)
+        version_1 = not is_awq and self.settings.get("checkpoint_format") != "gptq_v2"
+        layout = {"transposed": True, "zero_offset": int(version_1), "is_awq": is_awq}
+        return Grouped(f"{name}.weight", entries, shape, bits, True, bool(index), **layout)
 
     def index(self, name: str, n_columns: int, n_groups: int) -> list[TensorEntry]:
         """The tensor that says the group of each column, where they are not in order."""
         entry = self.optional(name, (torch.int32, torch.int64), (n_columns,))
-        if entry:
-            groups = self.read(name)
-            if (groups == -1).all():  # compressed-tensors: there is no such order
-                entry = []
-            elif not ((groups >= 0) & (groups < n_groups)).all():
+        divides = n_columns % n_groups == 0
+        if entry and ((groups := self.read(name)) != -1).any():  # -1: there is no such order
+            if not ((groups >= 0) & (groups < n_groups)).all():
                 raise _unfit(name, f"names groups that are not among {n_groups:,}")
-            elif (
-                n_columns % n_groups
-                or (groups != torch.arange(n_columns) // (n_columns // n_groups)).any()
-            ):
+            if not divides or (groups.view(n_groups, -1) != torch.arange(n_groups)[:, None]).any():
                 return entry
-        if n_columns % n_groups:
+        if not divides:
             raise _unfit(name, f"is missing, and {n_columns:,} columns are not {n_groups:,} groups")
         return []
 

@@ -1,7 +1,5 @@
 """A dense model folder quantised once, into the cache, and streamed from there ever after."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.processes import alone_in
 from onn_core.record import cache_dir, sha256_of, write_json
 from onn_core.weights import quantise
 from onn_core.weights.folder import INDEX_NAME, ModelFolder
@@ -30,14 +29,14 @@ def quantised_copy(
 ) -> ModelFolder:
     """The folder with the matrices of the tensors `names` in "int8" or "nf4".
 
-    It is in $ONN_CACHE, else $XDG_CACHE_HOME/onn, else ~/.cache/onn, named for what it was made
-    of. Made shard by shard, a matrix in memory at a time; what was interrupted goes on with the
-    next shard. A file that was changed since is made again. ConfigError if the disk has no room;
-    ModelFolderError if the cache cannot be written.
+    It is in the cache, named for what it was made of. Made shard by shard, a matrix in memory at a
+    time; what was interrupted goes on with the next shard, and a file that was changed since is
+    made again. ConfigError if the disk has no room, ModelFolderError if it cannot be written.
     """
     copy = _Copy(model_folder, kind, frozenset(names))
     try:
-        with _one_at_a_time(copy.folder.parent):  # the others find it made
+        copy.folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(copy.folder.parent):  # the others find it made
             if not _is_intact(copy.folder):
                 shutil.rmtree(copy.folder, ignore_errors=True)
                 copy.write(progress)
@@ -49,18 +48,6 @@ def quantised_copy(
     made = ModelFolder.open(copy.folder)
     made.base_dir = model_folder.base_dir
     return made
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Inside, no other process makes a copy in `folder`, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Copy:
@@ -92,10 +79,14 @@ class _Copy:
 
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)
-        done = {name: known for name, known in _manifest(partial).items() if name in self.shards}
-        done = {n: known for n, known in done.items() if _is_same(partial / n, known)}
+        done = {
+            shard: known
+            for shard, known in _manifest(partial).items()
+            if shard in self.shards and _is_same(partial / shard, known)
+        }
         left = [shard for shard in self.shards if shard not in done]
-        n_bytes = sum(_layout_bytes(self.layout(shard)) for shard in left)
+        kinds = [kind for shard in left for kind in self.layout(shard).values()]
+        n_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds)
         free = shutil.disk_usage(partial).free
         what = f"{self.model_folder.model_dir.name} in {self.kind} takes {n_bytes / 1e9:.1f} GB"
         if n_bytes > free:
@@ -150,10 +141,6 @@ class _Copy:
             write_json(partial / INDEX_NAME, {"weight_map": weight_map})
 
 
-def _layout_bytes(layout: quantise.Layout) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
     """Shard -> its hash and its stamp; empty if there is none that can be read."""
     try:
@@ -166,15 +153,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _is_same(path: Path, known: dict[str, Any]) -> bool:
     """Whether a shard is as it was written: by its stamp, or, if that is another, by its hash."""
     try:
-        if list(stamp(path)) == known["stamp"]:
-            return True
-        return sha256_of(path) == known["sha256"]
+        return list(stamp(path)) == known["stamp"] or sha256_of(path) == known["sha256"]
     except (OSError, KeyError):
         return False
 
 
 def _is_intact(folder: Path) -> bool:
     manifest = _manifest(folder)
-    return bool(manifest) and all(
-        _is_same(folder / name, known) for name, known in manifest.items()
-    )
+    return bool(manifest) and all(_is_same(folder / n, known) for n, known in manifest.items())

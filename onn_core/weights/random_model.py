@@ -19,7 +19,8 @@ from onn_core.weights.folder import INDEX_NAME
 from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
 from onn_core.weights.shards import write_tensors
 
-# A prime, so that the start of a row never falls on the start of the repeated block twice.
+# For speed one block of random values is repeated through all matrices. Its length is a prime, so
+# that no row of a matrix equals another.
 RANDOM_BLOCK_VALUES = 2**22 - 3
 
 
@@ -56,13 +57,9 @@ def write_random_model(
     """Write a random safetensors model folder of any causal-LM `config`, as fast as the disk.
 
     Matrices are normal with std `config.initializer_range`, norm weights one, biases zero; tied
-    weights are written once; `dtype` is float32, bfloat16 or float16. For speed the normal values
-    are one block of 4,194,301 draws repeated end to end through all matrices; its length is a
-    prime, so no row of a matrix equals another. They go straight from that block to the file:
-    memory use is a few MB at any size. There is no tokenizer in the folder. A folder that already
-    holds this config, dtype and seed is returned as it is.
-
-    Raises ModelFolderError when the folder holds something else or the disk is too full.
+    weights are written once; `dtype` is float32, bfloat16 or float16. There is no tokenizer. A
+    folder that already holds this config, dtype and seed is returned as it is. ModelFolderError
+    when it holds something else or the disk is too full.
     """
     from tqdm.auto import tqdm
 
@@ -104,7 +101,7 @@ def _write_random_shards(
     shard_bytes: int,
     bar: Any,
 ) -> None:
-    """The shards of random values for `tensors` on the meta device, and their index."""
+    """The shards of `tensors`, which are on the meta device, and their index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     normal = torch.randn(RANDOM_BLOCK_VALUES, generator=torch.Generator().manual_seed(seed))

@@ -68,6 +68,12 @@ def host_buffer(n_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def take_smallest(free: list[torch.Tensor], n_bytes: int) -> torch.Tensor | None:
+    """Take the smallest buffer of at least `n_bytes` out of `free`; None if there is none."""
+    fits = [place for place, buffer in enumerate(free) if buffer.nbytes >= n_bytes]
+    return free.pop(min(fits, key=lambda place: free[place].nbytes)) if fits else None
+
+
 def host_memory_bytes() -> int:
     """Memory that this process could fill: what is available, within its control group's limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -101,31 +107,26 @@ class DirectFiles:
         `start` is a multiple of the page; `into` is page-aligned and holds whole pages.
         ModelFolderError if the file is gone, refuses, or has become shorter.
         """
-        with self._descriptor(path) as (descriptor, direct):
-            return self._read(descriptor, direct, path, start, stop, into)
-
-    def _read(
-        self, descriptor: int, direct: bool, path: Path, start: int, stop: int, into: torch.Tensor
-    ) -> int:
         n_whole = -(-(stop - start) // PAGE_BYTES) * PAGE_BYTES
         view = memoryview(into.numpy())[:n_whole]
         n_read = 0
         try:
-            while n_read < stop - start:
-                got = os.preadv(descriptor, [view[n_read:]], start + n_read)
-                if got == 0:
-                    raise ModelFolderError(
-                        f"{path.name} became shorter while it was read: "
-                        "restore the model folder and start again."
-                    )
-                n_read += got
+            with self._descriptor(path) as (descriptor, direct):
+                while n_read < stop - start:
+                    got = os.preadv(descriptor, [view[n_read:]], start + n_read)
+                    if got == 0:
+                        raise ModelFolderError(
+                            f"{path.name} became shorter while it was read: "
+                            "restore the model folder and start again."
+                        )
+                    n_read += got
+                if not direct and not self.cached and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, start, n_whole, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise ModelFolderError(
                 f"{path.name} cannot be read at byte {start} ({error.strerror}): "
                 "check the disk, restore the file and start again."
             ) from error
-        if not direct and not self.cached and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, start, n_whole, os.POSIX_FADV_DONTNEED)
         return n_read
 
     @contextlib.contextmanager
@@ -135,13 +136,7 @@ class DirectFiles:
             opened = self._opened.get(path)
             stays = opened is not None or len(self._opened) < MAX_OPEN
             if opened is None:
-                try:
-                    opened = _open(path) if self.cached else _open_direct(path)
-                except OSError as error:
-                    raise ModelFolderError(
-                        f"{path.name} cannot be opened ({error.strerror}): "
-                        "restore the model folder and start again."
-                    ) from error
+                opened = _open(path, direct=not self.cached)
             if stays:
                 self._opened[path] = opened
         try:
@@ -157,20 +152,14 @@ class DirectFiles:
                 os.close(self._opened.popitem()[1][0])
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    return os.open(path, os.O_RDONLY), False
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    """A descriptor, and whether it reads past the page cache."""
-    if O_DIRECT:
-        try:
+def _open(path: Path, direct: bool) -> tuple[int, bool]:
+    """A descriptor, and whether it reads past the page cache: not all file systems can."""
+    if direct and O_DIRECT:
+        with contextlib.suppress(OSError):  # it is refused at opening, or only at reading
             descriptor = os.open(path, os.O_RDONLY | O_DIRECT)
-        except OSError:
-            return _open(path)
-        try:
-            os.preadv(descriptor, [host_buffer(PAGE_BYTES).numpy()], 0)
-            return descriptor, True
-        except OSError:  # accepted at opening, refused at reading
-            os.close(descriptor)
-    return _open(path)
+            try:
+                os.preadv(descriptor, [host_buffer(PAGE_BYTES).numpy()], 0)
+                return descriptor, True
+            except OSError:
+                os.close(descriptor)
+    return os.open(path, os.O_RDONLY), False

@@ -1,11 +1,10 @@
 """The order in which weights pass through their slots, made from the order of their use.
 
-The visits of a step are known: forward, head, backward, and forward again. When a visit begins,
-its part of the schedule is laid down: which weight is fetched as each weight of the visit is
-dropped, and which weight it evicts. That is the absent weight that is used soonest, in place of
-the one that is used last (Belady 1966, optimal because the order is known): what fits is resident
-at both turns of a step, and a model that fits whole is read once. Who runs the fetches only looks
-at the head of a queue.
+When a visit begins, its part of the schedule is laid down: which weight is fetched as each weight
+of the visit is dropped, and which weight it evicts. That is the absent weight that is used soonest,
+in place of the one that is used last (Belady 1966, optimal because the order is known): what fits
+is resident at both turns of a step, and a model that fits whole is read once. Who runs the fetches
+only looks at the head of a queue.
 """
 
 import math
@@ -49,11 +48,11 @@ class Schedule:
             for weight in unit:
                 weight.unit = number
         self.slots = slots
+        self.visit = 0  # the number of the present one
+        self.uses: list[Use] = []  # the present one and those that are known to follow
+        self.next_visits: dict[int, int] = {}  # unit -> number of its next visit
         self._new_slot = new_slot
         self._made: dict[int, list[Slot]] = defaultdict(list)
-        self._visit = 0  # the number of the present one
-        self._uses: list[Use] = []  # the present one and those that are known to follow
-        self._next_visits: dict[int, int] = {}  # unit -> number of its next visit
         self._planned = False  # whether fetches are laid down for them, or only for requests
         self._sizes: dict[int, _SizeClass] = {}
 
@@ -62,36 +61,33 @@ class Schedule:
 
         by_request: fetch only what `request` asks for.
         """
-        known, future = self._uses[1:], list(future)
+        known, future = self.uses[1:], list(future)
         n_both = min(len(known), len(future))
         as_planned = self._planned and n_both and known[:n_both] == future[:n_both]
-        self._visit += 1
-        self._uses = max(known, future, key=len) if as_planned else future
-        self._next_visits = {}
-        for place in range(len(self._uses) - 1, 0, -1):
-            self._next_visits[self._uses[place].unit] = self._visit + place
+        self.visit += 1
+        self.uses = max(known, future, key=len) if as_planned else future
+        self.next_visits = {}
+        for place in range(len(self.uses) - 1, 0, -1):
+            self.next_visits[self.uses[place].unit] = self.visit + place
         if by_request or not as_planned:
             self._planned = not by_request
-            self._sizes = {
-                size: _SizeClass(size, n_slots, self.units, self._made[size], self._visit)
-                for size, n_slots in self.slots.items()
-            }
+            self._sizes = {size: _SizeClass(self, size, self._made[size]) for size in self.slots}
         for size_class in self._sizes.values() if self._planned else ():
-            size_class.lay_down(self._visit, self._uses, self._next_visits)
+            size_class.lay_down()
 
     def request(self, weight: StreamedWeight) -> None:
         """The present visit needs a weight: fetch it if it is not resident and not laid down."""
         queue = self._sizes[weight.slot_bytes].queue
         if weight.slot is not None or any(
-            fetch.weight is weight and fetch.visit == self._visit for fetch in queue
+            fetch.weight is weight and fetch.visit == self.visit for fetch in queue
         ):
             return
         if self._planned:  # the order is another than was laid down: the next visit plans anew
             self._planned = False
             for size_class in self._sizes.values():
-                here = [fetch for fetch in size_class.queue if fetch.visit <= self._visit]
+                here = [fetch for fetch in size_class.queue if fetch.visit <= self.visit]
                 size_class.queue = deque(here)
-        self._sizes[weight.slot_bytes].queue.append(Fetch(weight, None, self._visit))
+        self._sizes[weight.slot_bytes].queue.append(Fetch(weight, None, self.visit))
 
     def next_fetch(self) -> StreamedWeight | None:
         """The weight to fetch next, whose slot is then its own; None if none has room yet.
@@ -123,7 +119,7 @@ class Schedule:
     def clear(self) -> None:
         """Evict everything and give up the slots."""
         self._made.clear()
-        self._sizes, self._uses, self._planned = {}, [], False
+        self._sizes, self.uses, self._planned = {}, [], False
         for unit in self.units:
             for weight in unit:
                 weight.slot, weight.tensor, weight.in_use = None, None, False
@@ -153,58 +149,49 @@ class Schedule:
             made.append(self._new_slot(size))
             return made[-1]
         idle = [slot for slot in made if slot.weight.is_idle]
-        later = self._next_visits
+        later = self.next_visits
         return max(idle, key=lambda slot: later.get(slot.weight.unit, math.inf), default=None)
 
 
 class _SizeClass:
     """The weights of one size, the slots that they share, and the fetches that are laid down."""
 
-    def __init__(
-        self,
-        size: int,
-        n_slots: int,
-        units: Sequence[Sequence[StreamedWeight]],
-        made: Sequence[Slot],
-        visit: int,
-    ):
+    def __init__(self, schedule: Schedule, size: int, made: Sequence[Slot]):
         self.queue: deque[Fetch] = deque()
+        self._schedule = schedule
         self._units = [
             [(place, one) for place, one in enumerate(unit) if one.slot_bytes == size]
-            for unit in units
+            for unit in schedule.units
         ]
         # What is resident when all that is laid down has been fetched.
         self._resident = {slot.weight: None for slot in made}  # in a fixed order, as no set is
-        self._n_free = n_slots - len(made)
-        self._visit, self._place = visit, 0  # all uses from the present visit to here are resident
+        self._n_free = schedule.slots[size] - len(made)
+        # All uses from the present visit to here are resident.
+        self._visit, self._place = schedule.visit, 0
 
-    def lay_down(self, visit: int, uses: Sequence[Use], next_visits: dict[int, int]) -> None:
-        """Queue what is fetched at the beginning of visit uses[0], and as each weight is done.
+    def lay_down(self) -> None:
+        """Queue what is fetched as the present visit begins, and as each of its weights is done.
 
         What the visit has not yet used is not evicted.
         """
-        if self._visit < visit:
-            self._visit, self._place = visit, 0
-        waiting = {weight for _, weight in self._of(uses[0])}
-        self._fetch(visit, uses, next_visits, waiting)
-        for _, weight in self._of(uses[0]):
+        if self._visit < self._schedule.visit:
+            self._visit, self._place = self._schedule.visit, 0
+        used = self._of(self._schedule.uses[0])
+        waiting = {weight for _, weight in used}
+        self._fetch(waiting)
+        for _, weight in used:
             waiting.discard(weight)
-            self._fetch(visit, uses, next_visits, waiting)
+            self._fetch(waiting)
 
     def _of(self, use: Use) -> Sequence[tuple[int, StreamedWeight]]:
         """The weights of a visit in the order of their use, each with its place."""
         weights = self._units[use.unit]
         return [(-place, weight) for place, weight in weights[::-1]] if use.last_first else weights
 
-    def _fetch(
-        self,
-        visit: int,
-        uses: Sequence[Use],
-        next_visits: dict[int, int],
-        waiting: Collection[StreamedWeight],
-    ) -> None:
+    def _fetch(self, waiting: Collection[StreamedWeight]) -> None:
         """Queue the soonest absent weights, each in place of one that is used later."""
-        while (absent := self._soonest_absent(visit, uses)) is not None:
+        next_visits = self._schedule.next_visits
+        while (absent := self._soonest_absent()) is not None:
             (place, weight), evicts = absent, None
             if self._n_free:
                 self._n_free -= 1
@@ -220,7 +207,8 @@ class _SizeClass:
             self._resident[weight] = None
             self.queue.append(Fetch(weight, evicts, self._visit, place))
 
-    def _soonest_absent(self, visit: int, uses: Sequence[Use]) -> tuple[int, StreamedWeight] | None:
+    def _soonest_absent(self) -> tuple[int, StreamedWeight] | None:
+        visit, uses = self._schedule.visit, self._schedule.uses
         while self._visit - visit < len(uses):
             weights = self._of(uses[self._visit - visit])
             while self._place < len(weights):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from onn_core.errors import ConfigError
 from onn_core.processes import n_local
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # equal in the processes of a launch
@@ -28,7 +29,7 @@ class SharedMemory:
 
     what: says what lies in it. n_bytes: of it; a page takes memory when it is first written.
     n_pieces: that are marked when they have been read. budget: becomes that of the first process,
-    for what each measures by itself differs.
+    for what each measures by itself differs. ConfigError where they cannot tell each other of it.
     """
 
     def __init__(self, what: str, n_bytes: int, n_pieces: int, budget: int):
@@ -37,7 +38,13 @@ class SharedMemory:
         self.budget = budget
         self._name = f"onn-{key}"
         self._made: Path | None = None  # the file that tells of it, in the process that made it
-        self._descriptor = self._open(n_bytes + n_pieces)
+        try:
+            self._descriptor = self._open(n_bytes + n_pieces)
+        except OSError as error:
+            raise ConfigError(
+                f"the processes of this host cannot share memory ({error}): set TMPDIR to a "
+                "folder that they can write, or host_budget to 0."
+            ) from error
         self._memory = mmap.mmap(self._descriptor, n_bytes + n_pieces)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):

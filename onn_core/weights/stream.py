@@ -18,13 +18,11 @@ import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
-from onn_core.weights.scratch import Scratch
 from onn_core.weights.shards import TensorEntry
-from onn_core.weights.slots import Read, Slot, StreamedWeight
+from onn_core.weights.slots import Read, Scratch, Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one
 # alone read 2.8 GB/s, as fast as two.
@@ -62,20 +60,20 @@ class WeightStream:
         dense: Counter | None = None,
     ):
         self.schedule = Schedule(units, slots, self.new_slot)
+        self.units = self.schedule.units
         self.scratch = Scratch(device, dense or Counter())
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # read -> hash of its bytes; None checks none
         self.check: Callable[[], None] = lambda: None
-        self.gather: Gather | None = None  # of processes that go on in step, each with all weights
         self.model_folder = model_folder
         self.device = device
+        every = [weight for unit in units for weight in unit]
         # A CUDA budget is the device's: host memory that nobody needs may cache what was read.
-        n_bytes = sum(weight.n_bytes for unit in units for weight in unit)
+        n_bytes = sum(weight.n_bytes for weight in every)
         cached = device.type == "cuda" and 5 * n_bytes <= 4 * host_memory_bytes()
         self.files = DirectFiles(cached)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        every = [weight for unit in self.units for weight in unit]
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
         self.store = HostStore(device, every, host_budget, model_folder.fingerprint())
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
@@ -86,10 +84,6 @@ class WeightStream:
         self._work = threading.Condition(lock)  # a read, or the end
         self._closed = self._hangs = False
         self._readers: list[threading.Thread] = []
-
-    @property
-    def units(self) -> list[list[StreamedWeight]]:
-        return self.schedule.units
 
     # --- the compute's side ---------------------------------------------------------------
 
@@ -113,11 +107,6 @@ class WeightStream:
                 self._start_readers()
             self._fetch()
         return weights
-
-    @property
-    def is_in_store(self) -> bool:
-        """Whether the host store holds every weight: nothing will be read."""
-        return all(weight.host is not None for unit in self.units for weight in unit)
 
     def request(self, weight: StreamedWeight) -> None:
         """The compute will need `weight` in this visit."""
@@ -176,7 +165,6 @@ class WeightStream:
 
         A reader whose read does not return in time keeps its memory; `enter` is then an error.
         """
-        self.gather = None  # what is read again comes in an order of each process's own
         if self._stop(timeout_s):
             self.store.close()
 
@@ -222,23 +210,20 @@ class WeightStream:
                 return
             self.counts.weight_loads[weight.unit] += 1
             if weight.host is not None:
-                self._copy(weight)
+                self.copy_from_store(weight)
                 continue
             reads = self.store.reads(weight)
             weight.reads_left = len(reads)
             self._reads.extend((weight, *read) for read in reads)
             self._work.notify(len(reads))
 
-    def _copy(self, weight: StreamedWeight) -> None:
+    def copy_from_store(self, weight: StreamedWeight) -> None:
         """Queue the copy of a weight of the host store into its slot; a CPU takes it as it is."""
         slot = weight.slot
         if self.copy_stream is None:
             weight.tensor = weight.host
             return
         weight.tensor = weight.view(slot.memory)
-        if self.gather is not None and self.gather.takes(weight):
-            self.gather.copy(weight, self.copy_stream)
-            return
         self.copy_stream.wait_event(slot.used)
         with torch.cuda.stream(self.copy_stream):
             weight.tensor.copy_(weight.host, non_blocking=True)
@@ -302,8 +287,8 @@ class WeightStream:
             self.store.pin(weight)
         with self._ready:
             if in_store:
-                weight.host = weight.view(self.store.memory(weight))
-                self._copy(weight)
+                weight.host = weight.view(self.store.memory[weight])
+                self.copy_from_store(weight)
             else:
                 if self.copy_stream is not None:
                     weight.slot.filled.record(self.copy_stream)
@@ -314,30 +299,28 @@ class WeightStream:
     def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> int:
         """Read a part of the weight's files to where it goes; returns the bytes read."""
         source, in_store = weight.source, self.store.holds(weight)
-        memory = self.store.memory(weight) if in_store else weight.slot.memory
+        memory = self.store.memory[weight] if in_store else weight.slot.memory
         used = None if in_store else weight.slot.used
         if not weight.packed and not source.direct:
-            values = source.read(self.model_folder)
+            values = self.model_folder.read_source(source, weight.dtype)
             self._verify(source.entry, 0, values)
             staging.copy(weight.view(memory), values, used)
             return source.n_bytes
         entry, start, stop, at = read
-        as_stored = weight.packed or weight.in_place
-        if as_stored and memory.device.type == "cpu":
-            target = memory[at:]
-            n_read = self.files.read(entry.path, start, stop, target)
-            self._verify(entry, start, target[: stop - start])
-            return n_read
-        buffer = staging.buffer()
+        is_direct = (weight.packed or weight.in_place) and memory.device.type == "cpu"
+        buffer = memory[at:] if is_direct else staging.buffer()
         n_read = self.files.read(entry.path, start, stop, buffer)
-        self._verify(entry, start, buffer[: stop - start])
-        if weight.packed:
-            staging.copy(memory[at : at + stop - start], buffer[: stop - start], used)
+        values = buffer[: stop - start]
+        self._verify(entry, start, values)
+        if is_direct:
             return n_read
-        begin = max(start, entry.offset)  # from the first whole element on; it may be cast
-        values = buffer[begin - start : stop - start].view(entry.dtype)
-        first = (begin - entry.offset) // entry.dtype.itemsize
-        target = weight.view(memory).view(-1)[first : first + len(values)]
+        if weight.packed:
+            target = memory[at : at + len(values)]
+        else:
+            begin = max(start, entry.offset)  # from the first whole element on; it may be cast
+            values = values[begin - start :].view(entry.dtype)
+            first = (begin - entry.offset) // entry.dtype.itemsize
+            target = weight.view(memory).view(-1)[first : first + len(values)]
         staging.copy(target, values, used)
         return n_read
 

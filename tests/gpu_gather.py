@@ -12,30 +12,37 @@ import torch
 import torch.distributed as dist
 
 from onn_core.weights.slots import DEVICE_ALIGNMENT, StreamedWeight
+from onn_core.weights.stream import WeightStream
 
 
 class Gather:
-    """The exchange of parts between the processes of `group`, an NCCL group of one host."""
+    """The exchange of parts between the processes of `group`, an NCCL group of one host.
 
-    def __init__(self, device: torch.device, group: "dist.ProcessGroup"):
+    From now on `stream` copies from its host store in this way, until the model is closed.
+    """
+
+    def __init__(self, stream: WeightStream, group: "dist.ProcessGroup"):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.order = 0  # a checksum of what was fetched so far: equal in all processes
         self._group = group
-        self._stream = torch.cuda.Stream(device)  # waits for an exchange; the next copy does not
+        self._stream = torch.cuda.Stream(stream.device)  # waits for an exchange; no copy does
+        self._copy_stream = stream.copy_stream
+        self._copy_alone = stream.copy_from_store
+        stream.copy_from_store = self.copy
 
-    def takes(self, weight: StreamedWeight) -> bool:
-        """Whether its slot divides into equal parts."""
-        return weight.slot_bytes % (self.size * (DEVICE_ALIGNMENT // 16)) == 0
-
-    def copy(self, weight: StreamedWeight, copy_stream: "torch.cuda.Stream") -> None:
+    def copy(self, weight: StreamedWeight) -> None:
         """Queue the copy of this process's part of a weight into its slot, and the exchange."""
+        if weight.slot_bytes % (self.size * (DEVICE_ALIGNMENT // 16)):  # into no equal parts
+            self._copy_alone(weight)
+            return
         self.order = zlib.crc32(weight.source.entry.name.encode(), self.order)
         slot = weight.slot
+        weight.tensor = weight.view(slot.memory)
         size = weight.slot_bytes // self.size
         part = slot.memory[self.rank * size : (self.rank + 1) * size]
         values = weight.host.view(-1).view(torch.uint8)[self.rank * size :][:size]
-        with torch.cuda.stream(copy_stream):
-            copy_stream.wait_event(slot.used)
+        with torch.cuda.stream(self._copy_stream):
+            self._copy_stream.wait_event(slot.used)
             part[: len(values)].copy_(values, non_blocking=True)  # the last part may be padded
             work = dist.all_gather_into_tensor(
                 slot.memory, part, group=self._group, async_op=True
