@@ -70,7 +70,7 @@ class StreamedHead:
 
     def resident_blocks(self, start: int = 0, stop: int | None = None):
         """Visits the blocks of rows start:stop: the first row, weight (v, C), bias (v,) of each."""
-        streaming, units = self.streaming, self.streaming.visits.head_units
+        streaming, units = self.streaming, self.streaming.head_units
         for unit, (first, stored) in zip(units, self.blocks, strict=True):
             if first + stored.shape[0] <= start or stop is not None and first >= stop:
                 continue

@@ -61,7 +61,7 @@ class StreamedLayer:
             return torch.autograd.graph.saved_tensors_hooks(OnDisk, OnDisk.read)
         on_host = plan.boundaries == "host"
         if device.type == "cuda" and streaming.planner.budget is None:
-            n_bytes = streaming.visits.n_layers * sum(x.nbytes for x in inputs)
+            n_bytes = streaming.n_layers * sum(x.nbytes for x in inputs)
             on_host = n_bytes > torch.cuda.mem_get_info(device)[0] // 4
         if on_host:
             save = streaming.host_boundaries.save

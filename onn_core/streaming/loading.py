@@ -42,7 +42,6 @@ from onn_core.ops.matmul import (
 )
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import local_rank, n_local
-from onn_core.streaming.batching import Batching
 from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
@@ -50,9 +49,8 @@ from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
 from onn_core.streaming.lazy import LazyWeight, StreamedParameter
 from onn_core.streaming.model import require_no_sharding, streamed_class
-from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
-from onn_core.streaming.visits import Streaming, Visits
+from onn_core.streaming.visits import Streaming
 from onn_core.weights.dequantise import is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import Source, find_sources
@@ -216,14 +214,17 @@ def open_streamed(
         stream = make_stream()
     else:
         stream = member = together.join(model, make_stream, Part(planner, chunk_size))
-    visits = Visits(
-        stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
-    )
     host_memory = HostMemory(device)
-    boundaries = HostBoundaries(host_memory, device)
-    captures = Captures(device) if device.type == "cuda" and member is None else None
     streaming = Streaming(
-        stream, planner, visits, Passes(), Batching(), boundaries, device, member, captures
+        stream,
+        planner,
+        n_layers=len(units),
+        head_units=range(len(units), len(units) + len(blocks)),
+        host_boundaries=HostBoundaries(host_memory, device),
+        device=device,
+        memory_before=memory_before,
+        member=member,
+        captures=Captures(device) if device.type == "cuda" and member is None else None,
     )
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
@@ -247,8 +248,8 @@ def open_streamed(
     model.connect(streaming, model_folder, streamed_layers, streamed_head, rows)
     weakref.finalize(model, stream.close)
     weakref.finalize(model, host_memory.close)
-    if captures is not None:
-        weakref.finalize(model, captures.clear)
+    if streaming.captures is not None:
+        weakref.finalize(model, streaming.captures.clear)
     return model.eval()
 
 

@@ -9,7 +9,9 @@ import functools
 import inspect
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -51,7 +53,8 @@ class StreamedModel:
 
     def counts(self) -> Counts:
         """What was waited, read and computed since the model was loaded."""
-        return self.streaming.visits.counts()
+        done, seconds = self.streaming.stream.counts, Counter(self.streaming.seconds)
+        return Counts(done.wait_s, done.bytes_read, done.weight_loads.total(), seconds)
 
     def count_reserved_graphs(self) -> int:
         """Layers whose graph is reserved at the moment."""
@@ -73,58 +76,40 @@ class StreamedModel:
 
     def on_visit(self, callback: Callable[[str, int], None]) -> RemovableHandle:
         """Call `callback(phase, unit)` when a visit begins; phase: forward, head or backward."""
-        return self.streaming.visits.watch(callback)
+        handle = RemovableHandle(self.streaming.watchers)
+        self.streaming.watchers[handle.id] = callback
+        return handle
 
     def n_visits_in_step(self) -> int:
         """Visits of a training step like the latest."""
-        return len(self.streaming.visits.step_uses(self.streaming.passes.latest.lowest))
+        return len(self.streaming.step_uses(self.streaming.passes.latest.lowest))
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[list[Event]]:
         """Inside, what is computed and read is noted: (phase or "read", unit, start, stop)."""
-        visits, events = self.streaming.visits, []
-        before, visits.trace = visits.trace, events
-        visits.stream.trace = events
-        try:
+        events: list[Event] = []
+        with changed(self.streaming, trace=events), changed(self.streaming.stream, trace=events):
             yield events
-        finally:
-            visits.trace = visits.stream.trace = before
 
-    @contextlib.contextmanager
-    def stoppable(self, check: Callable[[], None]) -> Iterator[None]:
+    def stoppable(self, check: Callable[[], None]) -> AbstractContextManager[None]:
         """Inside, `check` is called at each visit and while it waits; it may raise."""
-        before, self.streaming.stream.check = self.streaming.stream.check, check
-        try:
-            yield
-        finally:
-            self.streaming.stream.check = before
+        return changed(self.streaming.stream, check=check)
 
-    @contextlib.contextmanager
     def rows_hook(
         self, hook: RowHook, group_size: int | None = None, n_graded: int | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Inside, `hook(layer, rows, args, kwargs)` is entered around each micro-batch in a layer.
 
         It is a context manager that yields the arguments for the layer. group_size: samples; no
         micro-batch and no cache crosses a multiple of it. n_graded: such a multiple; samples from
         there on have no gradient, and backward does not recompute them.
         """
-        passes = self.streaming.passes
-        before = passes.row_hook, passes.group_size, passes.n_graded
-        passes.row_hook, passes.group_size, passes.n_graded = hook, group_size, n_graded
-        try:
-            yield
-        finally:
-            passes.row_hook, passes.group_size, passes.n_graded = before
+        groups = {"row_hook": hook, "group_size": group_size, "n_graded": n_graded}
+        return changed(self.streaming.passes, **groups)
 
-    @contextlib.contextmanager
-    def deferred_logits(self) -> Iterator[None]:
+    def deferred_logits(self) -> AbstractContextManager[None]:
         """Inside, logits wait until they are used: see `head.Logits`."""
-        before, self._defers_logits = self._defers_logits, True
-        try:
-            yield
-        finally:
-            self._defers_logits = before
+        return changed(self, _defers_logits=True)
 
     def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each token that follows in a batch (B, T), 0 where it is not counted: (B, T).
@@ -347,6 +332,19 @@ class StreamedModel:
                     f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
                     "DoRA with init_lora_weights True."
                 )
+
+
+@contextlib.contextmanager
+def changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, `owner` has these values of its attributes."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def require_no_sharding() -> None:
