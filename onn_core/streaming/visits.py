@@ -36,12 +36,11 @@ class Counts:
     seconds: Counter
 
     def __sub__(self, before: "Counts") -> "Counts":
-        seconds = {phase: s - before.seconds[phase] for phase, s in self.seconds.items()}
         return Counts(
             self.wait_s - before.wait_s,
             self.bytes_read - before.bytes_read,
             self.weight_loads - before.weight_loads,
-            Counter(seconds),
+            self.seconds - before.seconds,
         )
 
 
