@@ -285,9 +285,8 @@ class SavedTensors:
         weight, shape, stride, offset = packed
         self._uses_left[weight] -= 1
         before, self._previous = self._previous, weight
-        self.weights.streaming.stream.request(
-            weight
-        )  # before another may take the room of `before`
+        # Before another may take the room of `before`.
+        self.weights.streaming.stream.request(weight)
         if self.drops and before not in (None, weight) and self._uses_left[before] == 0:
             self.weights.drop(before)
         tensor = self.weights.wait(weight)

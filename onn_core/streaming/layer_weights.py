@@ -54,7 +54,7 @@ class LayerWeights:
         self.streaming = streaming
         self.at_address: dict[int, StreamedWeight] = {}  # of the memory where it is now
         self._bindings = bindings
-        # Two views of the bindings: a weight may be in several modules, a module has several weights.
+        # A weight may be in several modules, and a module has several weights.
         self._by_weight: dict[StreamedWeight, list[Binding]] = {}
         self.by_module: dict[nn.Module, list[Binding]] = {}
         for binding in bindings:
