@@ -94,9 +94,9 @@ def token_losses(
 
     (1, T) of a model without an adapter. A token that is not counted has 0.
     """
-    found, (base, has_adapter) = [], streamed_base(model)
-    of = model, base, [True, False][: 1 + has_adapter], examples, _pad_id(tokenizer, base)
-    for part, losses in _losses_by_batch(*of, batch_size):
+    found, (base, choices) = [], streamed_base(model)
+    pad_id = _pad_id(tokenizer, base)
+    for part, losses in _losses_by_batch(model, base, choices, examples, pad_id, batch_size):
         losses = F.pad(losses, (1, 0)).cpu()  # each was at the token before
         found += [losses[:, row, : len(own.input_ids)] for row, own in enumerate(part)]
     return found
@@ -120,18 +120,15 @@ def answers(
     """
     require_integer("max_new_tokens", max_new_tokens)
     require_integer("batch_size", batch_size)
-    prompts = (
-        [prompts]
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
-        else list(prompts)
-    )
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        prompts = [prompts]
+    prompts = list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ConfigError(f'prompts must be texts such as ["What is AI?"], not {prompt!r:.60}.')
     tokenizer = _with_template(tokenizer, chat_template)
     asked = [data.prompt_ids(prompt, tokenizer) for prompt in prompts]
-    base, has_adapter = streamed_base(model)
-    choices = [True, False][: 1 + has_adapter]
+    base, choices = streamed_base(model)
     pad_id, found = _pad_id(tokenizer, base), []
     for ids in asked:
         require_ids_fit(tokenizer, max(ids), _n_embeddings(base))
@@ -182,8 +179,8 @@ def _pad_id(tokenizer: Any, base: Any) -> int:
     return pad_id if pad_id < _n_embeddings(base) else 0
 
 
-def streamed_base(model: Any) -> tuple[StreamedModel, bool]:
-    """The streamed model inside `model`, and whether it has an adapter to compare with.
+def streamed_base(model: Any) -> tuple[StreamedModel, list[Choice]]:
+    """The streamed model inside `model`; what to compare: as it is, and without its adapter.
 
     ConfigError if none is inside, or the adapter cannot be switched off within a pass.
     """
@@ -199,7 +196,7 @@ def streamed_base(model: Any) -> tuple[StreamedModel, bool]:
             "an adapter outside the decoder layers cannot be switched off within a pass: evaluate "
             "with model.disable_adapter() and without."
         )
-    return base, bool(inside)
+    return base, [True, False] if inside else [True]
 
 
 def _mean_losses(
@@ -252,8 +249,7 @@ def _adapted(
 ) -> Iterator[tuple[Any, list[Choice]]]:
     """The model to run, inside with the `adapters` if there are any, and what to choose of them."""
     if adapters is None:
-        _, has_adapter = streamed_base(model)
-        yield model, [True, False][: 1 + has_adapter]
+        yield model, streamed_base(model)[1]
         return
     if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Iterable):
         raise ConfigError(f"adapters must be a list of folders, not {adapters!r:.60}.")

@@ -128,12 +128,10 @@ def _set_up(
                     member.expect(trainer.n_rows(n_samples), config.max_length)
             run.trainer, run.random = trainer, random_state(device)
             group.append(run)
-            continue
-        except TooManyRunsError:
-            together.members[:] = members
-            break
         except OnnError as error:
             together.members[:] = members
+            if isinstance(error, TooManyRunsError):
+                break
             status = f"stopped: {error}"
             run.error, run.record = error, RunRecord(run.config.without_paths(), status=status)
     return group

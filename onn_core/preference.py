@@ -1,4 +1,4 @@
-"""Preference training in one visit of each layer: policy and reference are rows of one batch.
+"""Direct preference optimisation (DPO, Rafailov et al. 2023) in one visit of each layer.
 
 A batch of P pairs has its chosen answers, then its rejected ones (2 P, T). The model runs them
 twice, first with its adapter (the policy), then without (the reference), and a layer that is
@@ -10,11 +10,11 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from onn_core.adapters.by_rows import by_rows, find_tuners, repeated
 from onn_core.ops.cross_entropy import IGNORED
-from onn_core.ops.preference import dpo_losses
 from onn_core.streaming.model import StreamedModel
 
 N_ROWS = 4  # of a pair, in a visit: chosen and rejected, of policy and reference
@@ -42,6 +42,18 @@ def run_pairs(
     pair_losses, margins = dpo_losses(losses, beta)
     counts = (batch["labels"] != IGNORED).any(-1).view(2, -1).any(0).to(losses.device)  # (P,)
     return PairsOutput((pair_losses * counts).sum() / n_pairs, int((margins > 0).sum()))
+
+
+def dpo_losses(losses: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each pair (P,), and the margin of its rewards (P,): above 0 it is told right.
+
+    losses: cross-entropies of tokens (4 P, T), 0 where not counted: of the policy on the chosen
+    answers and on the rejected ones, then of the reference on both. A reward is `beta` times the
+    logarithm of how much likelier an answer is to the policy than to the reference.
+    """
+    chosen, rejected, base_chosen, base_rejected = (-losses.sum(-1)).chunk(4)
+    margins = beta * ((chosen - base_chosen) - (rejected - base_rejected))
+    return -F.logsigmoid(margins), margins
 
 
 def train_adapters_only(model: nn.Module) -> None:

@@ -137,7 +137,10 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What is done inside is done in every process, or has failed in every process."""
+        """What is done inside is done in every process, or has failed in every process.
+
+        Not to be mistaken for `streaming.together`: several runs in one process.
+        """
         try:
             yield
         except BaseException as error:

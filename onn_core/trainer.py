@@ -4,7 +4,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class ChunkedLoraTrainer:
             dtype=config.dtype,
             together=self.together,
         )
-        digests = self.base.keep_digests() if config.verify_weights else None
+        digests = self.base.hash_reads() if config.verify_weights else None
         self.device = self.base.device
         self.tokenizer = data.load_tokenizer(config.model_dir)
         require_context(self.base.config, config.max_length, "max_length")
@@ -236,59 +236,52 @@ class ChunkedLoraTrainer:
         """Gradients of all `parts` (each a batch), then one update."""
         config = self.config
         started, before = time.perf_counter(), self.base.counts()
+        rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = rate
 
-        processes = self.processes
-        n_counted = sum(int((part["labels"] != data.IGNORED).sum()) for part in parts)
-        n_samples = sum(map(self._count_samples, parts))
+        n_items = sum(map(self._count_items, parts))
         own = [self._own(part) for part in parts]
-        draws = random.Random(f"step {config.seed} {step} {processes.rank}")  # of dropout
+        draws = random.Random(f"step {config.seed} {step} {self.processes.rank}")  # of dropout
         torch.manual_seed(draws.getrandbits(63))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
         by_layer: dict[str, float] = {}
-        optimizer_started, finite = started, True
+        optimizer_started = started
 
         def allow(loss: float, norm: float) -> bool:
-            nonlocal by_layer, optimizer_started, finite
+            """Whether to update: not where a loss scale, which is then lowered, overflowed."""
+            nonlocal by_layer, optimizer_started
             optimizer_started = time.perf_counter()
             by_layer = grad_norm_by_layer(self.base.streamed_layers)
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite and (scale is None or skips + 1 >= MAX_SKIPS):
-                self.optimizer.zero_grad()
-                run = functools.partial(self._forward, **own[0], num_items_in_batch=1)
-                where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
-                where = max(processes.meet(where))  # "the output of ...", if one of them found it
-                raise NonFiniteError(
-                    f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step "
-                    f"{step - 1} is saved: lower learning_rate, or use bfloat16, float32 adapters "
-                    "or loss_scale."
-                )
+                raise self._non_finite(step, own[0], loss, by_layer)
             self.saver.whole = False  # until the step is finished
             return finite
 
         loss, grad_norm = optimizer_step(
             self._forward,
             own,
-            n_samples if self.by_pairs else n_counted,
+            n_items,
             self.optimizer,
             scaler=self.scaler,
             max_grad_norm=config.max_grad_norm,
             allow=allow,
-            processes=processes,
+            processes=self.processes,
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
         stopped, done = time.perf_counter(), self.base.counts() - before
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         return StepRecord(
             step=step,
-            samples=n_samples,
+            samples=sum(map(self._count_samples, parts)),
             tokens=sum(part["labels"].numel() for part in parts),
-            counted_tokens=n_counted,
+            counted_tokens=sum(map(count_tokens, parts)),
             loss=loss,
-            learning_rate=learning_rate(config, step),
+            learning_rate=rate,
             grad_norm=grad_norm,
             grad_norm_by_layer=by_layer,
             step_s=stopped - started,
@@ -304,6 +297,19 @@ class ChunkedLoraTrainer:
             loss_scale=scale,
         )
 
+    def _non_finite(
+        self, step: int, batch: dict[str, torch.Tensor], loss: float, by_layer: dict[str, float]
+    ) -> NonFiniteError:
+        """The error that says where it began; by_layer: the norms of the layers' gradients."""
+        self.optimizer.zero_grad()
+        run = functools.partial(self._forward, **batch, num_items_in_batch=1)
+        where = first_non_finite(self.base.streamed_layers, run, loss, by_layer)
+        where = max(self.processes.meet(where))  # "the output of ...", if one of them found it
+        return NonFiniteError(
+            f"step {step}: {where} became NaN or Inf (loss {loss}); the adapter of step {step - 1} "
+            "is saved: lower learning_rate, or use bfloat16, float32 adapters or loss_scale."
+        )
+
     def _forward(self, num_items_in_batch: int, **batch: torch.Tensor) -> Any:
         """The model's outputs; their loss is summed and divided by `num_items_in_batch`."""
         batch = {name: values.to(self.device) for name, values in batch.items()}
@@ -315,6 +321,10 @@ class ChunkedLoraTrainer:
     def _count_samples(self, batch: dict[str, torch.Tensor]) -> int:
         return len(batch["labels"]) // self.n_sides
 
+    def _count_items(self, batch: dict[str, torch.Tensor]) -> int:
+        """What a loss is the mean of: pairs, or tokens that count."""
+        return self._count_samples(batch) if self.by_pairs else count_tokens(batch)
+
     def _own(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What this process takes of a batch."""
         return data.rows_of(batch, self.processes.rank, self.processes.size, self.n_sides)
@@ -322,29 +332,24 @@ class ChunkedLoraTrainer:
     def _train_mode(self) -> None:
         train_adapters_only(self.model) if self.by_pairs else self.model.train()
 
-    def evaluate(
-        self, examples: Sequence[data.Example | data.Pair] | None = None
-    ) -> tuple[float, float | None]:
-        """Mean loss over the counted tokens of held-out (or given) examples; no graph.
+    def evaluate(self) -> tuple[float, float | None]:
+        """Mean loss over the counted tokens of held-out examples; no graph.
 
         Of pairs it is the mean over them, and the accuracy comes along, else None.
         """
-        examples = self.held_out[: self.config.eval_samples] if examples is None else examples
-        size, total, n_items = self.config.eval_batch_size or self.config.batch_size, 0.0, 0
-        n_right = 0
+        examples = self.held_out[: self.config.eval_samples]
+        size = self.config.eval_batch_size or self.config.batch_size
+        total, n_items, n_right = 0.0, 0, 0
         self.model.eval()
         with torch.no_grad():
             for start in range(0, len(examples), size):
                 batch = data.collate(examples[start : start + size], self.tokenizer.pad_token_id)
-                if self.by_pairs:
-                    n_items += self._count_samples(batch)
-                else:
-                    n_items += int((batch["labels"] != data.IGNORED).sum())
+                n_items += self._count_items(batch)
                 outputs = self._forward(1, **self._own(batch))
                 total += float(outputs.loss)
                 n_right += outputs.n_right if self.by_pairs else 0
         self._train_mode()
-        self.base.check_files()
+        self.base.model_folder.check_unchanged()
         self.processes.meet()
         total, n_right = self.processes.sum(total), self.processes.sum(n_right)
         return total / n_items, n_right / n_items if self.by_pairs else None
@@ -364,6 +369,11 @@ class ChunkedLoraTrainer:
         examples = data.batches(self.train_set, config.batch_size, config.seed, **order)
         while parts := list(islice(examples, n_parts)):
             yield [data.collate(part, self.tokenizer.pad_token_id) for part in parts]
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """The tokens of a batch that have a label."""
+    return int((batch["labels"] != data.IGNORED).sum())
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

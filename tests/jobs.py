@@ -23,13 +23,13 @@ import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.run.resume import RunSaver
 from onn_core.streaming.call import Call
-from onn_core.streaming.recompute import Visit
+from onn_core.streaming.layer import Recompute
 from onn_core.trainer import ChunkedLoraTrainer
 from onn_core.weights.reader import DirectFiles
 
 PHASES = {
     "forward": (Call, "run_forward"),
-    "backward": (Visit, "backward"),
+    "backward": (Recompute, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
     "evaluation": (ChunkedLoraTrainer, "evaluate"),
     "checkpoint": (Checkpoints, "save"),

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from onn_core.errors import ConfigError
@@ -149,11 +149,42 @@ def make_plan(
     chunk_size: int = 1,
     micro_batch_size: int | None = None,
 ) -> Plan:
-    """The plan for batches of (batch_size, n_tokens) that fits `budget` and reads least.
+    """The plan for batches of (batch_size, n_tokens) that fits `budget`.
 
-    Without a budget: `chunk_size` layers, the whole batch. ConfigError, with the arithmetic, if
-    nothing fits.
+    With `sizes.step_s` the one whose step takes the least time; else the first candidate that fits,
+    which reads least. Without a budget: `chunk_size` layers, the whole batch. ConfigError, with the
+    arithmetic, if nothing fits.
     """
+    if budget is None:
+        micro_batch_size = micro_batch_size or batch_size
+    plans: list[Plan] = []
+    for plan in _candidates(sizes, batch_size, n_tokens, chunk_size, micro_batch_size):
+        if budget is None:
+            return plan
+        if sizes.margin * plan.peak_bytes > budget:
+            continue
+        fractions = (None,) if sizes.step_s is None else GRAPH_FRACTIONS
+        for most in fractions[:1] if plan.captured else fractions:
+            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+            plans.append(_add_residents(full, sizes, budget))
+        if sizes.step_s is None:
+            break
+    if not plans:
+        raise ConfigError(
+            f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
+            f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: "
+            "raise it, or lower chunk_size, batch_size or max_length."
+        )
+    best = plans[0]
+    if sizes.step_s is not None:
+        best = min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
+    return dataclasses.replace(best, head=_plan_head(sizes, best, batch_size, n_tokens))
+
+
+def _candidates(
+    sizes: Sizes, batch_size: int, n_tokens: int, chunk_size: int, micro_batch_size: int | None
+) -> Iterator[Plan]:
+    """All plans, with no graph reserved yet; in the order of preference, where no time decides."""
     head = count_slots(sizes.head, 1)
     weights = [(chunk_size, count_slots(sizes.layers, chunk_size) + head)]
     if chunk_size == 1 and not sizes.on_cpu:
@@ -164,18 +195,22 @@ def make_plan(
     scratches = [count_dense(sizes.layers, whole_unit=whole) for whole in (True, False)]
     scratches = scratches[:1] if scratches[0] == scratches[1] else scratches
     places = ("memory", "disk" if sizes.on_cpu else "host")
-    micro = _all_micro_batches(batch_size)
-    if micro_batch_size is not None:
+    if micro_batch_size is None:
+        micro = [batch_size]
+        while micro[-1] > 1:
+            micro.append(-(-micro[-1] // 2))
+    else:
         micro = [min(micro_batch_size, batch_size)]
-    tries = itertools.product(weights, places, micro, (False, True))
-    if sizes.step_s is None:
-        tries = [t for t in tries if not t[3]]
-    if micro_batch_size is None and budget is not None and sizes.step_s is None:
-        fast = _fast_micro_batch(sizes, batch_size, n_tokens)
+    is_timed = sizes.step_s is not None
+    tries = list(itertools.product(weights, places, micro, (False, True)[: 1 + is_timed]))
+    if micro_batch_size is None and not is_timed:
+        # None is larger than it takes to multiply at full speed; but matrix by matrix, where each
+        # micro-batch reads all anew, the largest comes first.
+        fast = min(
+            (n for n in micro if n * n_tokens >= sizes.full_speed_tokens), default=batch_size
+        )
         tries = [t for t in tries if t[2] <= fast or not t[0][0]]
-        # matrix by matrix, each micro-batch reads all anew
         tries.sort(key=lambda t: (not t[0][0], 0 if t[0][0] else 1 / t[2]))
-    plans: list[Plan] = []
     for (n_resident, slots), place, size, captured in tries:
         if captured and (
             batch_size % size or not n_resident or size * n_tokens > MAX_CAPTURED_TOKENS
@@ -184,46 +219,17 @@ def make_plan(
         # Graphs have the whole layer dense in memory of their own.
         for dense in scratches if n_resident and not captured else scratches[-1:]:
             given = (dense, slots, place, batch_size, size, n_tokens, captured)
-            count = functools.partial(_count_terms, sizes, *given)
-            n_micro = -(-batch_size // size)
-            plan = Plan(slots, n_resident, size, n_micro, 0, place, count, dense=dense)
-            plan = dataclasses.replace(plan, captured=captured)
-            if budget is None:
-                return plan
-            if sizes.margin * plan.peak_bytes > budget:
-                continue
-            fractions = GRAPH_FRACTIONS if sizes.step_s else (None,)
-            for most in fractions[:1] if captured else fractions:
-                full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
-                plans.append(_add_residents(full, sizes, budget))
-            if sizes.step_s is None:
-                break
-        if plans and sizes.step_s is None:
-            break
-    if plans:
-        plan = plans[0]
-        if sizes.step_s is not None:
-            plan = min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
-        return dataclasses.replace(plan, head=_plan_head(sizes, plan, batch_size, n_tokens))
-    raise ConfigError(
-        f"memory_budget of {budget / 2**20:.0f} MiB is too small for a batch of {batch_size} x "
-        f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: raise "
-        "it, or lower chunk_size, batch_size or max_length."
-    )
-
-
-def _all_micro_batches(batch_size: int) -> list[int]:
-    all_sizes = [batch_size]
-    while all_sizes[-1] > 1:
-        all_sizes.append(-(-all_sizes[-1] // 2))
-    return all_sizes
-
-
-def _fast_micro_batch(sizes: Sizes, batch_size: int, n_tokens: int) -> int:
-    """The smallest that multiplies at full speed."""
-    all_sizes = _all_micro_batches(batch_size)
-    fast = [size for size in all_sizes if size * n_tokens >= sizes.full_speed_tokens]
-    return (fast or all_sizes[:1])[-1]
+            yield Plan(
+                slots,
+                n_resident,
+                micro_batch_size=size,
+                n_micro_batches=-(-batch_size // size),
+                n_reserved=0,
+                boundaries=place,
+                count_terms=functools.partial(_count_terms, sizes, *given),
+                dense=dense,
+                captured=captured,
+            )
 
 
 def _reserve_graphs(

@@ -64,8 +64,8 @@ class Planner:
             return self._micro_batch_size
         return max(1, self.plan.micro_batch_size * self._load.length // self._length)
 
-    def hold(self, host_bytes: int) -> None:
-        """From the next plan on, leave room for so much of host memory, if it is this budget's."""
+    def leave_room(self, host_bytes: int) -> None:
+        """In the next plans, room for what else is in host memory, if that is this budget's."""
         if self.sizes.on_cpu:
             held = self.sizes.held_bytes + host_bytes
             self.sizes = dataclasses.replace(self.sizes, held_bytes=held)

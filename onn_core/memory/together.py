@@ -1,4 +1,7 @@
-"""One plan for several models that run together: their weights are shared, all else adds up."""
+"""One plan for several models that run together: their weights are shared, all else adds up.
+
+`streaming/together.py` runs them, in turns, over one stream.
+"""
 
 import dataclasses
 import functools
@@ -65,11 +68,14 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
                 f"{len(parts)} runs in one pass need {_plan_sum(parts, place, None).terms}, which "
                 f"a memory_budget of {budget / 2**20:.0f} MiB has no room for: at most {fits} fit."
             ) from error
-        changes = {"slots": whole.slots, "n_resident": whole.n_resident, "n_reserved": 0}
-        changes["dense"] = whole.dense
-        return [
-            part.planner.plan.with_terms(whole.terms, boundaries=place, **changes) for part in parts
-        ]
+        changes = {
+            "slots": whole.slots,
+            "n_resident": whole.n_resident,
+            "n_reserved": 0,
+            "dense": whole.dense,
+            "boundaries": place,
+        }
+        return [part.planner.plan.with_terms(whole.terms, **changes) for part in parts]
     raise AssertionError("the last place returns or raises")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from onn_core.ops.blocks import blocks_of
 from onn_core.ops.matmul import matmul, matmul_grad
 
 IGNORED = -100  # a label that is not counted
@@ -23,7 +24,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 def token_chunks(n_tokens: int, n_rows: int, at_most: int | None = None) -> list[slice]:
     """Slices of tokens whose float32 logits over `n_rows` stay within LOGITS_BYTES."""
     size = min(at_most or max(1, n_tokens), max(1, LOGITS_BYTES // (4 * n_rows)))
-    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
+    return blocks_of(n_tokens, size)
 
 
 @dataclasses.dataclass
@@ -66,10 +67,10 @@ class OnlineCrossEntropy:
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
         n_tokens = len(self.labels)
-        chunks = token_chunks(n_tokens, len(weight), HEAD_TOKENS)
         if self.chunk_tokens is not None:
-            starts = range(0, n_tokens, self.chunk_tokens)
-            chunks = [slice(start, min(start + self.chunk_tokens, n_tokens)) for start in starts]
+            chunks = blocks_of(n_tokens, self.chunk_tokens)
+        else:
+            chunks = token_chunks(n_tokens, len(weight), HEAD_TOKENS)
         for tokens in chunks:
             self._add_tokens(tokens, first, weight, bias)
 

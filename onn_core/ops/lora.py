@@ -11,7 +11,6 @@ in bf16, and products of parts are summed in float32 (Markidis et al. 2018, Ooto
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from onn_core.ops.blocks import blocks_of
 from onn_core.ops.matmul import in_float32
 
 BLOCK_BYTES = 1 << 20  # of a few rows' wider copy on a CPU; it must stay in the cache
@@ -241,13 +241,10 @@ def _rows_at_once(x: torch.Tensor, n_out: int, compute: torch.dtype) -> int:
     return max(16, n_bytes // (compute.itemsize * max(x.shape[1], n_out)))
 
 
-def _row_blocks(x: torch.Tensor, n_out: int, compute: torch.dtype) -> Iterator[slice]:
+def _row_blocks(x: torch.Tensor, n_out: int, compute: torch.dtype) -> list[slice]:
     """Slices of so many rows; at least one."""
     size, n = _rows_at_once(x, n_out, compute), max(len(x), 1)
-    if x.is_meta:  # one block stands for all
-        n = min(n, size)
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
+    return blocks_of(min(n, size) if x.is_meta else n, size)  # on meta, one stands for all
 
 
 # ---- float32 products on bf16 tensor cores

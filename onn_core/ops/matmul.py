@@ -11,12 +11,14 @@ every result is rounded to float16, as tensor cores do.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from onn_core.ops.blocks import blocks_of
 
 BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
 FEW_TOKENS = 64  # up to here the block is the better left operand
@@ -59,15 +61,15 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x (..., C) times weight (V, C) transposed, plus bias (V,) -> (..., V), in the dtype of x."""
     if in_float32(x.dtype, x.device):
         return matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    blocks = list(_row_blocks(weight))
-    if weight.dtype == x.dtype or len(blocks) == 1:
+    parts = _row_blocks(weight)
+    if weight.dtype == x.dtype or len(parts) == 1:
         return F.linear(x, weight.to(x.dtype), bias)
     flat = x.reshape(-1, x.shape[-1])  # (n, C)
     few = len(flat) <= FEW_TOKENS
     out = flat.new_empty((len(weight), len(flat)) if few else (len(flat), len(weight)))
-    buffer = flat.new_empty(blocks[0].stop, weight.shape[1])
+    buffer = flat.new_empty(parts[0].stop, weight.shape[1])
     turned = flat.t().contiguous() if few else None  # (C, n)
-    for rows in blocks:
+    for rows in parts:
         block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
         if few:
             torch.mm(block, turned, out=out[rows])
@@ -81,13 +83,13 @@ def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad (..., V) times weight (V, C) -> (..., C), in the dtype of grad."""
     if in_float32(grad.dtype, grad.device):
         return matmul_grad(grad.float(), weight).to(grad.dtype)
-    blocks = list(_row_blocks(weight))
-    if weight.dtype == grad.dtype or len(blocks) == 1:
+    parts = _row_blocks(weight)
+    if weight.dtype == grad.dtype or len(parts) == 1:
         return grad @ weight.to(grad.dtype)
     turned = grad.reshape(-1, grad.shape[-1]).t().contiguous()  # (V, n)
     total = turned.new_zeros(weight.shape[1], turned.shape[1])  # (C, n)
-    buffer = turned.new_empty(blocks[0].stop, weight.shape[1])
-    for rows in blocks:  # the block as the left operand took up to a third less time
+    buffer = turned.new_empty(parts[0].stop, weight.shape[1])
+    for rows in parts:  # the block as the left operand took up to a third less time
         block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
         total.addmm_(block.t(), turned[rows])
     return total.t().contiguous().view(*grad.shape[:-1], weight.shape[1])
@@ -144,8 +146,6 @@ class ScaledMatmul(torch.autograd.Function):
         return matmul_grad(scaled, numbers).to(grad.dtype), None, None
 
 
-def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+def _row_blocks(weight: torch.Tensor) -> list[slice]:
     """Slices of rows whose float32 copy is at most BLOCK_BYTES."""
-    size = max(16, BLOCK_BYTES // (4 * weight.shape[1]) // 16 * 16)
-    for start in range(0, len(weight), size):
-        yield slice(start, min(start + size, len(weight)))
+    return blocks_of(len(weight), max(16, BLOCK_BYTES // (4 * weight.shape[1]) // 16 * 16))

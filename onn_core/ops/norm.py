@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onn_core.ops.blocks import blocks_of
+
 ROWS_BYTES = 8 << 20  # of a part in float32; its graph has several
 
 
@@ -62,7 +64,5 @@ class _InParts(torch.autograd.Function):
 def _parts(x: torch.Tensor, n_parts: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """(..., C) as parts (1, n, C) of about as many rows each, with their places."""
     flat = x.detach().reshape(1, -1, x.shape[-1])
-    size = -(-flat.shape[1] // n_parts)
-    for start in range(0, flat.shape[1], size):
-        rows = slice(start, start + size)
+    for rows in blocks_of(flat.shape[1], -(-flat.shape[1] // n_parts)):
         yield rows, flat[:, rows].detach()

@@ -81,8 +81,8 @@ def geometry_of(
     sizes = Sizes(
         layers=units,
         head=[
-            [StreamedWeight(None, (stop - start, hidden_size), dtype, on_device=not on_cpu)]
-            for start, stop in blocks
+            [StreamedWeight(None, (rows.stop - rows.start, hidden_size), dtype, not on_cpu)]
+            for rows in blocks
         ],
         held_bytes=sum(p.nbytes for p in held),
         hidden_bytes=hidden_size * compute_dtype.itemsize,

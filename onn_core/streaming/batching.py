@@ -20,7 +20,7 @@ CANNOT_CUT = "set micro_batch_size to None: {} cannot be cut into micro-batches 
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Place:
     """Where a tensor holds its samples: `per_sample` rows each, one after another, on `axis`."""
 
     axis: int
@@ -50,7 +50,7 @@ class Batching:
 
     def answer(self, leaves: list[Any]) -> Any:
         """What a layer returns in a probe."""
-        self._seen.append([x.shape if isinstance(x, torch.Tensor) else None for x in leaves])
+        self._seen.append([x.shape if torch.is_tensor(x) else None for x in leaves])
         if not self._returns:
             raise Reached
         spec, outputs = self._returns[min(len(self._seen), len(self._returns)) - 1]
@@ -62,7 +62,7 @@ class Batching:
         batch_size: int,
         leaves: list[Any],
         outputs: list[Any],
-        places: list[Rows],
+        places: list[Place],
         spec: Any,
     ) -> None:
         """Remember what a call returns; places: of the tensors among the outputs."""
@@ -71,37 +71,41 @@ class Batching:
             makers = [_maker(x, leaves, remaining, batch_size + 1) for x in outputs]
             self._returns.append((spec, makers))
 
-    def rows_of(self, of: Pass, number: int, leaves: list[Any], what: str) -> list[Rows | None]:
+    def find_places(
+        self, in_pass: Pass, number: int, leaves: list[Any], what: str
+    ) -> list[Place | None]:
         """Of each leaf of a call: where its samples are, None if it goes whole. ConfigError."""
-        if of.run is None or of.batch_size is None:
+        if in_pass.run is None or in_pass.batch_size is None:
             raise ConfigError(CANNOT_CUT.format(what, "it was not called by its model"))
-        key = tuple(getattr(x, "shape", None) for x in pytree.tree_leaves((of.args, of.kwargs)))
+        given = pytree.tree_leaves((in_pass.args, in_pass.kwargs))
+        key = tuple(getattr(x, "shape", None) for x in given)
         for attempt in range(2):
             known = self._known.get(key, [])
             if attempt or len(known) <= number:
-                known = self._known[key] = self._probe(of)
+                known = self._known[key] = self._probe(in_pass)
             if len(known) > number:
                 grown = known[number]
-                rows = [_compare(x, y, of.batch_size) for x, y in zip(leaves, grown, strict=False)]
-                if len(leaves) == len(grown) and False not in rows:
-                    return rows
+                size, pairs = in_pass.batch_size, zip(leaves, grown, strict=False)
+                places = [_compare(leaf, shape, size) for leaf, shape in pairs]
+                if len(leaves) == len(grown) and False not in places:
+                    return places
         raise ConfigError(CANNOT_CUT.format(what, "its arguments do not follow the batch"))
 
-    def _probe(self, of: Pass) -> list[list[Any]]:
+    def _probe(self, in_pass: Pass) -> list[list[Any]]:
         """The shapes of the leaves of each call, with one sample more, as far as it gets."""
 
         def grow(x: Any) -> Any:
-            batched = isinstance(x, torch.Tensor) and x.shape[:1] == (of.batch_size,)
+            batched = torch.is_tensor(x) and x.shape[:1] == (in_pass.batch_size,)
             return torch.cat([x, x[:1]]) if batched else x
 
         self.probing, self._seen = True, []
         devices = list(range(torch.cuda.device_count()))
         # An evaluation draws nothing: to set the generator back would undo another run's draws.
-        draws = getattr(getattr(of.run, "__self__", None), "training", True)
+        draws = getattr(getattr(in_pass.run, "__self__", None), "training", True)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices, enabled=draws):
-                args, kwargs = pytree.tree_map(grow, (of.args, of.kwargs))
-                of.run(*args, **kwargs)
+                args, kwargs = pytree.tree_map(grow, (in_pass.args, in_pass.kwargs))
+                in_pass.run(*args, **kwargs)
         except Exception:
             pass  # it got as far as it could; what it did not see is refused
         finally:
@@ -109,28 +113,28 @@ class Batching:
         return self._seen
 
 
-def _compare(leaf: Any, grown: torch.Size | None, batch_size: int) -> Rows | None | bool:
+def _compare(leaf: Any, grown: torch.Size | None, batch_size: int) -> Place | None | bool:
     """Where a leaf holds its samples, from its shape with one sample more; False if unclear."""
-    if not isinstance(leaf, torch.Tensor) or grown is None:
-        return None if not isinstance(leaf, torch.Tensor) and grown is None else False
+    if not torch.is_tensor(leaf) or grown is None:
+        return None if not torch.is_tensor(leaf) and grown is None else False
     if leaf.ndim != len(grown):
         return False
     axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] != grown[axis]]
     if not axes:
         return None
-    rows = Rows(axes[0], leaf.shape[axes[0]] // batch_size)
-    sizes = (batch_size * rows.per_sample, (batch_size + 1) * rows.per_sample)
+    place = Place(axes[0], leaf.shape[axes[0]] // batch_size)
+    sizes = (batch_size * place.per_sample, (batch_size + 1) * place.per_sample)
     fits = len(axes) == 1 and (leaf.shape[axes[0]], grown[axes[0]]) == sizes
-    return rows if fits else False
+    return place if fits else False
 
 
-def _maker(output: Any, leaves: list[Any], places: Iterator[Rows], grown: int) -> Callable:
+def _maker(output: Any, leaves: list[Any], places: Iterator[Place], grown: int) -> Callable:
     """What makes the like of an output in a probe, from the leaves that the layer is given."""
-    if not isinstance(output, torch.Tensor):
+    if not torch.is_tensor(output):
         return lambda leaves: output
     place, shape, dtype, device = next(places), list(output.shape), output.dtype, output.device
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and (leaf.shape, leaf.dtype) == (output.shape, dtype):
+        if torch.is_tensor(leaf) and (leaf.shape, leaf.dtype) == (output.shape, dtype):
             return lambda leaves: leaves[index]
     shape[place.axis] = grown * place.per_sample
     return lambda leaves: torch.zeros(shape, dtype=dtype, device=device)

@@ -1,4 +1,8 @@
-"""One call of a layer on the whole batch, in micro-batches, and the graphs of its gradients."""
+"""One call of a layer on the whole batch, in micro-batches, and the graphs of its gradients.
+
+*Leaves* are the arguments of a layer, or what it returns, as a flat list. *Rows* are the samples of
+a micro-batch; the *place* of a leaf says where it holds its samples.
+"""
 
 import contextlib
 import dataclasses
@@ -12,7 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
 from onn_core.errors import ConfigError
-from onn_core.streaming.batching import CANNOT_CUT, Rows
+from onn_core.streaming.batching import CANNOT_CUT, Place
 from onn_core.streaming.layer_weights import LayerWeights
 from onn_core.streaming.passes import random_state, set_random_state
 from onn_core.weights.slots import StreamedWeight
@@ -21,8 +25,8 @@ from onn_core.weights.slots import StreamedWeight
 class Call:
     """One call of a layer in a pass, in micro-batches.
 
-    weights: of the layer. forward: its own. leaves: the arguments as a flat list, of tensors
-    (B, ...) and others, whose structure is `spec`.
+    weights: of the layer. forward: its own. leaves: the arguments, of tensors (B, ...) and others,
+    whose structure is `spec`.
     """
 
     def __init__(
@@ -33,49 +37,55 @@ class Call:
         self.forward = forward
         self.leaves = leaves
         self.spec = spec
-        self.out_leaves: list[Any] = []
-        self.out_spec: pytree.TreeSpec | None = None
-        passes, batching = self.streaming.passes, self.streaming.batching
-        self.of = passes.latest  # the pass
+        passes, device_type = self.streaming.passes, self.streaming.device.type
+        self.in_pass = passes.latest
+        self.number = self.in_pass.next_call()
         self.hook = passes.row_hook
-        self.number = self.of.next_call()
-        of_pass = None if passes.running is None else self.of.batch_size
-        self.batch_size = of_pass or next(len(x) for x in leaves if is_tensor(x))
-        group = min(passes.group_size or self.batch_size, self.batch_size)
-        size = self.streaming.planner.micro_batch_size or group
-        with_cache = any(map(is_cache, leaves))
-        if with_cache:  # generation: a cache is filled in one go
-            size = group
-        self.slices = [
-            slice(start, min(start + size, begin + group, self.batch_size))
-            for begin in range(0, self.batch_size, group)
-            for start in range(begin, min(begin + group, self.batch_size), size)
-        ]
-        n_graded = self.batch_size if passes.n_graded is None else passes.n_graded
-        self.graded = [i for i, rows in enumerate(self.slices) if rows.start < n_graded]
-        self.rows_of: list[Rows | None] = [None] * len(leaves)
-        self.out_rows: list[Rows | None] = []  # of the output tensors
-        if len(self.slices) > 1 and with_cache:  # which a probe would not grow
-            fits = [is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in leaves]
-            self.rows_of = [Rows(0, 1) if fit else None for fit in fits]
-        elif len(self.slices) > 1:
-            self.rows_of = batching.rows_of(self.of, self.number, leaves, self._layer_name)
-        self.random_states: list[Any] = []
-        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are reserved
-        self.captured: Any = None  # a captured.CapturedLayer, if it is replayed
-        device_type = self.streaming.device.type
         self.autocast = {
             "device_type": device_type,
             "dtype": torch.get_autocast_dtype(device_type),
             "enabled": torch.is_autocast_enabled(device_type),
         }
+        of_pass = None if passes.running is None else self.in_pass.batch_size
+        self.batch_size = of_pass or next(len(x) for x in leaves if torch.is_tensor(x))
+        self.has_cache = any(map(is_cache, leaves))
+        self.slices = self._split_batch()  # the rows of each micro-batch
+        n_graded = self.batch_size if passes.n_graded is None else passes.n_graded
+        self.graded = [i for i, rows in enumerate(self.slices) if rows.start < n_graded]
+        self.places = self._find_places()  # of the leaves
+        self.out_leaves: list[Any] = []
+        self.out_spec: pytree.TreeSpec | None = None
+        self.out_places: list[Place | None] = []  # of the output tensors
+        self.random_states: list[Any] = []
+        self.graphs: list[Graph | None] = []  # of each micro-batch, if they are reserved
+        self.captured: Any = None  # a captured.CapturedLayer, if it is replayed
+
+    def _split_batch(self) -> list[slice]:
+        group = min(self.streaming.passes.group_size or self.batch_size, self.batch_size)
+        size = self.streaming.planner.micro_batch_size or group
+        if self.has_cache:  # generation: a cache is filled in one go
+            size = group
+        return [
+            slice(start, min(start + size, begin + group, self.batch_size))
+            for begin in range(0, self.batch_size, group)
+            for start in range(begin, min(begin + group, self.batch_size), size)
+        ]
+
+    def _find_places(self) -> list[Place | None]:
+        if len(self.slices) == 1:
+            return [None] * len(self.leaves)
+        if self.has_cache:  # which a probe would not grow
+            fits = [torch.is_tensor(x) and x.shape[:1] == (self.batch_size,) for x in self.leaves]
+            return [Place(0, 1) if fit else None for fit in fits]
+        batching, name = self.streaming.batching, self._layer_name
+        return batching.find_places(self.in_pass, self.number, self.leaves, name)
 
     @property
     def _layer_name(self) -> str:
         return type(self.weights.module).__name__
 
     def cut_leaves(self, rows: slice) -> list[Any]:
-        return list(map(cut, self.leaves, self.rows_of, repeat(rows)))
+        return list(map(cut, self.leaves, self.places, repeat(rows)))
 
     def run(self, leaves: list[Any], rows: slice) -> list[Any]:
         """The layer's own forward on the rows of a micro-batch; its outputs as leaves."""
@@ -95,58 +105,63 @@ class Call:
         that wait for backward.
         """
         weights, planner = self.weights, self.streaming.planner
-        device = self.streaming.device
         captures = self.streaming.captures if planner.plan.captured else None
         reserves = planner.reserves_graph(weights.number) and not weights.wrapped
-        with weights.visit("forward", self.of), torch.no_grad():
+        with weights.visit("forward", self.in_pass), torch.no_grad():
             whole: list[Any] = []
-            captured = self.captured = None if captures is None else captures.of(self)
-            if captured is not None:
-                captured.fill()
+            self.captured = None if captures is None else captures.of(self)
+            if self.captured is not None:
+                self.captured.fill()
             for number, rows in enumerate(self.slices):
                 weights.begin_micro_batch(rows is self.slices[-1])
-                if captured is None:
-                    self.random_states.append(random_state(device))
-                if captured is not None:
-                    part = captured.forward(self, rows)
-                elif inputs and reserves and number in self.graded:
-                    graph = self.build_graph(number, inputs, reserves)
-                    planner.graphs.add(graph, weights.number, graph.saved.n_bytes)
-                    self.graphs.append(graph)
-                    part = [x.detach() if is_tensor(x) else x for x in graph.leaves]
-                else:
-                    part = self.run(self.cut_leaves(rows), rows)
+                part = self._run_micro_batch(number, inputs, reserves)
                 if len(self.slices) == 1:
                     whole = part
                 else:
-                    self._place(whole, part, rows)
+                    self._put(whole, part, rows)
             weights.begin_micro_batch(False)
-            if captured is None and captures is not None:
-                captures.note_random_numbers(self.random_states[0], random_state(device))
-        if len(self.slices) > 1 and not any(map(is_cache, self.leaves)):
+            if self.captured is None and captures is not None:
+                after = random_state(self.streaming.device)
+                captures.note_random_numbers(self.random_states[0], after)
+        if len(self.slices) > 1 and not self.has_cache:
             batching, n = self.streaming.batching, self.batch_size
-            batching.note(self.number, n, self.leaves, whole, self.out_rows, self.out_spec)
-        self.out_leaves = [_TENSOR if is_tensor(leaf) else leaf for leaf in whole]
-        return tuple(leaf for leaf in whole if is_tensor(leaf))
+            batching.note(self.number, n, self.leaves, whole, self.out_places, self.out_spec)
+        self.out_leaves = [_TENSOR if torch.is_tensor(leaf) else leaf for leaf in whole]
+        return tuple(leaf for leaf in whole if torch.is_tensor(leaf))
 
-    def _place(self, whole: list[Any], part: list[Any], rows: slice) -> None:
+    def _run_micro_batch(
+        self, number: int, inputs: Sequence[torch.Tensor], reserves: bool
+    ) -> list[Any]:
+        """What the layer returns: replayed, with a graph that is reserved, or without one."""
+        rows = self.slices[number]
+        if self.captured is not None:
+            return self.captured.forward(self, rows)
+        self.random_states.append(random_state(self.streaming.device))
+        if not (inputs and reserves and number in self.graded):
+            return self.run(self.cut_leaves(rows), rows)
+        graph = self.build_graph(number, inputs, reserves)
+        self.streaming.planner.graphs.add(graph, self.weights.number, graph.saved.n_bytes)
+        self.graphs.append(graph)
+        return [x.detach() if torch.is_tensor(x) else x for x in graph.leaves]
+
+    def _put(self, whole: list[Any], part: list[Any], rows: slice) -> None:
         """whole[rows] = part, for every output, each with its samples where an input has them."""
         n_rows = rows.stop - rows.start
         if rows.start == 0:
-            places = list(dict.fromkeys([*filter(None, self.rows_of), Rows(0, 1)]))
+            places = list(dict.fromkeys([*filter(None, self.places), Place(0, 1)]))
             for value in part:
-                fits = [x for x in places if is_tensor(value) and x.holds(value, n_rows)]
-                if not is_tensor(value) or not fits:
+                fits = [x for x in places if torch.is_tensor(value) and x.holds(value, n_rows)]
+                if not torch.is_tensor(value) or not fits:
                     whole.append(value)
                     continue
                 shape = list(value.shape)
                 shape[fits[0].axis] = self.batch_size * fits[0].per_sample
                 whole.append(value.new_empty(shape))
-                self.out_rows.append(fits[0])
-        tensors = [index for index, value in enumerate(part) if is_tensor(value)]
-        if len(tensors) != len(self.out_rows):
+                self.out_places.append(fits[0])
+        tensors = [index for index, value in enumerate(part) if torch.is_tensor(value)]
+        if len(tensors) != len(self.out_places):
             raise self._cannot_cut()
-        for index, place in zip(tensors, self.out_rows, strict=True):
+        for index, place in zip(tensors, self.out_places, strict=True):
             here = place.cut(whole[index], rows)
             if here.shape != part[index].shape:
                 raise self._cannot_cut()
@@ -172,7 +187,7 @@ class Call:
                 if whole.requires_grad:
                     roots.append(leaf.requires_grad_())
             leaves.append(leaf)
-        saved = SavedTensors(self.weights, filter(is_tensor, leaves), counts=reserves)
+        saved = SavedTensors(self.weights, filter(torch.is_tensor, leaves), counts=reserves)
         by_weight = torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
         with torch.enable_grad(), torch.autocast(**self.autocast), by_weight:
             return Graph(saved, roots, self.run(leaves, rows))
@@ -182,7 +197,7 @@ class Call:
     ) -> list[tuple[Any, torch.Tensor | None]]:
         """The arguments of a micro-batch, each with the one of `inputs` that it is cut from."""
         remaining, found = iter(inputs), []
-        for leaf, place in zip(self.leaves, self.rows_of, strict=True):
+        for leaf, place in zip(self.leaves, self.places, strict=True):
             if any(leaf is x for x in (INPUT, *inputs)):
                 whole = next(remaining)  # it may wait on the host
                 found.append((self._on_device(whole, place, number), whole))
@@ -190,7 +205,7 @@ class Call:
                 found.append((cut(leaf, place, self.slices[number]), None))
         return found
 
-    def _on_device(self, whole: torch.Tensor, place: Rows | None, number: int) -> torch.Tensor:
+    def _on_device(self, whole: torch.Tensor, place: Place | None, number: int) -> torch.Tensor:
         if whole.device == self.streaming.device:
             return cut(whole, place, self.slices[number])
         boundaries, n_parts = self.streaming.host_boundaries, len(self.graded)
@@ -228,7 +243,7 @@ class Graph:
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        return [leaf for leaf in self.leaves if is_tensor(leaf)]
+        return [leaf for leaf in self.leaves if torch.is_tensor(leaf)]
 
 
 class SavedTensors:
@@ -270,7 +285,8 @@ class SavedTensors:
         weight, shape, stride, offset = packed
         self._uses_left[weight] -= 1
         before, self._previous = self._previous, weight
-        self.weights.request(weight)  # before another may take the room of `before`
+        # Before another may take the room of `before`.
+        self.weights.streaming.stream.request(weight)
         if self.drops and before not in (None, weight) and self._uses_left[before] == 0:
             self.weights.drop(before)
         tensor = self.weights.wait(weight)
@@ -281,10 +297,6 @@ def is_cache(value: Any) -> bool:
     return isinstance(value, Cache)
 
 
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def cut(value: Any, place: Rows | None, rows: slice) -> Any:
+def cut(value: Any, place: Place | None, rows: slice) -> Any:
     """The rows of a tensor that belong to a micro-batch; what has no samples whole."""
     return value if place is None else place.cut(value, rows)

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from onn_core.streaming.batching import Rows
+from onn_core.streaming.batching import Place
 from onn_core.streaming.call import Call
 from onn_core.streaming.layer_weights import LayerWeights
 from onn_core.weights.slots import StreamedWeight
@@ -56,15 +56,15 @@ class Captures:
 
     def of(self, call: Call) -> "CapturedLayer | None":
         """What runs a call of a layer in a training pass; None if the call runs as it is."""
-        of, weights = call.of, call.weights
-        if self.impossible or of.lowest is None or call.hook is not None or weights.wrapped:
+        in_pass, weights = call.in_pass, call.weights
+        if self.impossible or in_pass.lowest is None or call.hook is not None or weights.wrapped:
             return None
         sizes = {rows.stop - rows.start for rows in call.slices}
-        shape = (call.batch_size, of.n_tokens, weights.module.training, *sizes)
+        shape = (call.batch_size, in_pass.n_tokens, weights.module.training, *sizes)
         if shape != self._shape:
             self.clear()
-            self._shape, self._first_pass = shape, weakref.ref(of)
-        if len(sizes) > 1 or self._first_pass() is of:
+            self._shape, self._first_pass = shape, weakref.ref(in_pass)
+        if len(sizes) > 1 or self._first_pass() is in_pass:
             return None
         if len({p.dtype for p in weights.own_parameters if p.requires_grad}) > 1:
             return None
@@ -87,7 +87,7 @@ class Captures:
             self.impossible = "it draws random numbers"
 
     def _can_hold(self, leaf: Any) -> bool:
-        if isinstance(leaf, torch.Tensor):
+        if torch.is_tensor(leaf):
             return leaf.device == self.device
         return isinstance(leaf, PLAIN)
 
@@ -185,7 +185,7 @@ class CapturedLayer:
         self._forward.replay()
         call.out_spec = self._out_spec
         if len(call.slices) == 1:  # else they are copied to where they belong
-            return [x.clone() if isinstance(x, torch.Tensor) else x for x in self._outputs]
+            return [x.clone() if torch.is_tensor(x) else x for x in self._outputs]
         return self._outputs
 
     def can_run_backward(
@@ -213,7 +213,7 @@ class CapturedLayer:
         whole: torch.Tensor,
         trained: Sequence[torch.Tensor],
         grad: torch.Tensor,
-        place: Rows | None,
+        place: Place | None,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """The gradients of the input (B, T, C) and of the trained parameters, by recompute.
 
@@ -226,7 +226,7 @@ class CapturedLayer:
             self._load([leaf for leaf, _ in call.leaves_of(number, [whole])])
             if number == 0:  # not before: what `fill` makes room for would fill the bus first
                 self.fill()
-            part = grad if single else call.out_rows[0].cut(grad, rows)
+            part = grad if single else call.out_places[0].cut(grad, rows)
             self.captures.fixed("gradient", part).copy_(part)
             self._backward.replay()
             found, flat = self._found[0], self._flat(trained)
@@ -247,7 +247,7 @@ class CapturedLayer:
     def _load(self, leaves: list[Any]) -> list[Any]:
         load = self.captures.load
         return [
-            load(number, leaf) if isinstance(leaf, torch.Tensor) else leaf
+            load(number, leaf) if torch.is_tensor(leaf) else leaf
             for number, leaf in enumerate(leaves)
         ]
 
@@ -261,10 +261,10 @@ class CapturedLayer:
         with self._in_place(call):
             outputs = call.run(leaves, call.slices[0])
         self._out_spec, self._outputs = call.out_spec, []
-        if sum(isinstance(value, torch.Tensor) for value in outputs) != 1:
+        if sum(torch.is_tensor(value) for value in outputs) != 1:
             raise RuntimeError("a graph gives one output")  # and all runs as it is
         for value in outputs:
-            if isinstance(value, torch.Tensor):
+            if torch.is_tensor(value):
                 value = self.captures.fixed("output", value).copy_(value)
             self._outputs.append(value)
 
@@ -280,7 +280,7 @@ class CapturedLayer:
             leaves = list(leaves)
             leaves[at] = root = leaves[at].detach().requires_grad_(wants_input)
             outputs = call.run(leaves, call.slices[0])
-            out = next(x for x in outputs if isinstance(x, torch.Tensor))
+            out = next(x for x in outputs if torch.is_tensor(x))
             wanted = [*([root] if wants_input else []), *aliases]
             grad = self.captures.fixed("gradient", out.detach())
             found = list(torch.autograd.grad([out], wanted, [grad], allow_unused=True))
@@ -325,7 +325,7 @@ class CapturedLayer:
 def call_key(call: Call) -> Any:
     """What a graph is bound to in a call, but for the values of tensors."""
     leaves = tuple(
-        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+        (leaf.shape, leaf.dtype, leaf.requires_grad) if torch.is_tensor(leaf) else leaf
         for leaf in call.leaves
     )
     return leaves, call.spec, tuple(call.autocast.items())
@@ -351,7 +351,7 @@ def layer_state(weights: LayerWeights) -> Any:
 def is_plain(weights: LayerWeights) -> bool:
     """Whether all that runs in a layer is its own code and LoRA's."""
     for module in weights.inside:
-        n_own = int(module in weights.bound)
+        n_own = int(module in weights.by_module)
         if len(module._forward_pre_hooks) != n_own or module._forward_hooks:
             return False
         if module._backward_hooks or module._backward_pre_hooks:

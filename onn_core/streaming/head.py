@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from onn_core.ops.blocks import blocks_of
 from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, shift_labels, token_chunks
 from onn_core.ops.matmul import linear, matmul, matmul_grad
 from onn_core.streaming.batching import Reached
@@ -70,7 +70,7 @@ class StreamedHead:
 
     def resident_blocks(self, start: int = 0, stop: int | None = None):
         """Visits the blocks of rows start:stop: the first row, weight (v, C), bias (v,) of each."""
-        streaming, units = self.streaming, self.streaming.visits.head_units
+        streaming, units = self.streaming, self.streaming.head_units
         for unit, (first, stored) in zip(units, self.blocks, strict=True):
             if first + stored.shape[0] <= start or stop is not None and first >= stop:
                 continue
@@ -123,7 +123,7 @@ class Logits(LazyTensor):
         if name not in ELEMENTWISE or self.changed:
             return NotImplemented
         others = [*args[1:], *kwargs.values()]
-        if any(isinstance(x, torch.Tensor) and (x.ndim or x.requires_grad) for x in others):
+        if any(torch.is_tensor(x) and (x.ndim or x.requires_grad) for x in others):
             return NotImplemented
 
         def op(logits: torch.Tensor) -> torch.Tensor:
@@ -173,14 +173,6 @@ def causal_lm_loss(loss_function: Callable[..., torch.Tensor], *args: Any, **kwa
                 labels = labels.to(logits.device)
                 return logits.cross_entropy(labels, given["num_items_in_batch"], loss_function)
     return loss_function(*args, **kwargs)
-
-
-def token_losses(logits: torch.Tensor, shifted_labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each label (B, T), 0 where it is not counted; in blocks where it can."""
-    if isinstance(logits, Logits) and not logits.changed:
-        return logits.token_losses(shifted_labels)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    return F.cross_entropy(logits, shifted_labels, reduction="none", ignore_index=IGNORED)
 
 
 class _HeadLogits(torch.autograd.Function):
@@ -333,8 +325,8 @@ def _in_blocks(
     return entropies
 
 
-def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of one block up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
+def split_rows(n_rows: int, row_bytes: int) -> list[slice]:
+    """Slices of one block up to HEAD_BLOCK_BYTES, else of blocks of at most half of it.
 
     All have as many rows if some number of blocks, up to twice the least, divides them: a last
     block of another size would need slots of its own.
@@ -342,19 +334,15 @@ def split_rows(n_rows: int, row_bytes: int) -> list[tuple[int, int]]:
     n_bytes = n_rows * row_bytes
     least = 1 if n_bytes <= HEAD_BLOCK_BYTES else -(-2 * n_bytes // HEAD_BLOCK_BYTES)
     n_blocks = next((n for n in range(least, 2 * least) if n_rows % n == 0), least)
-    size = -(-n_rows // n_blocks)
-    return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+    return blocks_of(n_rows, -(-n_rows // n_blocks))
 
 
 def head_blocks(
     source: Source, n_rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[int, StreamedWeight]]:
     """The head's weight (V, C) in blocks of rows, each with its first row."""
-    blocks, on_device = split_rows(n_rows, hidden_size * dtype.itemsize), device.type != "cpu"
-    return [
-        (
-            start,
-            StreamedWeight(source.part(start, stop), (stop - start, hidden_size), dtype, on_device),
-        )
-        for start, stop in blocks
-    ]
+    found = []
+    for rows in split_rows(n_rows, hidden_size * dtype.itemsize):
+        part, shape = source.part(rows.start, rows.stop), (rows.stop - rows.start, hidden_size)
+        found.append((rows.start, StreamedWeight(part, shape, dtype, device.type != "cpu")))
+    return found

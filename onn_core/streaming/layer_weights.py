@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,16 +54,15 @@ class LayerWeights:
         self.streaming = streaming
         self.at_address: dict[int, StreamedWeight] = {}  # of the memory where it is now
         self._bindings = bindings
+        # A weight may be in several modules, and a module has several weights.
         self._by_weight: dict[StreamedWeight, list[Binding]] = {}
-        self._by_module: dict[nn.Module, list[StreamedWeight]] = {}
-        self._of_module: dict[nn.Module, list[Binding]] = {}
+        self.by_module: dict[nn.Module, list[Binding]] = {}
         for binding in bindings:
-            self._of_module.setdefault(binding.module, []).append(binding)
             self._by_weight.setdefault(binding.weight, []).append(binding)
-            self._by_module.setdefault(binding.module, []).append(binding.weight)
+            self.by_module.setdefault(binding.module, []).append(binding)
         self._calls: Counter = Counter()  # of each module, in this micro-batch
         self._usual_calls: Counter = Counter()  # in any micro-batch
-        modules = self._by_module.keys()
+        modules = self.by_module.keys()
         # A module that holds others may need its own weights after theirs.
         self._holders = {m for m in modules if not modules.isdisjoint(set(m.modules()) - {m})}
         # Where an adapter wraps an expert's parameter, it takes the weight before the module runs.
@@ -95,11 +94,6 @@ class LayerWeights:
         return list(self._by_weight)
 
     @property
-    def bound(self) -> Collection[nn.Module]:
-        """The modules that have streamed weights."""
-        return self._by_module.keys()
-
-    @property
     def own_parameters(self) -> list[nn.Parameter]:
         """Those that are always resident: adapters, norms."""
         return [p for p in self.parameters if type(p) is not StreamedParameter]
@@ -109,7 +103,7 @@ class LayerWeights:
         return self.streaming.planner.plan.by_matrix
 
     @contextlib.contextmanager
-    def visit(self, phase: str, of: Pass) -> Iterator[None]:
+    def visit(self, phase: str, in_pass: Pass) -> Iterator[None]:
         """Inside, each weight is there when its module runs.
 
         Those of modules that are not known to be called are there from the beginning.
@@ -119,7 +113,7 @@ class LayerWeights:
             self._usual_calls.clear()
             fuse_lora(self.module)
             self._needed_dense = self._find_needed_dense()
-        with self.streaming.visit(phase, self.number, of, wait=False):
+        with self.streaming.visit(phase, self.number, in_pass, wait=False):
             self._previous = None
             try:
                 if self._by_matrix:
@@ -166,9 +160,6 @@ class LayerWeights:
         self._previous = None
         self._last_micro_batch = last
 
-    def request(self, weight: StreamedWeight) -> None:
-        self.streaming.stream.request(weight)
-
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The values (shape) of a weight; a packed one's are made where its turn comes."""
         self.streaming.stream.wait(weight)
@@ -176,7 +167,7 @@ class LayerWeights:
         if weight.packed and weight.dense is None and not by_blocks:
             # A function may need all weights of its module at once.
             modules = {binding.module for binding in self._by_weight[weight]} | self._holders
-            busy = {one for module in modules for one in self._by_module[module]}
+            busy = {one.weight for module in modules for one in self.by_module[module]}
             scratch = self.streaming.stream.scratch
             evicted = scratch.fill(weight, busy | self._always_dense)
             for binding in self._by_weight.get(evicted, ()):
@@ -199,7 +190,8 @@ class LayerWeights:
         for tuner in self.module.modules():
             plain = type(tuner) is lora.Linear and not tuner.lora_variant
             if isinstance(tuner, BaseTunerLayer) and not plain:
-                found |= set(self._by_module.get(tuner.get_base_layer(), ()))
+                of_base = self.by_module.get(tuner.get_base_layer(), ())
+                found |= {binding.weight for binding in of_base}
         return found
 
     def _sort(self, modules: list[nn.Module]) -> None:
@@ -241,19 +233,19 @@ class LayerWeights:
         before, self._previous = self._previous, module
         last = (self._by_matrix or self._last_micro_batch) and before not in self._holders
         if last and before not in (None, module) and self._is_done(before):
-            for weight in self._by_module[before]:
-                if all(binding.module is before for binding in self._by_weight[weight]):
-                    self.drop(weight)
+            for binding in self.by_module[before]:
+                if all(other.module is before for other in self._by_weight[binding.weight]):
+                    self.drop(binding.weight)
         own = module._parameters.values()
-        if any(all(b.parameter is not one for one in own) for b in self._of_module[module]):
+        if any(all(b.parameter is not one for one in own) for b in self.by_module[module]):
             if self._by_matrix:
                 raise ConfigError(
                     "adapters on expert tensors need a whole layer in memory: raise memory_budget."
                 )
             self.wrapped.add(module)
             return
-        for weight in self._by_module[module]:
-            self._fetch(weight)
+        for binding in self.by_module[module]:
+            self._fetch(binding.weight)
 
     def _is_done(self, module: nn.Module) -> bool:
         usual = self._usual_calls[module] or int(self._by_matrix)
@@ -269,9 +261,10 @@ class LayerWeights:
                 self._initialised.add(part)
                 if part.weight.isnan().all():  # else loaded from an adapter
                     base = tuner.get_base_layer()
-                    for weight in self._by_module.get(base, ()):
-                        self._fetch(weight)
-                    dtype = next(b.absent.dtype for b in self._bindings if b.module is base)
+                    of_base = self.by_module[base]
+                    for binding in of_base:
+                        self._fetch(binding.weight)
+                    dtype = of_base[0].absent.dtype
                     weight = base.weight.to(dtype)
                     a, b = tuner.lora_A[name].weight.to(dtype), tuner.lora_B[name].weight.to(dtype)
                     part.weight.copy_(part.get_weight_norm(weight, b @ a, tuner.scaling[name]))

@@ -23,6 +23,11 @@ METADATA = {
 }
 
 
+def nan_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One NaN that is seen as the whole shape."""
+    return torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
 class LazyTensor(torch.Tensor):
     """A tensor whose `values` are asked for when something uses them."""
 
@@ -34,8 +39,7 @@ class LazyTensor(torch.Tensor):
         device: torch.device,
         requires_grad: bool = False,
     ) -> "LazyTensor":
-        nan = torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device)
-        return torch.Tensor._make_subclass(cls, nan.expand(shape), requires_grad)
+        return torch.Tensor._make_subclass(cls, nan_of(shape, dtype, device), requires_grad)
 
     def values(self) -> torch.Tensor:
         raise NotImplementedError

@@ -43,17 +43,15 @@ from onn_core.ops.matmul import (
 )
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import local_rank, n_local
-from onn_core.streaming.batching import Batching
 from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
-from onn_core.streaming.lazy import LazyWeight, StreamedParameter
+from onn_core.streaming.lazy import LazyWeight, StreamedParameter, nan_of
 from onn_core.streaming.model import require_no_sharding, streamed_class
-from onn_core.streaming.passes import Passes
 from onn_core.streaming.together import Together
-from onn_core.streaming.visits import Streaming, Visits
+from onn_core.streaming.visits import Streaming
 from onn_core.weights.dequantise import Plain, Source, is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import find_sources
@@ -176,15 +174,15 @@ def open_streamed(
     require_integer("chunk_size", chunk_size, at_most=len(layers))
     if micro_batch_size is not None:
         require_integer("micro_batch_size", micro_batch_size)
+
+    # Every parameter gets its values, or a placeholder and a weight that is streamed.
     sources = find_sources(model, model_folder)
     _untie(model, sources, model_folder)
-
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     by_rows = isinstance(embedding, nn.Embedding)
     in_blocks = isinstance(head, nn.Linear)
     ends = [end for end, is_streamed in ((embedding, by_rows), (head, in_blocks)) if is_streamed]
     bindings, end_sources = _fill(model, layers, ends, sources, model_folder, device)
-
     blocks = []
     if in_blocks:
         source, in_memory = end_sources[head], head.weight.dtype
@@ -193,6 +191,8 @@ def open_streamed(
         blocks = head_blocks(source, *head.weight.shape, in_memory, device)
     if together is not None:
         blocks = together.same_weights(bindings, blocks)
+
+    # What is visited at once, the plan of what is resident when, and who fetches it.
     units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     head_units = [[weight] for _, weight in blocks]
     budget, footprint = parse_bytes(memory_budget), Footprint(model_folder.config, model.dtype)
@@ -203,7 +203,9 @@ def open_streamed(
     sizes = Sizes(
         layers=units,
         head=head_units,
-        held_bytes=_held_bytes(model) + library_bytes(device),
+        # of what is always resident; a placeholder has one element
+        held_bytes=sum(p.untyped_storage().nbytes() for p in model.parameters())
+        + library_bytes(device),
         hidden_bytes=model.config.get_text_config().hidden_size * model.dtype.itemsize,
         visit_bytes=footprint,
         full_speed_tokens=full_speed,
@@ -215,21 +217,32 @@ def open_streamed(
         hold_freed_memory(budget is not None)  # whose plan says when to trim
     host_bytes = _host_bytes(host_budget, device, budget)
     member = None
-    slots, dense = planner.plan.slots, planner.plan.dense
-    of_stream = (model_folder, units + head_units, slots, device, host_bytes, dense)
-    make_stream = functools.partial(stream_class, *of_stream)
+    make_stream = functools.partial(
+        stream_class,
+        model_folder,
+        units + head_units,
+        planner.plan.slots,
+        device,
+        host_bytes,
+        planner.plan.dense,
+    )
     if together is None:
         stream = make_stream()
     else:
         stream = member = together.join(model, make_stream, Part(planner, chunk_size))
-    visits = Visits(
-        stream, planner, len(layers), range(len(units), len(units) + len(blocks)), memory_before
-    )
+
+    # The layers, the ends and the norms between them run by their own forwards no longer.
     host_memory = HostMemory(device)
-    boundaries = HostBoundaries(host_memory, device)
-    captures = Captures(device) if device.type == "cuda" and member is None else None
     streaming = Streaming(
-        stream, planner, visits, Passes(), Batching(), boundaries, device, member, captures
+        stream,
+        planner,
+        n_layers=len(units),
+        head_units=range(len(units), len(units) + len(blocks)),
+        host_boundaries=HostBoundaries(host_memory, device),
+        device=device,
+        memory_before=memory_before,
+        member=member,
+        captures=Captures(device) if device.type == "cuda" and member is None else None,
     )
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
@@ -238,9 +251,9 @@ def open_streamed(
         layer.forward = streamed_layers[-1]
     rows = None
     if by_rows:
-        in_store = end_sources[embedding].n_bytes <= host_bytes - stream.store.budget_used
-        in_store = in_store and device.type == "cuda"
         source = end_sources[embedding]
+        fits = source.n_bytes <= host_bytes - stream.store.budget_used
+        in_store = fits and device.type == "cuda"
         rows = EmbeddingRows(embedding, model_folder, source, device, host_memory, in_store)
         embedding.forward = rows
     streamed_head = None
@@ -253,8 +266,8 @@ def open_streamed(
     model.connect(streaming, model_folder, streamed_layers, streamed_head, rows)
     weakref.finalize(model, stream.close)
     weakref.finalize(model, host_memory.close)
-    if captures is not None:
-        weakref.finalize(model, captures.clear)
+    if streaming.captures is not None:
+        weakref.finalize(model, streaming.captures.clear)
     return model.eval()
 
 
@@ -500,8 +513,7 @@ def _fill(
                     if not on_device and alone is not None and is_llm_int8(source):
                         weight.in_blocks = True
                         int8_linear(module, weight)
-                nan = torch.full((1,) * parameter.ndim, torch.nan, dtype=dtype, device=device)
-                absent = nan.expand(parameter.shape)
+                absent = nan_of(parameter.shape, dtype, device)
                 if weight is not None:
                     own = StreamedParameter(absent, requires_grad=False)
                 elif module in end_sources and name == "weight":
@@ -571,8 +583,3 @@ def resolve_device(device: str | torch.device) -> torch.device:
             "as there are devices."
         )
     return torch.device("cuda", local_rank() % n_devices)
-
-
-def _held_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters that are always there; a placeholder has one element."""
-    return sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())

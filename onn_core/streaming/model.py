@@ -9,20 +9,23 @@ import functools
 import inspect
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from onn_core.errors import ConfigError, OnnError, frozen, sharded
 from onn_core.memory.plan import Plan, Sizes
-from onn_core.ops.cross_entropy import shift_labels
+from onn_core.ops.cross_entropy import IGNORED, shift_labels
 from onn_core.streaming.embedding import EmbeddingRows
-from onn_core.streaming.head import StreamedHead, causal_lm_loss, token_losses
+from onn_core.streaming.head import Logits, StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.lazy import LazyWeight, find_parameters, is_absent
 from onn_core.streaming.passes import RowHook
@@ -39,7 +42,7 @@ class StreamedModel:
     model_folder: ModelFolder
     streamed_layers: list[StreamedLayer]
     streamed_head: StreamedHead | None
-    _defers_logits = False
+    _defers_logits = False  # whether logits wait until they are used: see `head.Logits`
     _checked: set[int]  # ids of trained parameters
 
     # --- what the trainer, a bar or a benchmark asks ------------------------------------------
@@ -51,7 +54,8 @@ class StreamedModel:
 
     def counts(self) -> Counts:
         """What was waited, read and computed since the model was loaded."""
-        return self.streaming.visits.counts()
+        done, seconds = self.streaming.stream.counts, Counter(self.streaming.seconds)
+        return Counts(done.wait_s, done.bytes_read, done.weight_loads.total(), seconds)
 
     def count_reserved_graphs(self) -> int:
         """Layers whose graph is reserved at the moment."""
@@ -73,58 +77,36 @@ class StreamedModel:
 
     def on_visit(self, callback: Callable[[str, int], None]) -> RemovableHandle:
         """Call `callback(phase, unit)` when a visit begins; phase: forward, head or backward."""
-        return self.streaming.visits.watch(callback)
+        handle = RemovableHandle(self.streaming.watchers)
+        self.streaming.watchers[handle.id] = callback
+        return handle
 
     def n_visits_in_step(self) -> int:
         """Visits of a training step like the latest."""
-        return len(self.streaming.visits.step_uses(self.streaming.passes.latest.lowest))
+        return len(self.streaming.step_uses(self.streaming.passes.latest.lowest))
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[list[Event]]:
         """Inside, what is computed and read is noted: (phase or "read", unit, start, stop)."""
-        visits, events = self.streaming.visits, []
-        before, visits.trace = visits.trace, events
-        visits.stream.trace = events
-        try:
+        events: list[Event] = []
+        with changed(self.streaming, trace=events), changed(self.streaming.stream, trace=events):
             yield events
-        finally:
-            visits.trace = visits.stream.trace = before
 
-    @contextlib.contextmanager
-    def stoppable(self, check: Callable[[], None]) -> Iterator[None]:
+    def stoppable(self, check: Callable[[], None]) -> AbstractContextManager[None]:
         """Inside, `check` is called at each visit and while it waits; it may raise."""
-        before, self.streaming.stream.check = self.streaming.stream.check, check
-        try:
-            yield
-        finally:
-            self.streaming.stream.check = before
+        return changed(self.streaming.stream, check=check)
 
-    @contextlib.contextmanager
     def rows_hook(
         self, hook: RowHook, group_size: int | None = None, n_graded: int | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Inside, `hook(layer, rows, args, kwargs)` is entered around each micro-batch in a layer.
 
         It is a context manager that yields the arguments for the layer. group_size: samples; no
         micro-batch and no cache crosses a multiple of it. n_graded: such a multiple; samples from
         there on have no gradient, and backward does not recompute them.
         """
-        passes = self.streaming.passes
-        before = passes.row_hook, passes.group_size, passes.n_graded
-        passes.row_hook, passes.group_size, passes.n_graded = hook, group_size, n_graded
-        try:
-            yield
-        finally:
-            passes.row_hook, passes.group_size, passes.n_graded = before
-
-    @contextlib.contextmanager
-    def deferred_logits(self) -> Iterator[None]:
-        """Inside, logits wait until they are used: see `head.Logits`."""
-        before, self._defers_logits = self._defers_logits, True
-        try:
-            yield
-        finally:
-            self._defers_logits = before
+        groups = {"row_hook": hook, "group_size": group_size, "n_graded": n_graded}
+        return changed(self.streaming.passes, **groups)
 
     def token_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each token that follows in a batch (B, T), 0 where it is not counted: (B, T).
@@ -133,32 +115,31 @@ class StreamedModel:
         also for the gradient, and all logits are never there at once.
         """
         labels = shift_labels(batch["labels"])
-        with self.deferred_logits():
-            inputs = {name: values for name, values in batch.items() if name != "labels"}
-            return token_losses(model(**inputs).logits, labels)
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        with changed(self, _defers_logits=True):
+            logits = model(**inputs).logits
+            if isinstance(logits, Logits) and not logits.changed:
+                return logits.token_losses(labels)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+            return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
     def fit(self, batch_size: int, n_tokens: int, host_bytes: int = 0) -> None:
         """Plan for batches (B, T) before any comes; ConfigError, with the sum, if none fits.
 
         host_bytes: what else the trainer holds in host memory for as long as it trains.
         """
-        self.streaming.planner.hold(host_bytes)
+        self.streaming.planner.leave_room(host_bytes)
         n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         self._fit(batch_size, n_tokens, None, n_trained)
 
-    def keep_digests(self) -> dict[str, str]:
+    def hash_reads(self) -> dict[str, str]:
         """From now on every read is hashed and compared with its first; returns the hashes."""
-        self.streaming.stream.digests = {}
-        return self.streaming.stream.digests
+        return self.streaming.stream.hash_reads()
 
     @property
     def reads_page_cache(self) -> bool:
         """Whether reads go through the system's page cache, not straight to the disk."""
         return self.streaming.stream.files.cached
-
-    def check_files(self) -> None:
-        """ModelFolderError if a shard is not what it was when the model was loaded."""
-        self.model_folder.check_unchanged()
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give back the weights' memory and stop the readers; the next forward starts them."""
@@ -263,30 +244,9 @@ class StreamedModel:
         streaming = self.streaming
         if streaming.batching.probing:
             return args, kwargs
-        require_no_sharding()
         trained = self._trained()
         lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
-        if any(map(is_absent, chain.from_iterable(trained.values()))):
-            raise frozen("weights")
-        for name in ("output_router_logits", "output_attentions"):
-            config = self.config.get_text_config()
-            if kwargs.get(name, getattr(config, name, False)) and (
-                lowest is not None or streaming.planner.micro_batch_size
-            ):
-                raise ConfigError(
-                    f"{name} asks for values from inside the layers, whose gradients are not "
-                    f"streamed: set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
-                )
-        cache = kwargs.get("past_key_values")
-        if torch.is_grad_enabled() and any(
-            layer.keys.requires_grad
-            for layer in getattr(cache, "layers", ())
-            if layer.is_initialized
-        ):
-            raise ConfigError(
-                "prefix tuning trains a key-value cache, which streamed layers give no gradient: "
-                "use LoRA or prompt tuning."
-            )
+        self._require_streamable(trained, lowest, kwargs)
         run = super().forward if module is None else module.forward
         if lowest is not None:
             self._check_trained(trained)
@@ -297,6 +257,33 @@ class StreamedModel:
             n_trained = sum(p.numel() for p in chain.from_iterable(trained.values()))
             self._fit(begun.batch_size, begun.n_tokens, lowest, n_trained)
         return args, kwargs
+
+    def _require_streamable(
+        self,
+        trained: dict[int | None, list[nn.Parameter]],
+        lowest: int | None,
+        given: dict[str, Any],
+    ) -> None:
+        """ConfigError for a pass that needs what streamed layers do not have."""
+        require_no_sharding()
+        if any(map(is_absent, chain.from_iterable(trained.values()))):
+            raise frozen("weights")
+        config = self.config.get_text_config()
+        for name in ("output_router_logits", "output_attentions"):
+            if given.get(name, getattr(config, name, False)) and (
+                lowest is not None or self.streaming.planner.micro_batch_size
+            ):
+                raise ConfigError(
+                    f"{name} asks for values from inside the layers, whose gradients are not "
+                    f"streamed: set model.config.{name} = False (in TRL router_aux_loss_coef=0.0)."
+                )
+        cache = given.get("past_key_values") if torch.is_grad_enabled() else None
+        filled = (layer for layer in getattr(cache, "layers", ()) if layer.is_initialized)
+        if any(layer.keys.requires_grad for layer in filled):
+            raise ConfigError(
+                "prefix tuning trains a key-value cache, which streamed layers give no gradient: "
+                "use LoRA or prompt tuning."
+            )
 
     def _fit(self, batch_size: int, n_tokens: int, lowest: int | None, n_trained: int) -> None:
         n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
@@ -347,6 +334,19 @@ class StreamedModel:
                     f"{name} is NaN: it cannot be made from weights that are streamed; use LoRA or "
                     "DoRA with init_lora_weights True."
                 )
+
+
+@contextlib.contextmanager
+def changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Inside, `owner` has these values of its attributes."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def require_no_sharding() -> None:

@@ -40,8 +40,9 @@ class Pass:
 
 
 class Passes:
-    """The pass that runs, or that ran last: its backward may be to come.
+    """The pass that runs or ran last, and how the rows of the passes from here on are run.
 
+    latest: that pass; its backward may be to come. running: the same until its forward pass ends.
     row_hook: around each micro-batch in a layer. group_size: samples; no micro-batch and no cache
     crosses a multiple of it. None is the whole batch. n_graded: a number of groups' samples; those
     from there on have no gradient. None grades all.

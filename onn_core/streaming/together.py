@@ -9,7 +9,6 @@ results are equal bit for bit, whatever the others do, end or fail.
 
 import copy
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,17 +90,11 @@ class Member:
         self._is_last = True  # of those that visit a unit
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the stream's own: units, counts, files, wait, request, reorder ..."""
+        """All that is not defined here is the stream's own: units, counts, wait, request ...
+
+        Here are `enter`, `release` and `close`, which depend on the other members.
+        """
         return getattr(self.together.stream, name)
-
-    @property
-    def digests(self) -> dict[str, str] | None:
-        return self.together.stream.digests
-
-    @digests.setter
-    def digests(self, digests: dict[str, str]) -> None:
-        stream = self.together.stream
-        stream.digests = digests if stream.digests is None else stream.digests
 
     # --- whose turn it is ---------------------------------------------------------------------
 
@@ -187,9 +180,6 @@ class Member:
         planner.fit(batch_size, n_tokens, self.part.n_trained, 0)
         self.part.ask(batch_size, n_tokens, self.part.n_trained, planner.plan)
         self.together.plan()
-
-    def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
-        """Nothing: the slots are planned for all members."""
 
     def leave(self) -> None:
         """The others go on without this one."""

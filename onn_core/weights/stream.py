@@ -90,7 +90,8 @@ class WeightStream:
     def enter(self, future: Sequence[Use], request: bool = True) -> list[StreamedWeight]:
         """Begin the visit of `future[0]` and return its weights, each of which is waited for.
 
-        future: the units that will be visited, this one first. request: all its weights at once.
+        future: the units that will be visited, this one first. request: all its weights at once;
+        without, each when `request` or `wait` asks for it (matrix by matrix).
         """
         self.check()
         if self.copy_stream is not None:  # asked once a visit: it takes a while
@@ -150,6 +151,12 @@ class WeightStream:
         """Fetch the weights of a unit in this order from now on."""
         with self._ready:
             self.schedule.reorder(unit, weights)
+
+    def hash_reads(self) -> dict[str, str]:
+        """From now on compare every read with its first; returns the hashes of the first reads."""
+        if self.digests is None:
+            self.digests = {}
+        return self.digests
 
     def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
         """Go on with other slots; what is resident is evicted if they differ."""
