@@ -20,7 +20,7 @@ from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
 from onn_core.many import train_many
-from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
+from onn_core.record import EvalRecord, RunRecord, StepRecord, from_json, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
@@ -64,13 +64,7 @@ class Study:
 
         def build(fields: dict[str, Any]) -> "Study":
             del fields["rule"], fields["verdicts"]
-            fields["reference"] = [RunRecord.from_dict(record) for record in fields["reference"]]
-            for group in ("runs", "controls", "layouts"):
-                fields[group] = {
-                    label: [RunRecord.from_dict(record) for record in records]
-                    for label, records in fields[group].items()
-                }
-            return cls(**fields)
+            return from_json(cls, fields)
 
         return read_json(path, build, "a study", "run 02_learning_curves again", SCHEMA_VERSION)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -18,7 +19,7 @@ import yaml
 import onn_core
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
-from onn_core.record import RunRecord, read_json, write_json
+from onn_core.record import RunRecord, from_json, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel, Parallel, Scale
 from onn_workbench.report import Once
 from onn_workbench.study import compare, fall, thinned
@@ -55,12 +56,7 @@ class Sweep:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sweep":
         """Read a sweep that `save` wrote; OnnError if it is not one."""
-
-        def build(fields: dict[str, Any]) -> "Sweep":
-            runs = {name: RunRecord.from_dict(run) for name, run in fields["runs"].items()}
-            alone = {name: Alone(**run) for name, run in fields["alone"].items()}
-            return cls(**fields | {"runs": runs, "alone": alone})
-
+        build = functools.partial(from_json, cls)
         return read_json(path, build, "a sweep", "run 07_sweep again", SCHEMA_VERSION)
 
     @property
