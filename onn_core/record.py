@@ -160,19 +160,23 @@ def cache_dir() -> Path:
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
-    """Write `content` under a temporary name, sync it, and rename it to `path`."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `content` to `path`, whole or not at all."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
+        temporary.chmod(0o644)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file that is synced and renamed to `path` when the block ends well, else removed."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield Path(name)
+        os.fsync(descriptor)
+        os.replace(name, path)
+    finally:
+        os.close(descriptor)
+        Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -209,9 +213,7 @@ def describe_environment(device: Any = "cpu") -> dict[str, Any]:
     """Hardware, versions and date of this run; no path and no host name."""
     import torch
 
-    versions = {}
-    for package in ("torch", "transformers", "peft", "safetensors"):
-        versions[package] = metadata.version(package)
+    packages = ("torch", "transformers", "peft", "safetensors")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": _processor_name(),
@@ -223,7 +225,7 @@ def describe_environment(device: Any = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if str(device).startswith("cuda") else "cpu",
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: metadata.version(package) for package in packages},
     }
 
 
