@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import os
 import re
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,11 @@ def expand_home(path: str | os.PathLike) -> str | os.PathLike:
         ) from error
 
 
+def _setting(default: Any, **rule: Any) -> Any:
+    """A field of TrainConfig and what `_require` asks of its value."""
+    return dataclasses.field(default=default, metadata=rule)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run; validated when made.
@@ -118,51 +125,51 @@ class TrainConfig:
     # adapter
     adapter: str | None = None
     sparse_layers: str | Sequence[int] = "all"
-    lora_rank: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
+    lora_rank: int = _setting(8, least=1)
+    lora_alpha: float = _setting(16, above=0)
+    lora_dropout: float = _setting(0.0, least=0, below=1)
     target_modules: str | Sequence[str] | None = None
     target_parameters: str | Sequence[str] | None = None
-    lora_dtype: str = "float32"
+    lora_dtype: str = _setting("float32", choices=("float32", "model"))
     # streaming
-    chunk_size: int = 1
-    batch_size: int = 32
-    micro_batch_size: int | None = None
+    chunk_size: int = _setting(1, least=1)
+    batch_size: int = _setting(32, least=1)
+    micro_batch_size: int | None = _setting(None, least=1)
     memory_budget: int | str | None = None
     host_budget: int | str | None = "auto"
-    quantize: str | None = None
+    quantize: str | None = _setting(None, choices=(None, "int8", "nf4"))
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = _setting("auto", choices=DTYPES)
     # optimisation
-    objective: str = "sft"
-    dpo_beta: float = 0.1
+    objective: str = _setting("sft", choices=("sft", "dpo"))
+    dpo_beta: float = _setting(0.1, above=0)
     max_steps: int | None = None
-    num_train_epochs: float | None = None
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-4
-    lr_schedule: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    loss_scale: float | str | None = None
+    num_train_epochs: float | None = _setting(None, above=0)
+    gradient_accumulation_steps: int = _setting(1, least=1)
+    learning_rate: float = _setting(2e-4, least=0)
+    lr_schedule: str = _setting("linear", choices=LR_SCHEDULES)
+    warmup_steps: int = _setting(0, least=0)
+    weight_decay: float = _setting(0.0, least=0)
+    max_grad_norm: float | None = _setting(1.0, above=0)
+    loss_scale: float | str | None = _setting(None, above=0, also=("dynamic",))
     # data and evaluation
-    max_length: int = 128
+    max_length: int = _setting(128, least=1)
     chat_template: str | None = None
     completion_only: bool = True
     train_on: str = "all"
-    held_out_fraction: float = 0.1
+    held_out_fraction: float = _setting(0.1, least=0, below=1)
     packing: bool = False
-    shuffle_targets: int = 0
-    eval_every: int = 0
-    eval_samples: int = 64
-    eval_batch_size: int | None = None
-    early_stopping_patience: int | None = None
-    early_stopping_threshold: float = 0.0
-    seed: int = 0
+    shuffle_targets: int = _setting(0, least=0)
+    eval_every: int = _setting(0, least=0)
+    eval_samples: int = _setting(64, least=1)
+    eval_batch_size: int | None = _setting(None, least=1)
+    early_stopping_patience: int | None = _setting(None, least=1)
+    early_stopping_threshold: float = _setting(0.0, least=0)
+    seed: int = _setting(0, least=0)
     # checkpoints
-    checkpoint_every: int = 0
-    checkpoint_minutes: float = 10.0
-    keep_checkpoints: int = 2
+    checkpoint_every: int = _setting(0, least=0)
+    checkpoint_minutes: float = _setting(10.0, least=0)
+    keep_checkpoints: int = _setting(2, least=1)
     verify_weights: bool = False
     progress: bool = True
 
@@ -179,45 +186,17 @@ class TrainConfig:
         for name in ("target_modules", "target_parameters"):
             self._set(name, _names(name, getattr(self, name)))
         self._set("dtype", dtype_name(self.dtype))
+        for field in dataclasses.fields(self):
+            _require(field, getattr(self, field.name))
         self._set("max_steps", self._choose_steps())
-        for name in (
-            *("lora_rank", "chunk_size", "batch_size", "gradient_accumulation_steps"),
-            *("max_length", "eval_samples", "keep_checkpoints"),
-        ):
-            require_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "eval_every", "seed", "shuffle_targets", "checkpoint_every"):
-            require_integer(name, getattr(self, name), 0)
-        if self.eval_batch_size is not None:
-            require_integer("eval_batch_size", self.eval_batch_size, 1)
-        if self.early_stopping_patience is not None:
-            require_integer("early_stopping_patience", self.early_stopping_patience, 1)
-            if not self.eval_every:
-                raise ConfigError("early_stopping_patience counts evaluations: set eval_every.")
-        if self.micro_batch_size is not None:
-            require_integer("micro_batch_size", self.micro_batch_size, 1)
-            if self.micro_batch_size > self.batch_size:
-                raise ConfigError(
-                    f"micro_batch_size {self.micro_batch_size} is larger than batch_size "
-                    f"{self.batch_size}: lower it or leave it None."
-                )
-        _require_number("lora_alpha", self.lora_alpha, 0, open_below=True)
-        _require_number("lora_dropout", self.lora_dropout, 0, below=1)
-        _require_number("learning_rate", self.learning_rate, 0)
-        _require_number("weight_decay", self.weight_decay, 0)
-        _require_number("early_stopping_threshold", self.early_stopping_threshold, 0)
-        _require_number("checkpoint_minutes", self.checkpoint_minutes, 0)
-        _require_number("held_out_fraction", self.held_out_fraction, 0, below=1)
-        if self.max_grad_norm is not None:
-            _require_number("max_grad_norm", self.max_grad_norm, 0, open_below=True)
-        if self.loss_scale not in (None, "dynamic"):
-            _require_number("loss_scale", self.loss_scale, 0, open_below=True)
-        _require_number("dpo_beta", self.dpo_beta, 0, open_below=True)
-        _require_choice("objective", self.objective, ("sft", "dpo"))
-        _require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        _require_choice("dtype", self.dtype, DTYPES)
         require_learned(self.completion_only, self.train_on)
-        for name in ("packing", "verify_weights", "progress"):
-            _require_switch(name, getattr(self, name))
+        if self.early_stopping_patience is not None and not self.eval_every:
+            raise ConfigError("early_stopping_patience counts evaluations: set eval_every.")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ConfigError(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size "
+                f"{self.batch_size}: lower it or leave it None."
+            )
         if self.objective == "dpo":
             for name in ("packing", "shuffle_targets", "completion_only", "train_on"):
                 default = type(self).__dataclass_fields__[name].default
@@ -226,9 +205,7 @@ class TrainConfig:
         if self.chat_template is not None:
             if not isinstance(self.chat_template, str | os.PathLike) or not str(self.chat_template):
                 raise ConfigError("chat_template must be the text or the path of a template.")
-            object.__setattr__(self, "chat_template", str(self.chat_template))
-        _require_choice("quantize", self.quantize, (None, "int8", "nf4"))
-        _require_choice("lora_dtype", self.lora_dtype, ("float32", "model"))
+            self._set("chat_template", str(self.chat_template))
         if self.target_parameters and self.lora_dropout:
             raise ConfigError("target_parameters cannot take lora_dropout: set it to 0.")
         parse_bytes(self.memory_budget)
@@ -241,10 +218,8 @@ class TrainConfig:
 
     def _choose_steps(self) -> int | None:
         """`max_steps` as a number; None while `num_train_epochs` alone says how long a run is."""
-        if self.num_train_epochs is not None:
-            _require_number("num_train_epochs", self.num_train_epochs, 0, open_below=True)
-            if self.max_steps in (None, 0, -1):  # as in transformers
-                return None
+        if self.num_train_epochs is not None and self.max_steps in (None, 0, -1):
+            return None  # as in transformers
         steps = DEFAULT_STEPS if self.max_steps is None else self.max_steps
         require_integer("max_steps", steps)
         return steps
@@ -318,14 +293,28 @@ def require_integer(name: str, value: Any, at_least: int = 1, at_most: int | Non
         raise ConfigError(f"{name} must be a whole number of {bounds}, not {value!r}.")
 
 
-def _require_number(
-    name: str, value: Any, at_least: float, *, below: float = float("inf"), open_below: bool = False
-) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not at_least <= value < below or (open_below and value == at_least):
-        bounds = f"{'above' if open_below else 'at least'} {at_least}"
-        bounds += "" if below == float("inf") else f" and below {below}"
-        raise ConfigError(f"{name} must be a finite number {bounds}, not {value!r}.")
+def _require(field: dataclasses.Field, value: Any) -> None:
+    """ConfigError unless `value` is of the type of `field` and keeps to its rule.
+
+    The rule says the "least" number or what the number is "above", what it is "below", what it may
+    be "also", or the "choices".
+    """
+    kinds, rule = typing.get_args(field.type) or (field.type,), field.metadata
+    if field.type is bool:
+        _require_switch(field.name, value)
+    elif value is None and types.NoneType in kinds:
+        return
+    elif "choices" in rule:
+        _require_choice(field.name, value, rule["choices"])
+    elif rule and float not in kinds:
+        require_integer(field.name, value, rule["least"])
+    elif rule and value not in rule.get("also", ()):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        least, below = rule.get("least", rule.get("above")), rule.get("below", float("inf"))
+        if not number or not least <= value < below or value == rule.get("above"):
+            bounds = f"{'above' if 'above' in rule else 'at least'} {least}"
+            bounds += f" and below {below}" if "below" in rule else ""
+            raise ConfigError(f"{field.name} must be a finite number {bounds}, not {value!r}.")
 
 
 def require_learned(completion_only: Any, train_on: Any) -> None:

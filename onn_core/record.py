@@ -85,9 +85,7 @@ class RunRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RunRecord":
         """The record whose `to_dict` gave `fields`; TypeError or ValueError if it gave others."""
-        steps = [_checked(StepRecord(**_numbers(step))) for step in fields["steps"]]
-        evals = [_checked(EvalRecord(**_numbers(done))) for done in fields["evals"]]
-        return _checked(cls(**fields | {"steps": steps, "evals": evals}))
+        return from_json(cls, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunRecord":
@@ -118,6 +116,32 @@ def read_json(
         raise OnnError(f"{path} is not {what} ({error}): {advice}.") from error
 
 
+def from_json(kind: Any, value: Any, name: str = "the content") -> Any:
+    """`value`, read from JSON, as `kind`, which a dataclass had before `write_json` wrote it.
+
+    kind: a dataclass, or a type as its fields have them. Text such as "nan" becomes the float that
+    it stands for. TypeError or ValueError, with `name`, for a value that does not fit.
+    """
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is types.UnionType:  # float | None
+        return value if type(value) in inner else from_json(inner[0], value, name)
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, str):
+        value = float(value)
+    is_record = dataclasses.is_dataclass(kind)
+    json_type = dict if is_record else int | float if kind is float else origin
+    fits = isinstance(value, json_type) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is int and value < 0):  # all whole numbers here are counts
+        raise TypeError(f"{name} is {str(value)[:100]!r}")
+    if is_record:
+        kinds = {field.name: field.type for field in dataclasses.fields(kind)}
+        return kind(**{key: from_json(kinds.get(key, Any), x, key) for key, x in value.items()})
+    if origin is dict:
+        return {inner[0](key): from_json(inner[1], x, name) for key, x in value.items()}
+    return [from_json(inner[0], x, name) for x in value] if origin is list else value
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as JSON, whole or not at all; a NaN becomes the text "NaN"."""
     write_atomic(path, (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode())
@@ -136,19 +160,23 @@ def cache_dir() -> Path:
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
-    """Write `content` under a temporary name, sync it, and rename it to `path`."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `content` to `path`, whole or not at all."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
+        temporary.chmod(0o644)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file that is synced and renamed to `path` when the block ends well, else removed."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield Path(name)
+        os.fsync(descriptor)
+        os.replace(name, path)
+    finally:
+        os.close(descriptor)
+        Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -185,9 +213,7 @@ def describe_environment(device: Any = "cpu") -> dict[str, Any]:
     """Hardware, versions and date of this run; no path and no host name."""
     import torch
 
-    versions = {}
-    for package in ("torch", "transformers", "peft", "safetensors"):
-        versions[package] = metadata.version(package)
+    packages = ("torch", "transformers", "peft", "safetensors")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": _processor_name(),
@@ -199,7 +225,7 @@ def describe_environment(device: Any = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if str(device).startswith("cuda") else "cpu",
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": {package: metadata.version(package) for package in packages},
     }
 
 
@@ -211,37 +237,6 @@ def _processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _checked(record: T) -> T:
-    """The dataclass `record`, whose values have their fields' types; TypeError if not."""
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        kind = typing.get_origin(field.type) or field.type
-        if field.type == dict[str, float]:
-            values, kind = list(value.values()), float
-        else:
-            values = [value]
-        if kind is types.UnionType:  # float | None
-            values, kind = [own for own in values if own is not None], float
-        for own in values:
-            fits = isinstance(own, int | float if kind is float else kind)
-            negative = kind is int and fits and own < 0  # all whole numbers here are counts
-            if not fits or negative or isinstance(own, bool) != (kind is bool):
-                raise TypeError(f"{field.name} is {str(own)[:100]!r}")
-    return record
-
-
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` of numbers, with text such as "nan" as the float that it stands for."""
-    return {
-        key: _numbers(value)
-        if isinstance(value, dict)
-        else float(value)
-        if isinstance(value, str)
-        else value
-        for key, value in fields.items()
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -180,7 +180,7 @@ def test_split_is_fixed_and_complete():
     train, held_out = data.split(examples, 0.2, seed=3)
     assert (train, held_out) == data.split(examples, 0.2, seed=3)
     assert len(held_out) == 10
-    assert sorted(e.input_ids for e in train + held_out) == [e.input_ids for e in examples]
+    assert sorted(e.input_ids for e in [*train, *held_out]) == [e.input_ids for e in examples]
     assert held_out != data.split(examples, 0.2, seed=4)[1]
 
 

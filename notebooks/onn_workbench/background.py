@@ -15,7 +15,6 @@ from onn_core.record import RunRecord
 from onn_core.run.checkpoints import require_writable
 from onn_core.streaming.visits import Event
 from onn_core.trainer import ChunkedLoraTrainer
-from onn_workbench import engine
 
 ENDED = ("finished", "stopped", "failed")
 _going: list["BackgroundRun"] = []  # those of this process that have begun and not ended
@@ -183,7 +182,7 @@ class _TracedTrainer(ChunkedLoraTrainer):
     def setup(self) -> None:
         super().setup()
         self.tracing = contextlib.ExitStack()
-        self.events = self.tracing.enter_context(engine.trace(self.base))
+        self.events = self.tracing.enter_context(self.base.trace())
         self.stop.check()  # a stop that was asked for meanwhile
 
     def take_events(self) -> list[Event]:

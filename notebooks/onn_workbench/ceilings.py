@@ -42,13 +42,12 @@ class Ceilings:
 
         limits: what limits a step that was timed: "read", "copy", or the tokens of its matmuls.
         """
-        pairs = zip(map(self._of, limits), map(later._of, limits), strict=True)
+        ours, theirs = (
+            {"read": one.read_bytes_per_s, "copy": one.copy_bytes_per_s} | one.flops_per_s
+            for one in (self, later)
+        )
+        pairs = [(ours[limit], theirs[limit]) for limit in limits]
         return any(max(pair) > 1.25 * min(pair) for pair in pairs)
-
-    def _of(self, limit: str | int) -> float:
-        if isinstance(limit, int):
-            return self.flops_per_s[limit]
-        return self.read_bytes_per_s if limit == "read" else self.copy_bytes_per_s
 
 
 def measure_read(
@@ -120,8 +119,9 @@ def measure_flops(
     return max(rates)
 
 
-def measure_copy(device: torch.device, n_bytes: int = 1 << 28) -> float:
+def measure_copy(device: torch.device) -> float:
     """Bytes a second from pinned host memory to a CUDA device."""
+    n_bytes = 1 << 28
     host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     copy = "target.copy_(host, non_blocking=True)"

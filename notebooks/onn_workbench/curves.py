@@ -11,6 +11,7 @@ import pandas as pd
 from onn_core.record import RunRecord, write_atomic
 from onn_workbench import pages
 from onn_workbench.figure import Figure, Line, Panel, Scale
+from onn_workbench.report import norm_lines
 from onn_workbench.study import RULE, Runs, Study, compare, fall, in_memory_difference, verdict
 from onn_workbench.tables import frame
 
@@ -171,12 +172,8 @@ def norm_figure(runs: Runs) -> Figure:
     panels = []
     for label, (record, *_) in runs.items():
         scale = Scale("decoder layer", 0, record.model["layers"] - 1)
-        lines = []
-        for layer in record.steps[0].grad_norm_by_layer:
-            x = [step.step for step in record.steps]
-            norms = [step.grad_norm_by_layer[layer] for step in record.steps]
-            mode = "lines" if len(x) > MARKED else "lines+markers"
-            lines.append(Line("", x, norms, mode=mode, width=1, colour=scale.colour(int(layer))))
+        mode = "lines" if len(record.steps) > MARKED else "lines+markers"
+        lines = norm_lines(record, scale, mode=mode)
         y = "gradient norm of a layer"
         panels.append(Panel(lines, "optimizer steps", y, label, log_y=True, scale=scale))
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]

@@ -1,6 +1,7 @@
 """What the workbench asks of a model that may be this project's or a peer's."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from onn_core.streaming.model import StreamedModel
@@ -21,6 +22,15 @@ def counts(model: Any) -> dict[str, float]:
 def count_reserved_graphs(model: Any) -> int:
     """Layers whose graph is reserved between forward and backward, so that none is recomputed."""
     return model.count_reserved_graphs() if isinstance(model, StreamedModel) else 0
+
+
+def process_bytes(field: str) -> int:
+    """A count of bytes of this process, in the words of /proc/self/io.
+
+    "read_bytes" came from a disk, by reads or by mapped pages; "rchar" by calls to read.
+    """
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines).get(field, 0))
 
 
 def trace(model: Any) -> contextlib.AbstractContextManager[list[Event]]:

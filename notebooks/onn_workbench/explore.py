@@ -445,15 +445,8 @@ def memory_bar(peak_bytes: int, memory_budget: str | None) -> str:
     """What a run takes, against the budget and what the machine has free."""
     free = host_memory_bytes()
     budget = parse_bytes(memory_budget)
-    share = min(100.0, 100 * peak_bytes / free)
-    mark = min(100.0, 100 * (budget or 0) / free)
-    colour = "#b00020" if share > 90 else "#00568a"
     text = f"{peak_bytes / 2**20:,.0f} MiB of memory, without Python's"
     text += f", budget {budget / 2**20:,.0f} MiB" if budget else ""
     text += f", {free / 2**20:,.0f} MiB free on this machine"
-    bar = f'<div style="background:{colour};height:100%;width:{share:.1f}%"></div>'
-    if budget:
-        line = f"position:absolute;top:0;left:{mark:.1f}%;height:100%;border-left:2px solid #d55e00"
-        bar += f'<div style="{line}"></div>'
-    style = "position:relative;width:680px;height:10px;background:#ddd;margin:4px 0"
-    return f'<div style="{style}" role="img" aria-label="{text}">{bar}</div>{text}'
+    limits = f'max="{free}" high="{0.9 * free:.0f}" optimum="0" value="{peak_bytes}"'
+    return f'<div><meter style="width:680px" aria-label="{text}" {limits}></meter></div>{text}'

@@ -80,22 +80,16 @@ class Panel:
 
 
 class Drawn:
-    """What a notebook shows live, by plotly, and as a picture; a subclass draws the two."""
+    """What a notebook shows live and as a picture.
 
-    text = ""  # for readers who see neither drawing
+    A subclass has `plotly()`, the figure as plotly's JSON, `png()`, the figure as a PNG, and
+    `text` for readers who see neither.
+    """
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         picture = base64.b64encode(self.png()).decode()
         bundle = {"application/vnd.plotly.v1+json": self.plotly(), "image/png": picture}
         return bundle | {"text/plain": self.text}
-
-    def plotly(self) -> dict[str, Any]:
-        """The figure as plotly's JSON."""
-        raise NotImplementedError
-
-    def png(self) -> bytes:
-        """The figure as a PNG."""
-        raise NotImplementedError
 
 
 class Figure(Drawn):

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
-from matplotlib import colormaps, colors
-
 from onn_core.record import RunRecord
 from onn_core.streaming.visits import Event
 from onn_workbench import engine
-from onn_workbench.figure import Bars, Figure, Line, Panel
-from onn_workbench.report import loss_lines
+from onn_workbench.figure import Bars, Figure, Panel, Scale
+from onn_workbench.report import loss_lines, norm_lines
 from onn_workbench.runs import held_out_key
 
 PHASES = ("read", *engine.PHASES)  # of a timeline, from the top
@@ -29,7 +27,10 @@ def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figur
         own = [line for line in lines if line.label.rpartition(", ")[0] in labels]
         name = f"held-out samples of {labels[0]}" if len(kinds) > 1 else ""
         top.append(Panel(own, STEPS, "loss (nats per counted token)", title=name))
-    norms = Panel(_norms(first), STEPS, "gradient norm of a layer", log_y=True)
+    layers = list(first.steps[-1].grad_norm_by_layer)
+    scale = Scale("decoder layer", 0, first.model["layers"] - 1)
+    norms = norm_lines(first, scale, layers[0], layers[-1], mode="lines+markers")
+    norms = Panel(norms, STEPS, "gradient norm of a layer", log_y=True)
     begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
     bars = phase_bars(events, lambda phase, _: PHASES.index(phase), height=0.7, begin=begin)
     timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)
@@ -52,16 +53,3 @@ def phase_bars(
         spans = ([event[place] - begin for event in chosen] for place in (2, 3))
         bars.append(Bars(phase, rows, *spans, number, height))
     return bars
-
-
-def _norms(record: RunRecord) -> list[Line]:
-    """A line for each trained layer, dark for the first and light for the last."""
-    layers, lines = list(record.steps[-1].grad_norm_by_layer), []
-    for layer in layers:
-        norms = [step.grad_norm_by_layer[layer] for step in record.steps]
-        share = int(layer) / max(1, record.model["layers"] - 1)
-        label = f"layer {layer}" if layer in (layers[0], layers[-1]) else ""
-        colour = colors.to_hex(colormaps["viridis"](share))
-        x = [step.step for step in record.steps]
-        lines.append(Line(label, x, norms, width=1, colour=colour))
-    return lines

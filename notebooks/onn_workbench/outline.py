@@ -75,6 +75,7 @@ class Outline:
         sizes = dataclasses.replace(
             self.geometry.sizes, n_trained=n_trained, n_back=len(self.widths) - min(trained)
         )
+        one = self.visit(config) if measured else {}
         found = predict(
             dataclasses.replace(self.geometry, sizes=sizes),
             config.batch_size,
@@ -82,12 +83,11 @@ class Outline:
             memory_budget=config.memory_budget,
             chunk_size=config.chunk_size,
             micro_batch_size=config.micro_batch_size,
-            one_layer=self.visit(config) if measured else None,
+            one_layer=one or None,
             **self.rates,
         )
         if "refused" in found:
             raise ConfigError(found["refused"])
-        one = self.visit(config) if measured else {}
         forward_s = self.n_layers * one.get("forward_s", 0.0) + one.get("head_s", 0.0)
         n_evals = 1 + config.max_steps // config.eval_every if config.eval_every else 0
         share = config.eval_samples / config.batch_size

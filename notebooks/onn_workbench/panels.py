@@ -14,7 +14,7 @@ from IPython.display import HTML
 
 import onn_core
 from onn_core.config import expand_grid
-from onn_core.data.corpus import prepare
+from onn_core.data.corpus import prepare, tokenize_once
 from onn_core.errors import ConfigError, OnnError
 from onn_core.evaluate import token_losses
 from onn_workbench import preview, runs
@@ -110,11 +110,11 @@ class Data(Panel):
         config = self.explorer.config
         self.explorer.require_data(config)
         tokenizer = preview.tokenizer_of(config)
-        found = preview.count(config, tokenizer)
+        found, _ = tokenize_once(config, tokenizer)  # the run then finds it in the cache
         text = (
-            f"<b>{found['rows']:,}</b> rows: <b>{found['truncated']:,}</b> cut at "
-            f"{config.max_length} tokens, <b>{found['dropped']:,}</b> dropped; "
-            f"{found['examples']:,} samples. {found['length_95']} tokens would hold 95 % whole."
+            f"<b>{found.rows:,}</b> rows: <b>{found.truncated:,}</b> cut at {config.max_length} "
+            f"tokens, <b>{found.dropped:,}</b> dropped; {len(found.examples):,} samples. "
+            f"{found.length_95} tokens would hold 95 % whole."
         )
         chosen = (r for r in preview.rows(config, tokenizer) if self.kind.value in ("all", r.kind))
         shown = [row.html() for row in itertools.islice(chosen, n_shown)]

@@ -5,7 +5,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -157,6 +156,7 @@ def open_system(
 
     room_bytes: memory that it may fill (None: no limit). settings: those of `from_pretrained`.
     """
+    disk_bytes = functools.partial(engine.process_bytes, "read_bytes")
     if system in ("onn", "cached", "baseline"):
         budget = None if system == "baseline" else room_bytes
         stream = NothingResident if system == "baseline" else WeightStream
@@ -164,7 +164,7 @@ def open_system(
         settings |= {"host_budget": "auto" if system == "cached" else 0}
         model = open_streamed(model_dir, device=device, **settings)
         if model.reads_page_cache:  # what a stream counts may come from there
-            return model, _disk_bytes
+            return model, disk_bytes
         return model, lambda: model.counts().bytes_read
     where: Any = {"device_map": device}
     if system == "offload":  # what does not fit stays in the model folder's own files
@@ -175,7 +175,7 @@ def open_system(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    return model, _disk_bytes
+    return model, disk_bytes
 
 
 def add_adapters(model: PreTrainedModel, device: torch.device) -> tuple[Any, list[int]]:
@@ -200,11 +200,3 @@ def add_adapters(model: PreTrainedModel, device: torch.device) -> tuple[Any, lis
             module.lora_B.to_empty(device=device)
             module.reset_lora_parameters("default", True)
     return model, trained
-
-
-def _disk_bytes() -> int:
-    """What this process has had read from a disk, by reads or by mapped pages."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    return 0

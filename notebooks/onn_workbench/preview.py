@@ -11,7 +11,6 @@ from matplotlib import colormaps, colors
 
 from onn_core import data
 from onn_core.config import TrainConfig
-from onn_core.data.corpus import tokenize_once
 from onn_core.data.tokenizer import read_template
 from onn_core.errors import DataError
 
@@ -58,16 +57,6 @@ def tokenizer_of(config: TrainConfig) -> Any:
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     return tokenizer
-
-
-def count(config: TrainConfig, tokenizer: Any) -> dict[str, int]:
-    """Of all rows: how many there are, were cut, were dropped; examples made of them.
-
-    As a run counts them, and tokenized once for both.
-    """
-    dataset, _ = tokenize_once(config, tokenizer)
-    found = {name: getattr(dataset, name) for name in ("rows", "truncated", "dropped")}
-    return found | {"examples": len(dataset.examples), "length_95": dataset.length_95}
 
 
 def rows(config: TrainConfig, tokenizer: Any) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from IPython.display import display
 
 from onn_core.config import TrainConfig
 from onn_core.record import RunRecord
-from onn_workbench.figure import Figure, Line, Panel
+from onn_workbench.figure import Figure, Line, Panel, Scale
 from onn_workbench.tables import frame
 
 
@@ -74,6 +74,17 @@ def loss_lines(records: dict[str, RunRecord], against: str) -> list[Line]:
         x, losses = [getattr(e, against) for e in record.evals], [e.loss for e in record.evals]
         if record.evals:
             lines.append(Line(f"{label}, held-out", x, losses, number))
+    return lines
+
+
+def norm_lines(record: RunRecord, scale: Scale, *names: str, mode: str) -> list[Line]:
+    """The gradient norm of each trained layer over the steps; names: of layers in the legend."""
+    lines = []
+    for layer in record.steps[-1].grad_norm_by_layer:
+        norms = [step.grad_norm_by_layer[layer] for step in record.steps]
+        label = f"layer {layer}" if layer in names else ""
+        x, colour = [step.step for step in record.steps], scale.colour(int(layer))
+        lines.append(Line(label, x, norms, mode=mode, width=1, colour=colour))
     return lines
 
 

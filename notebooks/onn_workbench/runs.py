@@ -60,7 +60,7 @@ class PastRun:
         return TrainConfig(**read_settings(self.folder / SETTINGS, ()))
 
 
-def to_yaml(config: TrainConfig | dict[str, Any]) -> str:
+def to_yaml(config: TrainConfig) -> str:
     """The settings that are not the defaults, as `python -m onn_core train` takes them."""
     return yaml.safe_dump(_chosen(config), sort_keys=False, allow_unicode=True)
 
@@ -72,9 +72,7 @@ def to_python(config: TrainConfig) -> str:
     return f"import onn_core\n\n{made}record = onn_core.ChunkedLoraTrainer(config).train()\n"
 
 
-def _chosen(config: TrainConfig | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(config, dict):
-        return config
+def _chosen(config: TrainConfig) -> dict[str, Any]:
     fields, values = TrainConfig.__dataclass_fields__, config.to_dict()
     return {name: values[name] for name in values if values[name] != fields[name].default}
 

@@ -90,7 +90,7 @@ class Outcome:
     """What a variant did. `first`: the first event of each phase, in order of time."""
 
     variant: dict[str, Any]
-    steps: list[dict[str, Any]]
+    steps: list[dict[str, float | bool | None]]
     first: list[Event]
     largest_by_layer: dict[str, dict[int, float]]  # phase -> layer -> largest value of step 1
     adapter_finite: bool = True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from onn_core.record import RunRecord, describe_environment, read_json, write_json
+from onn_core.record import RunRecord, describe_environment, from_json, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.stability import FIXES, Event, Outcome
 from onn_workbench.tables import frame
@@ -119,15 +119,6 @@ def load(path: str | os.PathLike) -> dict[str, Outcome]:
     """The outcomes that `save` wrote; OnnError if the file holds none."""
 
     def build(content: dict[str, Any]) -> dict[str, Outcome]:
-        for fields in content["runs"].values():
-            fields["cross_entropy_after"] = float(fields["cross_entropy_after"])
-            fields["first"] = [Event(**event) for event in fields["first"]]
-            for step in fields["steps"]:  # JSON holds a NaN and an Inf as text
-                step |= {k: float(v) for k, v in step.items() if isinstance(v, str)}
-            fields["largest_by_layer"] = {
-                phase: {int(layer): value for layer, value in book.items()}
-                for phase, book in fields["largest_by_layer"].items()
-            }
-        return {label: Outcome(**fields) for label, fields in content["runs"].items()}
+        return from_json(dict[str, Outcome], content["runs"])
 
     return read_json(path, build, "a stability study", "run it again", SCHEMA_VERSION)

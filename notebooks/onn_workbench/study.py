@@ -20,7 +20,7 @@ from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
 from onn_core.many import train_many
-from onn_core.record import EvalRecord, RunRecord, StepRecord, read_json, write_json
+from onn_core.record import EvalRecord, RunRecord, StepRecord, from_json, read_json, write_json
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
@@ -64,13 +64,7 @@ class Study:
 
         def build(fields: dict[str, Any]) -> "Study":
             del fields["rule"], fields["verdicts"]
-            fields["reference"] = [RunRecord.from_dict(record) for record in fields["reference"]]
-            for group in ("runs", "controls", "layouts"):
-                fields[group] = {
-                    label: [RunRecord.from_dict(record) for record in records]
-                    for label, records in fields[group].items()
-                }
-            return cls(**fields)
+            return from_json(cls, fields)
 
         return read_json(path, build, "a study", "run 02_learning_curves again", SCHEMA_VERSION)
 
@@ -86,11 +80,9 @@ def train(
     resume: a run of these settings that finished is read, one that was cut goes on.
     """
     folder = Path(config.output_dir)
-    if resume and (folder / "record.json").is_file():
-        record = RunRecord.load(folder / "record.json")
-        if record.status == "finished" and record.config == config.without_paths():
-            on_step(record)
-            return thinned(record)
+    if resume and (record := _finished(config)):
+        on_step(record)
+        return thinned(record)
 
     def watch(record: RunRecord) -> None:
         on_step(record)
@@ -125,14 +117,8 @@ def train_all(
     A NaN ends its run, recorded. resume: runs of these settings that finished are read, others go
     on. The times of a step are those of a pass that all runs share.
     """
-    done = {}
-    for place, config in enumerate(configs):
-        path = Path(config.output_dir) / "record.json"
-        record = RunRecord.load(path) if resume and path.is_file() else None
-        if record and record.status == "finished" and record.config == config.without_paths():
-            done[place] = record
-    waiting = [place for place in range(len(configs)) if place not in done]
-    chosen = [configs[place] for place in waiting]
+    done = [_finished(config) if resume else None for config in configs]
+    chosen = [config for config, record in zip(configs, done, strict=True) if record is None]
     try:
         with contextlib.redirect_stderr(Once(sys.stderr)):
             records = train_many(chosen, resume, on_step) if chosen else []
@@ -140,8 +126,16 @@ def train_all(
         records = [RunRecord.load(Path(config.output_dir) / "record.json") for config in chosen]
     for config in chosen:  # its record and its adapter are all that is used
         shutil.rmtree(Path(config.output_dir) / FOLDER, ignore_errors=True)
-    done |= zip(waiting, records, strict=True)
-    return [thinned(done[place]) for place in range(len(configs))]
+    trained = iter(records)
+    return [thinned(record or next(trained)) for record in done]
+
+
+def _finished(config: TrainConfig) -> RunRecord | None:
+    """The record of a run of these settings that came to its end before."""
+    path = Path(config.output_dir) / "record.json"
+    record = RunRecord.load(path) if path.is_file() else None
+    ended = record and record.status == "finished" and record.config == config.without_paths()
+    return record if ended else None
 
 
 def thinned(record: RunRecord, n_rows: int = 48) -> RunRecord:

@@ -59,16 +59,14 @@ class Claim:
 
 def read(folder: str | Path) -> Records:
     """The records in `folder`; OnnError for one that cannot be read."""
-    folder, found = Path(folder), Records()
-    if (path := folder / "learning_results.json").is_file():
-        found.learning = Study.load(path)
-    if (path := folder / "stability.json").is_file():
-        found.stability = stability_report.load(path)
-    if (path := folder / "training_benchmark.json").is_file():
-        found.benchmark = speed.load_benchmark(path)
-    if (path := folder / "sweep.json").is_file():
-        found.sweep = Sweep.load(path)
-    return found
+    loaders = {
+        "learning_results.json": Study.load,
+        "stability.json": stability_report.load,
+        "training_benchmark.json": speed.load_benchmark,
+        "sweep.json": Sweep.load,
+    }
+    paths = {Path(folder) / name: load for name, load in loaders.items()}
+    return Records(*(load(path) if path.is_file() else None for path, load in paths.items()))
 
 
 def claims(records: Records) -> list[Claim]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -18,7 +19,8 @@ import yaml
 import onn_core
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
-from onn_core.record import RunRecord, read_json, write_json
+from onn_core.record import RunRecord, from_json, read_json, write_json
+from onn_workbench import engine
 from onn_workbench.figure import Figure, Line, Panel, Parallel, Scale
 from onn_workbench.report import Once
 from onn_workbench.study import compare, fall, thinned
@@ -55,12 +57,7 @@ class Sweep:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sweep":
         """Read a sweep that `save` wrote; OnnError if it is not one."""
-
-        def build(fields: dict[str, Any]) -> "Sweep":
-            runs = {name: RunRecord.from_dict(run) for name, run in fields["runs"].items()}
-            alone = {name: Alone(**run) for name, run in fields["alone"].items()}
-            return cls(**fields | {"runs": runs, "alone": alone})
-
+        build = functools.partial(from_json, cls)
         return read_json(path, build, "a sweep", "run 07_sweep again", SCHEMA_VERSION)
 
     @property
@@ -103,10 +100,10 @@ def train(
     resume: bool = False,
 ) -> Sweep:
     """Train all of them in one pass. A run that fails leaves the others going."""
-    before = _read_bytes()
+    before = engine.process_bytes("rchar")
     with contextlib.redirect_stderr(Once(sys.stderr)):
         records = onn_core.train_many(list(chosen.values()), resume, on_step)
-    n_bytes = _read_bytes() - before
+    n_bytes = engine.process_bytes("rchar") - before
     runs = {name: thinned(run) for name, run in zip(chosen, records, strict=True)}
     names = [
         field.name
@@ -127,10 +124,10 @@ def train_alone(config: TrainConfig, n_steps: int) -> Alone:
         whole = {"max_steps": config.max_steps, "eval_every": config.eval_every}
         changes = {"max_steps": n_steps, "eval_every": n_steps, "output_dir": folder}
         short = dataclasses.replace(config, **changes, progress=False)
-        before = _read_bytes()
+        before = engine.process_bytes("rchar")
         with contextlib.redirect_stderr(io.StringIO()):  # what it says of the data was said before
             record = onn_core.ChunkedLoraTrainer(short).train()
-        n_bytes = _read_bytes() - before
+        n_bytes = engine.process_bytes("rchar") - before
     last = record.steps[-1]
     of_evals = (n_bytes - sum(step.bytes_read for step in record.steps)) / len(record.evals)
     n_evals = 1 + -(-whole["max_steps"] // whole["eval_every"])
@@ -293,11 +290,3 @@ def _with_numbers(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """A setting as JSON and a table hold it."""
     return value if value is None or isinstance(value, int | float | str) else str(value)
-
-
-def _read_bytes() -> int:
-    """What this process has read from files so far, by calls to read."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("rchar:"):
-            return int(line.split()[1])
-    return 0

@@ -55,17 +55,15 @@ def merge(
         raise ConfigError(f"{out_dir} exists already: choose another folder for the merged model.")
     model_folder = ModelFolder.open(model_dir)
     merged = _Merged(model_folder, adapter_dir)
-    layout = _layout(model_folder, merged)
-    n_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout.values())
+    shards = _layout(model_folder, merged)
+    tensors = [tensor for shard in shards.values() for tensor in shard.values()]
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors)
     with new_folder(out_dir) as temporary:
         if n_bytes > shutil.disk_usage(temporary).free:
             raise ConfigError(
                 f"the merged model needs {n_bytes / 1e9:.1f} GB, more than the disk of "
                 f"{out_dir} has free: free some space or choose another folder."
             )
-        shards: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
-        for name, (shard, dtype, shape) in layout.items():
-            shards.setdefault(shard, {})[name] = dtype, shape
         for shard, own in shards.items():
             write_tensors(temporary / shard, own, merged.pieces)
         if model_folder.gguf:
@@ -77,7 +75,7 @@ def merge(
         else:
             _copy_files(model_folder, temporary)
         if list(shards) != [WEIGHTS_NAME]:
-            weight_map = {name: shard for name, (shard, _, _) in layout.items()}
+            weight_map = {name: shard for shard, own in shards.items() for name in own}
             index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
             write_json(temporary / INDEX_NAME, index)
         model_folder.check_unchanged()
@@ -216,8 +214,8 @@ def _is_absent(parameter: torch.Tensor) -> bool:
 
 def _layout(
     model_folder: ModelFolder, merged: _Merged
-) -> dict[str, tuple[str, torch.dtype, Sequence[int]]]:
-    """Shard, dtype and shape of each tensor of the merged model, in the order of their bytes."""
+) -> dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]]:
+    """Shard -> tensor -> dtype and shape of the merged model, in the order of their bytes."""
     kinds: dict[str, tuple[TensorEntry, torch.dtype, Sequence[int]]] = {}
     for name in model_folder.parameter_names():
         one = model_folder.quantised.get(name)
@@ -227,12 +225,12 @@ def _layout(
             entry = model_folder.tensors[name]
             kinds[name] = entry, entry.dtype, entry.shape
     n_files = len(model_folder.gguf)
-    shards = {
+    file_names = {
         path: f"model-{number:05}-of-{n_files:05}.safetensors" if n_files > 1 else WEIGHTS_NAME
         for number, path in enumerate(model_folder.gguf, 1)
     }
-    layout = {}
+    shards: dict[str, dict[str, tuple[torch.dtype, Sequence[int]]]] = {}
     for name, (entry, dtype, shape) in sorted(kinds.items(), key=lambda item: item[1][0].offset):
-        shard = shards.get(entry.path, entry.path.name)
-        layout[name] = shard, merged.makers.get(name, (dtype, None))[0], shape
-    return layout
+        shard = shards.setdefault(file_names.get(entry.path, entry.path.name), {})
+        shard[name] = merged.makers.get(name, (dtype, None))[0], shape
+    return shards

@@ -3,9 +3,7 @@
 from onn_core.data.chat import prompt_ids
 from onn_core.data.examples import (
     IGNORED,
-    Dataset,
     Example,
-    Examples,
     Pair,
     batches,
     collate,
@@ -14,7 +12,6 @@ from onn_core.data.examples import (
     shuffle_targets,
     split,
     tokenize,
-    unpaired,
 )
 from onn_core.data.pairs import pair_up, read_pairs, tokenize_pairs
 from onn_core.data.rows import load_rows, read_rows
@@ -22,9 +19,7 @@ from onn_core.data.tokenizer import load_tokenizer, require_ids_fit
 
 __all__ = [
     "IGNORED",
-    "Dataset",
     "Example",
-    "Examples",
     "Pair",
     "batches",
     "collate",
@@ -41,5 +36,4 @@ __all__ = [
     "split",
     "tokenize",
     "tokenize_pairs",
-    "unpaired",
 ]

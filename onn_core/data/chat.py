@@ -10,9 +10,8 @@ a mark in place of the answer, shows which part of the whole text is the answer'
 import copy
 import dataclasses
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -193,19 +192,19 @@ class _Chat:
         at = marked.find(MARK)
         if at < 0:
             raise DataError(f"what the assistant says in turn {i + 1} is not in what it renders")
-        start = self._start(before, prompt, whole, after, _common(whole, marked[:at]))
+        start = self._start(before, prompt, whole, after, n_common(whole, marked[:at]))
         if not rest:
             return self._trimmed(i, whole, start, len(whole))
-        reply = until[self._start(before, prompt, until, 0, _common(until, marked[:at])) :]
+        reply = until[self._start(before, prompt, until, 0, n_common(until, marked[:at])) :]
         if whole.startswith(reply, start):
             return self._trimmed(i, whole, start, start + len(reply))
         # It is rendered otherwise than as the last turn: what follows the answer tells its end.
         last = self.text([*before, mark])
         closing = last[last.find(MARK) + len(MARK) :]
-        content_end = len(whole) - _common(whole[::-1], marked[at + len(MARK) :][::-1])
+        content_end = len(whole) - n_common(whole[::-1], marked[at + len(MARK) :][::-1])
         if whole.startswith(closing, content_end):
             return self._trimmed(i, whole, start, content_end + len(closing))
-        opening = prompt[_common(prompt, self.text(before)) :].lstrip()
+        opening = prompt[n_common(prompt, self.text(before)) :].lstrip()
         found = END_OF_TURN.match(whole, content_end)
         if found and not (opening and opening.startswith(found[1])):
             return start, found.end()
@@ -222,7 +221,7 @@ class _Chat:
         """
         if whole.startswith(prompt):
             return len(prompt)
-        header = prompt[_common(prompt, self.text(before)) :]
+        header = prompt[n_common(prompt, self.text(before)) :]
         for length in range(len(header), min(MIN_HEADER, len(header)) - 1, -1):
             at = whole.rfind(header[:length], after, limit)
             if at >= 0 and header[:length].strip():
@@ -316,9 +315,10 @@ def _says_something(message: Message) -> bool:
     return any(said)
 
 
-def _common(text: str, other: str) -> int:
-    """How many characters at the beginning are the same."""
-    return len(os.path.commonprefix([text, other]))
+def n_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters, tokens or messages at the beginning are the same."""
+    places = enumerate(zip(one, other, strict=False))
+    return next((i for i, (x, y) in places if x != y), min(len(one), len(other)))
 
 
 def _is_in(value: Any, text: str) -> bool:

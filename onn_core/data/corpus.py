@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -37,9 +36,10 @@ from onn_core.data.pairs import pair_up, read_pairs, tokenize_pairs
 from onn_core.data.rows import files_of, is_saved_dataset, read_rows
 from onn_core.data.tokenizer import read_template, require_ids_fit
 from onn_core.errors import ConfigError, OnnError
-from onn_core.record import cache_dir, sha256_of
+from onn_core.record import cache_dir, replacing, sha256_of
 from onn_core.weights.gguf import gguf_files
 from onn_core.weights.reader import give_back_memory
+from onn_core.weights.shards import write_tensors
 
 # What decides how a folder's tokenizer works.
 TOKENIZER_FILES = (
@@ -163,15 +163,11 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     once = isinstance(config.data, Iterator)
     if not once and (dataset := read_tokens(path)) is not None:
         return dataset, True
-    if config.objective == "dpo":
-        unused: set[str] = set()
-        pairs = tokenize_pairs(
-            read_pairs(config.data, unused), tokenizer, config.max_length, folder=folder
-        )
-        dataset = dataclasses.replace(pairs, unused=sorted(unused))
-    else:
-        learned = {"completion_only": config.completion_only, "train_on": config.train_on}
-        dataset = tokenize_data(config.data, tokenizer, config.max_length, folder=folder, **learned)
+    of_sft = {"completion_only": config.completion_only, "train_on": config.train_on}
+    settings = {"folder": folder} | (of_sft if config.objective == "sft" else {})
+    dataset = tokenize_data(
+        config.data, tokenizer, config.max_length, objective=config.objective, **settings
+    )
     if not once:
         with contextlib.suppress(OSError):
             write_tokens(path, dataset)
@@ -179,10 +175,13 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
     return dataset, False
 
 
-def tokenize_data(source: Any, tokenizer: Any, max_length: int, **settings: Any) -> Dataset:
-    """`tokenize` of what `read_rows` takes, with what was left out of it."""
+def tokenize_data(
+    source: Any, tokenizer: Any, max_length: int, *, objective: str = "sft", **settings: Any
+) -> Dataset:
+    """The tokens of what `read_rows`, or for "dpo" `read_pairs`, takes, and what is not used."""
+    read, make = (read_pairs, tokenize_pairs) if objective == "dpo" else (read_rows, tokenize)
     unused: set[str] = set()
-    dataset = tokenize(read_rows(source, unused), tokenizer, max_length, **settings)
+    dataset = make(read(source, unused), tokenizer, max_length, **settings)
     return dataclasses.replace(dataset, unused=sorted(unused))
 
 
@@ -210,30 +209,17 @@ def _key(config: TrainConfig, tokenizer: Any) -> str:
 
 def write_tokens(path: Path, dataset: Dataset) -> None:
     """The tokens as a safetensors file, ids last, whole or not at all."""
-    tokens, header, end = dataset.tokens, {}, 0
-    small = {"lengths": ("I32", tokens.lengths), "prompts": ("I64", tokens.prompts)}
-    sizes = {name: (dtype, len(x), len(x) * x.itemsize) for name, (dtype, x) in small.items()}
-    sizes["ids"] = ("I32", sum(tokens.lengths), 4 * sum(tokens.lengths))
-    for name, (dtype, length, n_bytes) in sizes.items():
-        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [end, end + n_bytes]}
-        end += n_bytes
-    facts = {name: getattr(dataset, name) for name in FACTS}
-    text = json.dumps(header | {"__metadata__": {"facts": json.dumps(facts)}}).encode()
-    text += b" " * (-len(text) % 8)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, values in small.values():
-                values.tofile(file)
-            tokens.file.seek(tokens.start)
-            shutil.copyfileobj(tokens.file, file, 2**20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    tokens = dataset.tokens
+    facts = json.dumps({name: getattr(dataset, name) for name in FACTS}).encode()
+    layout = {
+        "prompts": (torch.int64, [len(tokens.prompts)]),
+        "lengths": (torch.int32, [len(tokens.lengths)]),
+        "facts": (torch.uint8, [len(facts)]),
+        "ids": (torch.int32, [sum(tokens.lengths)]),
+    }
+    small = {"prompts": tokens.prompts, "lengths": tokens.lengths, "facts": facts}
+    with replacing(path) as temporary:
+        write_tensors(temporary, layout, lambda n: [small[n]] if n in small else tokens.blocks())
 
 
 def read_tokens(path: Path) -> Dataset | None:
@@ -242,7 +228,7 @@ def read_tokens(path: Path) -> Dataset | None:
         with safe_open(path, "np") as file:
             lengths, prompts = (file.get_tensor(name) for name in ("lengths", "prompts"))
             (n_tokens,) = file.get_slice("ids").get_shape()
-            facts = json.loads(file.metadata()["facts"])
+            facts = json.loads(file.get_tensor("facts").tobytes())
         whole = len(lengths) == len(prompts) > 0 and lengths.min() > 0
         if not whole or lengths.sum(dtype=np.int64) != n_tokens:
             raise ValueError("the lengths do not fit")

@@ -87,8 +87,9 @@ class Examples(Sequence[Example | Pair]):
         """`examples` as they are, with their lengths."""
         if isinstance(examples, Examples):
             return examples
-        lengths = np.array([len(example.input_ids) for example in examples], np.int32)
-        return cls(examples.__getitem__, lengths)
+        lengths = np.array([len(x.input_ids) for x in examples], np.int32)
+        prompts = np.array([_prompt_number(x.input_ids, _counts(x)) for x in examples], np.int64)
+        return cls(examples.__getitem__, lengths, prompts)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,7 +155,8 @@ class TokenFile:
     def _read(self, start: int, size: int) -> bytes:
         return os.pread(self.file.fileno(), size, self.start + start)
 
-    def _blocks(self) -> Iterator[bytes]:
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes of all tokens."""
         self.file.seek(self.start)
         while block := self.file.read(2**20):
             yield block
@@ -162,7 +164,7 @@ class TokenFile:
     def largest_id(self) -> int:
         """The largest token id of all."""
         largest = 0
-        for block in self._blocks():
+        for block in self.blocks():
             coded = np.frombuffer(block, np.int32)
             largest = max(largest, int(coded.max()), int((~coded).max()))
         return largest
@@ -170,7 +172,7 @@ class TokenFile:
     def digest(self) -> str:
         """A hash of all tokens, of which count, and of where each example ends."""
         found = hashlib.sha256(np.array(self.lengths, np.int32).tobytes())
-        for block in self._blocks():
+        for block in self.blocks():
             found.update(block)
         return found.hexdigest()
 
@@ -248,7 +250,7 @@ def tokenize(
 
 def split(
     examples: Sequence[Example], held_out_fraction: float, seed: int
-) -> tuple[Sequence[Example], Sequence[Example]]:
+) -> tuple[Examples, Examples]:
     """(train, held out), fixed by the seed; one example at least is always in train.
 
     Examples with the same prompt (the tokens before the first counted one) stay on the same side,
@@ -256,10 +258,7 @@ def split(
     one that would go far beyond it is trained on.
     """
     given = Examples.of(examples)
-    prompts = given.prompts
-    if prompts is None:
-        prompts = np.array([_prompt_number(x.input_ids, _counts(x)) for x in examples], np.int64)
-    _, first, group_of = np.unique(prompts, return_index=True, return_inverse=True)
+    _, first, group_of = np.unique(given.prompts, return_index=True, return_inverse=True)
     by_first = np.argsort(first, kind="stable")  # groups in the order of their first example
     members = np.argsort(group_of, kind="stable")
     sizes = np.bincount(group_of, minlength=len(first))
@@ -279,16 +278,16 @@ def split(
         smallest = int(np.argmin(np.where(held_out, len(given) + 1, sizes)))
         held_out[smallest] = not n_taken or sizes[smallest] < 2 * (wanted - n_taken)
 
-    def of_groups(groups: np.ndarray) -> Sequence[Example]:
+    def of_groups(groups: np.ndarray) -> Examples:
         n = sizes[groups]
         within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-        return _like(examples, given.select(members[np.repeat(starts[groups], n) + within]))
+        return given.select(members[np.repeat(starts[groups], n) + within])
 
     groups = np.array(order, np.int64)
     return of_groups(groups[~held_out[groups]]), of_groups(groups[held_out[groups]][::-1])
 
 
-def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Example]:
+def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Examples:
     """The control that must not learn: the counted labels, permuted among all counted positions.
 
     The inputs stay as they are. Answers permuted as a whole would not do: the tokens of an answer
@@ -309,7 +308,7 @@ def shuffle_targets(examples: Sequence[Example], seed: int | str) -> Sequence[Ex
             example.input_ids, [next(left) if x != IGNORED else x for x in example.labels]
         )
 
-    return _like(examples, Examples(get, given.lengths))
+    return Examples(get, given.lengths)
 
 
 def batches(
@@ -341,7 +340,7 @@ def batches(
         yield batch
 
 
-def pack(examples: Sequence[Example], max_length: int) -> Sequence[Example]:
+def pack(examples: Sequence[Example], max_length: int) -> Examples:
     """Rows of at most `max_length` tokens, put together into few samples that long.
 
     The longest first, each into the fullest sample that has room; the same every time.
@@ -376,7 +375,7 @@ def pack(examples: Sequence[Example], max_length: int) -> Sequence[Example]:
         )
 
     lengths = [given.lengths[members(sample)].sum() for sample in range(n_samples)]
-    return _like(examples, Examples(get, np.array(lengths, np.int32)))
+    return Examples(get, np.array(lengths, np.int32))
 
 
 def collate(examples: Sequence[Example | Pair], pad_id: int | None = 0) -> dict[str, torch.Tensor]:
@@ -426,11 +425,6 @@ def rows_of(
     if start == stop:
         own["labels"] = torch.full_like(own["labels"], IGNORED)
     return own
-
-
-def _like(examples: Sequence[Example], made: Examples) -> Sequence[Example]:
-    """A list of a list, else what is made when it is asked for."""
-    return list(made) if isinstance(examples, list) else made
 
 
 def _decoded(coded: np.ndarray) -> Example:

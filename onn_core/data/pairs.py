@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from onn_core.data.chat import render
+from onn_core.data.chat import n_common, render
 from onn_core.data.examples import Dataset, Examples, Pair, TokenFile, temporary_file
-from onn_core.data.rows import REFUSED_FIELDS, Row, message_of, read_rows
+from onn_core.data.rows import REFUSED_FIELDS, Row, fields_of, message_of, read_rows, sort_out
 from onn_core.data.tokenizer import explained
 from onn_core.errors import DataError
 
@@ -33,7 +33,7 @@ def read_pairs(data: Any, unused: set[str] | None = None) -> Iterator[Row]:
 
 
 def _pair(raw: Any, where: str, unused: set[str]) -> Row:
-    fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, dict) else {}
+    fields = fields_of(raw)
     sides = [fields.get(name) for name in SIDES]
     kinds = {type(side) for side in sides}
     if not all(sides) or kinds not in ({str}, {list}):
@@ -48,25 +48,15 @@ def _pair(raw: Any, where: str, unused: set[str]) -> Row:
     row: Row = dict(zip(("prompt", *SIDES), (prompt, *sides), strict=True))
     if kinds == {list}:
         row = {key: [message_of(turn, where) for turn in turns] for key, turns in row.items()}
-    for name in sorted(fields.keys() - row.keys(), key=str):
-        if name in MORE_FIELDS and fields[name] and kinds == {list}:
-            row[name] = fields[name]
-        elif name in (*REFUSED_FIELDS, "system") and fields[name]:
-            raise DataError(
-                f'{where}: the field "{name}" would change what is learned and is not '
-                "understood here: write it into the messages, or remove it."
-            )
-        else:
-            unused.add(f"column {name}")
+        row |= {name: fields[name] for name in MORE_FIELDS if fields.get(name)}
+    sort_out(fields, row.keys(), (*REFUSED_FIELDS, "system"), where, unused)
     return row
 
 
 def _split(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
     """What two texts or lists of messages begin with, and the rest of each, as TRL splits them."""
-    n = next((i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y), None)
-    if n is None:
-        n = min(len(chosen), len(rejected))
-    elif n and chosen[n - 1] == " ":
+    n = n_common(chosen, rejected)
+    if 0 < n < min(len(chosen), len(rejected)) and chosen[n - 1] == " ":
         n -= 1
     return chosen[:n], [chosen[n:], rejected[n:]]
 
@@ -90,7 +80,7 @@ def tokenize_pairs(
                 f"row {n_rows} {str(error).rstrip('.')}. Begin with the user, let an assistant "
                 "answer, or set chat_template to one that renders what the row holds."
             ) from error
-        start = min(_common(prompt, ids) for ids in both)
+        start = min(n_common(prompt, ids) for ids in both)
         lengths.append(max(map(len, both)))
         if not max(start, 1) < min(max_length, *map(len, both)):
             dropped += 1
@@ -130,9 +120,3 @@ def _ids(row: Row, tokenizer: Any) -> list[list[int]]:
     texts = [render({"messages": prompt, **more}, tokenizer, for_answer=True).text]
     texts += [render({"messages": prompt + turns, **more}, tokenizer).text for turns in answers]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _common(ids: list[int], others: list[int]) -> int:
-    """How many tokens at the beginning are the same."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(ids), len(others)))

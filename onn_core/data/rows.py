@@ -12,7 +12,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -329,7 +329,7 @@ def _chatterbot_rows() -> list[Row]:
 
 def _row(raw: Any, where: str, unused: set[str]) -> Row:
     """The one form of a row, whatever it was written in."""
-    fields = {key: x for key, x in raw.items() if x is not None} if isinstance(raw, dict) else {}
+    fields = fields_of(raw)
     if "chosen" in fields or "rejected" in fields:
         raise DataError(
             f'{where} is a preference pair (chosen, rejected): train on it with objective="dpo", '
@@ -353,13 +353,7 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
     else:
         has = ", ".join(map(str, fields))[:200] or "none of them"
         raise DataError(f"{where} needs {FORMS}: it has {has}.")
-    for name in sorted(fields.keys() - used, key=str):
-        if name in refused and not _is_empty(fields[name]):
-            raise DataError(
-                f'{where}: the field "{name}" would change what is learned and is not '
-                "understood here: write it into the messages, or remove it."
-            )
-        unused.add(f"column {name}")
+    sort_out(fields, used, refused, where, unused)
     if not messages:
         return {"text": fields["text"]}
     if not _is_empty(fields.get("system")):
@@ -374,6 +368,24 @@ def _row(raw: Any, where: str, unused: set[str]) -> Row:
             row[name] = fields[name]
     _require_names(row.get("tools", []), where, "tool")
     return row
+
+
+def fields_of(raw: Any) -> dict[str, Any]:
+    """The fields of a row or a message that hold something; none of what is not a dict."""
+    return {key: x for key, x in raw.items() if x is not None} if isinstance(raw, dict) else {}
+
+
+def sort_out(
+    fields: dict[str, Any], used: Set[str], refused: Collection[str], where: str, unused: set[str]
+) -> None:
+    """Add the columns that are not `used` to `unused`; DataError for one that is `refused`."""
+    for name in sorted(fields.keys() - used, key=str):
+        if name in refused and not _is_empty(fields[name]):
+            raise DataError(
+                f'{where}: the field "{name}" would change what is learned and is not '
+                "understood here: write it into the messages, or remove it."
+            )
+        unused.add(f"column {name}")
 
 
 def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[Message]:
@@ -402,8 +414,7 @@ def _pair(fields: dict[str, Any], prompt: str, answer: str, where: str) -> list[
 
 
 def message_of(turn: Any, where: str) -> Message:
-    turn = turn if isinstance(turn, dict) else {}
-    fields = {key: value for key, value in turn.items() if value is not None}
+    fields = fields_of(turn)
     for theirs, ours in (("from", "role"), ("value", "content")):  # ShareGPT
         if theirs in fields and not fields.get(ours):
             fields[ours] = fields.pop(theirs)

@@ -18,7 +18,7 @@ MAX_REASON = 300
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: str = "") -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Whatever a damaged tokenizer or a template raises inside becomes one DataError.
 
     That is anything: `tokenizers` raises plain Exception, and when it panics a BaseException.
@@ -29,7 +29,7 @@ def explained(what: str, advice: str = "") -> Iterator[None]:
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
-        raise DataError(f"{what} ({reason}){advice}.") from error
+        raise DataError(f"{what} ({reason}).") from error
 
 
 def load_tokenizer(model_dir: str | os.PathLike) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.config import parse_bytes, require_integer
@@ -14,12 +13,11 @@ from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
-from onn_core.ops.making import MAKING
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.loading import decoder_layers
 from onn_core.weights.dequantise import Quantised, Source, is_llm_int8
 from onn_core.weights.folder import ModelFolder
-from onn_core.weights.geometry import GEOMETRIES, geometry
+from onn_core.weights.geometry import GEOMETRIES, empty_model, geometry
 from onn_core.weights.quantise import stored_as, takes
 from onn_core.weights.slots import StreamedWeight
 
@@ -52,8 +50,7 @@ def geometry_of(
     the matrices by the names of their parameters.
     """
     compute_dtype, stored = compute_dtype or dtype, stored or {}
-    with MAKING, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(config, dtype)
     layers = decoder_layers(model)
     names = {id(p): name for name, p in model.named_parameters()}
 
