@@ -29,8 +29,8 @@ RUNS = {
     "packed": SAME | {"packing": True, "gradient_accumulation_steps": 3, "loss_scale": None},
 }
 # Of the largest value of a tensor. Adam divides a gradient by its own size: where the rows'
-# gradients nearly cancel, the rounding of their sum becomes a part of the step. 6e-5 was seen on
-# one processor, 1e-5 on another; a row that is left out or counted twice moves a tenth.
+# gradients nearly cancel, the rounding of their sum becomes a part of the step: 6e-5 was seen on
+# one processor, less than 2e-5 on another.
 ROUNDING = 5e-4
 
 
