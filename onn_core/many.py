@@ -13,8 +13,8 @@ from onn_core.errors import ConfigError, OnnError, TooManyRunsError
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.run.stopping import Stop
-from onn_core.streaming.loading import resolve_device
 from onn_core.streaming.passes import random_state, set_random_state
+from onn_core.streaming.skeleton import resolve_device
 from onn_core.streaming.together import Together
 from onn_core.trainer import ChunkedLoraTrainer
 

@@ -32,7 +32,8 @@ from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop, early_stop
-from onn_core.streaming.loading import open_streamed, resolve_device
+from onn_core.streaming.loading import open_streamed
+from onn_core.streaming.skeleton import resolve_device
 from onn_core.streaming.together import Together
 from onn_core.weights.stream import CLOSE_S
 

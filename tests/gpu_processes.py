@@ -31,7 +31,7 @@ import onn_core  # noqa: E402
 from onn_core.processes import Processes  # noqa: E402
 from onn_core.record import describe_environment, write_json  # noqa: E402
 from onn_core.run.step import optimizer_step  # noqa: E402
-from onn_core.streaming.loading import resolve_device  # noqa: E402
+from onn_core.streaming.skeleton import resolve_device  # noqa: E402
 from onn_core.weights.geometry import geometry  # noqa: E402
 from onn_core.weights.random_model import write_random_model  # noqa: E402
 

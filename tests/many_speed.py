@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onn_core
 from onn_core.record import describe_environment, write_json
-from onn_core.streaming.loading import resolve_device
+from onn_core.streaming.skeleton import resolve_device
 from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import prepare
 from onn_workbench.bench import evict, measure_ceilings, memory_cap

@@ -626,7 +626,7 @@ def test_weights_differ_where_the_file_differs(tmp_path):
 def test_auto_computes_in_float32_where_the_cpu_has_no_products_of_the_stored_dtype(
     stored, has_products, monkeypatch
 ):
-    monkeypatch.setattr("onn_core.streaming.loading.has_fast_matmul", lambda dtype: has_products)
+    monkeypatch.setattr("onn_core.streaming.skeleton.has_fast_matmul", lambda dtype: has_products)
     expected = stored if has_products else torch.float32
     assert streamed(toy_dir("llama", stored), dtype="auto").dtype == expected
 

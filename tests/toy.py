@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import onn_core
 from onn_core.adapters.lora import linear_names
 from onn_core.memory.plan import Plan
-from onn_core.streaming.loading import decoder_layers
+from onn_core.streaming.skeleton import decoder_layers
 
 N_LAYERS = 5
 VOCABULARY = 97

@@ -26,7 +26,8 @@ import torch
 from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
 from onn_core.record import describe_environment, write_json
-from onn_core.streaming.loading import from_pretrained, resolve_device
+from onn_core.streaming.loading import from_pretrained
+from onn_core.streaming.skeleton import resolve_device
 from onn_core.weights.folder import ModelFolder
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
 from onn_workbench.peers import SYSTEMS, UNCAPPED, run_steps

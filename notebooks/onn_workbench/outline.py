@@ -13,7 +13,8 @@ from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
 from onn_core.run.estimate import Geometry, predict
-from onn_core.streaming.loading import decoder_layers, from_pretrained
+from onn_core.streaming.loading import from_pretrained
+from onn_core.streaming.skeleton import decoder_layers
 from onn_workbench.bench import first_layers
 from onn_workbench.ceilings import measure_flops, measure_read
 

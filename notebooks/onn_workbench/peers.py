@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
 from onn_core.run.step import optimizer_step
-from onn_core.streaming.loading import decoder_layers, open_streamed, resolve_device
+from onn_core.streaming.loading import open_streamed
+from onn_core.streaming.skeleton import decoder_layers, resolve_device
 from onn_core.streaming.visits import Event
 from onn_core.weights.host import Staging
 from onn_core.weights.schedule import Use

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from onn_core.config import expand_home
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.ops.making import MAKING
-from onn_core.streaming.loading import skeleton
+from onn_core.streaming.skeleton import skeleton
 from onn_core.weights.dequantise import Plain
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import find_sources

@@ -20,7 +20,7 @@ from onn_core.adapters.folder import load_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import ConfigError
 from onn_core.ops.making import MAKING
-from onn_core.streaming.loading import all_layers, decoder_layers
+from onn_core.streaming.skeleton import all_layers, decoder_layers
 
 
 def select_layers(sparse_layers: str | Sequence[int], n_layers: int) -> list[int]:

@@ -28,7 +28,7 @@ from onn_core.config import expand_home
 from onn_core.data.tokenizer import load_tokenizer
 from onn_core.errors import ConfigError, DataError
 from onn_core.record import new_folder, write_json
-from onn_core.streaming.loading import skeleton
+from onn_core.streaming.skeleton import skeleton
 from onn_core.weights.dequantise import Converted
 from onn_core.weights.folder import INDEX_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, ModelFolder
 from onn_core.weights.formats import find_sources

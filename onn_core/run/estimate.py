@@ -14,7 +14,7 @@ from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.streaming.head import split_rows
-from onn_core.streaming.loading import decoder_layers
+from onn_core.streaming.skeleton import decoder_layers
 from onn_core.weights.dequantise import Quantised, Source, is_llm_int8
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.geometry import GEOMETRIES, empty_model, geometry
