@@ -24,6 +24,11 @@ def count_reserved_graphs(model: Any) -> int:
     return model.count_reserved_graphs() if isinstance(model, StreamedModel) else 0
 
 
+def micro_batch_size(model: Any, batch_size: int) -> int:
+    """Samples that go through a layer together; a peer's are all of them."""
+    return model.plan.micro_batch_size if isinstance(model, StreamedModel) else batch_size
+
+
 def process_bytes(field: str) -> int:
     """A count of bytes of this process, in the words of /proc/self/io.
 

@@ -121,6 +121,7 @@ def run_steps(
         "trainable": sum(p.numel() for p in parameters),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
+        "micro_batch_size": engine.micro_batch_size(base, batch_size),
         "sequence": sequence,
         **middle,
         "step_s_all": [step["step_s"] for step in steps[1:]],

@@ -352,6 +352,7 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
         read_bytes_per_s=ceilings.read_bytes_per_s,
         flops_per_s=flops_per_s[row["batch_size"] * row["sequence"]],
         memory_budget=record["budget_bytes"],
+        micro_batch_size=row.get("micro_batch_size"),  # how fast one is was measured there
     )
     return found if found["trainable"] == row["trainable"] and "plan" in found else {}
 
