@@ -26,7 +26,8 @@ def count_reserved_graphs(model: Any) -> int:
 
 def micro_batch_size(model: Any, batch_size: int) -> int:
     """Samples that go through a layer together; a peer's are all of them."""
-    return model.plan.micro_batch_size if isinstance(model, StreamedModel) else batch_size
+    own = model.micro_batch_size if isinstance(model, StreamedModel) else None
+    return own or batch_size
 
 
 def process_bytes(field: str) -> int:

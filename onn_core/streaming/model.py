@@ -52,6 +52,11 @@ class StreamedModel:
         """The present plan: slots, micro-batch, terms of the peak memory."""
         return self.streaming.planner.plan
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples that go through a layer together now; None is the whole batch."""
+        return self.streaming.planner.micro_batch_size
+
     def counts(self) -> Counts:
         """What was waited, read and computed since the model was loaded."""
         done, seconds = self.streaming.stream.counts, Counter(self.streaming.seconds)
