@@ -85,7 +85,7 @@ class RunRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RunRecord":
         """The record whose `to_dict` gave `fields`; TypeError or ValueError if it gave others."""
-        return from_json(cls, fields)
+        return from_json(cls, {name: fields[name] for name in ("steps", "evals")} | fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RunRecord":

@@ -145,7 +145,11 @@ class ChunkedLoraTrainer:
                 **describe_experts(self.base),
             },
             data=corpus.facts,
-            environment=describe_environment(self.device) | {"processes": processes.size},
+            environment={
+                **describe_environment(self.device),
+                "processes": processes.size,
+                "full_speed_tokens": self.base.sizes.full_speed_tokens,
+            },
         )
         self._memory_before = memory_before
 

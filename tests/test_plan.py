@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import time
 import weakref
 from collections import Counter
@@ -320,13 +322,33 @@ def test_full_speed_is_measured_once_and_remembered(tmp_path, monkeypatch):
     plans = []
     for _ in range(2):
         model = streamed(toy_dir("llama"), memory_budget="300MB")
-        plans.append(model.streaming.planner.sizes.full_speed_tokens)
+        plans.append(model.sizes.full_speed_tokens)
     (path,) = tmp_path.glob("full_speed/*.json")
     found = json.loads(path.read_text())
     assert plans == [found["tokens"]] * 2 and str(plans[0]) in found["seconds_a_token"]
-    path.write_text(json.dumps(found | {"tokens": 7}))
-    model = streamed(toy_dir("llama"), memory_budget="300MB")
-    assert model.streaming.planner.sizes.full_speed_tokens == 7
-    path.write_text("{")  # it is measured again
-    model = streamed(toy_dir("llama"), memory_budget="300MB")
-    assert model.streaming.planner.sizes.full_speed_tokens in (64, 256, 512, 1024, 2048)
+    measured = "from onn_core import from_pretrained\n"
+    measured += f"model = from_pretrained({str(toy_dir('llama'))!r}, memory_budget='300MB')\n"
+    measured += "print(model.sizes.full_speed_tokens)"
+    other = 1024 if plans[0] != 1024 else 512
+    sizes = [64, 256, 512, 1024, 2048]  # it is measured again
+    told = {other: [other], float("inf"): sizes}
+    contents = {json.dumps(found | {"tokens": n}): allowed for n, allowed in told.items()}
+    for content, allowed in contents.items():
+        path.write_text(content)
+        child = subprocess.run([sys.executable, "-c", measured], capture_output=True, text=True)
+        assert int(child.stdout) in allowed, child.stderr
+        assert json.loads(path.read_text())["tokens"] in allowed
+
+
+@pytest.mark.parametrize("cache", ["a file", "nobody's home"])
+def test_a_speed_that_cannot_be_remembered_is_measured(cache, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    where = tmp_path / "file" if cache == "a file" else "~nobody-here/cache"
+    monkeypatch.setenv("ONN_CACHE", str(where))
+    folder = toy_dir("qwen2")
+    torch.manual_seed(0)
+    model = streamed(folder, memory_budget="301MB")
+    assert model.sizes.full_speed_tokens in (64, 256, 512, 1024, 2048)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.rand(1) == after  # nothing was drawn

@@ -45,17 +45,14 @@ def stopped(small, output_dir, at_visit, stop, error=Ended, **changes):
 
     def setup_and_count():
         setup()
-        stream = made.base.streaming.stream
-        enter = stream.enter
 
-        def count(future, claim):
+        def count(phase, unit):
             nonlocal n_visits
             n_visits += 1
             if n_visits == at_visit:
                 stop()
-            return enter(future, claim)
 
-        stream.enter = count
+        made.base.on_visit(count)
         if error is Ended:
             made.saver.save_stopped = lambda *_: None
 

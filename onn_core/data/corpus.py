@@ -169,7 +169,7 @@ def tokenize_once(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, bool]:
         config.data, tokenizer, config.max_length, objective=config.objective, **settings
     )
     if not once:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             write_tokens(path, dataset)
             dataset = read_tokens(path) or dataset
     return dataset, False

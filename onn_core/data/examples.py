@@ -85,7 +85,7 @@ class Examples(Sequence[Example | Pair]):
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Examples":
         """`examples` as they are, with their lengths."""
-        if isinstance(examples, Examples):
+        if isinstance(examples, Examples) and examples.prompts is not None:
             return examples
         lengths = np.array([len(x.input_ids) for x in examples], np.int32)
         prompts = np.array([_prompt_number(x.input_ids, _counts(x)) for x in examples], np.int64)
@@ -108,7 +108,8 @@ class Examples(Sequence[Example | Pair]):
     def select(self, order: Any) -> "Examples":
         """Those with the numbers in `order`, in that order."""
         order = np.asarray(order, np.int32)
-        return Examples(lambda i: self.get(int(order[i])), self.lengths[order])
+        prompts = None if self.prompts is None else self.prompts[order]
+        return Examples(lambda i: self.get(int(order[i])), self.lengths[order], prompts)
 
     def longest_first(self) -> "Examples":
         """By length, so that a batch has little padding."""

@@ -86,12 +86,12 @@ def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     parts = _row_blocks(weight)
     if weight.dtype == grad.dtype or len(parts) == 1:
         return grad @ weight.to(grad.dtype)
-    turned = grad.reshape(-1, grad.shape[-1]).t().contiguous()  # (V, n)
-    total = turned.new_zeros(weight.shape[1], turned.shape[1])  # (C, n)
-    buffer = turned.new_empty(parts[0].stop, weight.shape[1])
+    flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
+    total = flat.new_zeros(weight.shape[1], len(flat))  # (C, n)
+    buffer = flat.new_empty(parts[0].stop, weight.shape[1])
     for rows in parts:  # the block as the left operand took up to a third less time
         block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
-        total.addmm_(block.t(), turned[rows])
+        total.addmm_(block.t(), flat[:, rows].t().contiguous())
     return total.t().contiguous().view(*grad.shape[:-1], weight.shape[1])
 
 

@@ -178,8 +178,8 @@ def open_streamed(
     units = [list({binding.weight: None for binding in layer}) for layer in bindings]
     head_units = [[weight] for _, weight in blocks]
     budget, footprint = parse_bytes(memory_budget), Footprint(model_folder.config, model.dtype)
-    first, full_speed = units[0][0], FULL_SPEED_TOKENS
-    if device.type == "cpu" and budget is not None and not first.packed:
+    first, full_speed = next(iter(units[0]), None), FULL_SPEED_TOKENS
+    if device.type == "cpu" and budget is not None and first and not first.packed:
         given = (model_folder.config, model.dtype, first.dtype, footprint, budget)
         full_speed = full_speed_tokens(*given)
     sizes = Sizes(
