@@ -142,14 +142,11 @@ class ChunkedLoraTrainer:
                 "trainable": count_trainable(self.model),
                 "dtype": dtype_name(self.base.dtype),
                 "quantised": (self.base.model_folder.quantisation or {}).get("quant_method"),
+                "full_speed_tokens": self.base.sizes.full_speed_tokens,
                 **describe_experts(self.base),
             },
             data=corpus.facts,
-            environment={
-                **describe_environment(self.device),
-                "processes": processes.size,
-                "full_speed_tokens": self.base.sizes.full_speed_tokens,
-            },
+            environment=describe_environment(self.device) | {"processes": processes.size},
         )
         self._memory_before = memory_before
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from onn_core.adapters.lora import save_adapter
 from onn_core.config import TrainConfig
 from onn_core.errors import OnnError
-from onn_core.memory.plan import FULL_SPEED_TOKENS
 from onn_core.processes import ALONE, Processes
 from onn_core.record import RunRecord
 from onn_core.run.checkpoints import Checkpoint, Checkpoints, remove_leftovers
@@ -138,7 +137,7 @@ class RunSaver:
         self.state.restore(saved.tensors, saved.state["scaler"])
         if self.digests is not None:
             self.digests.update(saved.state["digests"])
-        one = {"processes": 1, "full_speed_tokens": FULL_SPEED_TOKENS}  # of an earlier version
+        one = {"processes": 1}  # of an earlier version
         ours, theirs = (one | r.environment | {"date": ""} for r in (fresh, saved.record))
         if ours != theirs and self.processes.is_first:
             warnings.warn(
