@@ -338,7 +338,12 @@ def assert_withstood(folder, attack, draw):
                 f"{hashlib.sha256((path.parent / n).read_bytes()).hexdigest()}  {n}" for n in FILES
             ]
             (path.parent / SUMS).write_text("\n".join(lines) + "\n")
-        with WATCH.watching(Path(scratch)), warnings.catch_warnings():
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            WATCH.watching(Path(scratch)),
+            warnings.catch_warnings(),
+        ):
+            patch.setenv("ONN_CACHE", f"{scratch}/cache")
             warnings.simplefilter("ignore")
             try:
                 read()

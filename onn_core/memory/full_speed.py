@@ -27,6 +27,7 @@ LIMIT_S = 2.0  # a size that would take longer is not tried, nor any above
 MOST_PARAMETERS = 500_000_000  # of a layer that is tried
 RANDOM_VALUES = 1 << 20  # of a parameter that gets random values, as routers must have
 ROOM = 0.8  # of a budget, for the layer with its activations
+LEAST_BUDGET = 256 << 20  # where measuring itself, some 30 MiB, would be a part of it
 
 Tried = dict[int, float]  # tokens of a micro-batch -> seconds a token
 _known: dict[str, int] = {}  # what this process has found or read
@@ -45,8 +46,10 @@ def full_speed_tokens(
     stored: the dtype of its matrices on disk. visit_bytes: see `footprint`; what has no room in
     `budget` is not tried. What was found is remembered in the cache for the processor, its threads,
     the versions and the layer, so that a run is planned as the last one was; one process of a host
-    measures for all.
+    measures for all. A small budget goes by what is usual.
     """
+    if budget < LEAST_BUDGET:
+        return FULL_SPEED_TOKENS
     environment = describe_environment()
     told = [config.to_json_string(), config._attn_implementation, str(dtype), str(stored)]
     told += [environment[key] for key in ("processor", "cores", "threads", "versions")]
