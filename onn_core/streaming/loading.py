@@ -83,7 +83,8 @@ def from_pretrained(
     micro_batch_size: samples that go through a layer together; None is the whole batch.
     memory_budget: bytes or text such as "4GB", of the device, or of the process beyond its start:
         plans the micro-batch, the resident layers, and where boundary activations wait, at the
-        first forward of a batch size. None makes `chunk_size` layers resident.
+        first forward of a batch size. None makes `chunk_size` layers resident. On a CPU a layer is
+        timed for some seconds when a model is first opened with a budget; the cache remembers it.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
         are copied instead of read; "auto" is what is free, less an eighth. The processes of a host
         share it, also on a CPU, which needs none for one.
