@@ -63,7 +63,14 @@ class Notebook:
         wait_for(lambda: self.all(".jp-Notebook .jp-Cell"), "the notebook")
         ready = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
         wait_for(lambda: self.all(ready), "the kernel")
+        wait_for(self.has_kernel, "the kernel's session")  # else JupyterLab asks for a kernel
         self.menu("Run", "runmenu:run-all")
+
+    def has_kernel(self):
+        with urllib.request.urlopen(
+            f"{self.page.current_url.split('/lab')[0]}/api/sessions"
+        ) as reply:
+            return any(one["kernel"]["execution_state"] == "idle" for one in json.load(reply))
 
     def status(self):
         own = ".jupyter-widgets [role=status], .jupyter-widgets [role=alert]"
