@@ -7,7 +7,6 @@ its limit is the same ratio of the machine's ceilings, T_io = bytes read / bandw
 tokens / FLOP/s, each the larger of both.
 """
 
-import datetime
 import json
 import os
 import statistics
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import onn_core
 from onn_core.record import describe_environment, write_json
-from onn_core.streaming.skeleton import resolve_device
+from onn_core.run.estimate import geometry_of
 from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import prepare
 from onn_workbench.bench import evict, measure_ceilings, memory_cap
@@ -82,13 +81,9 @@ def main() -> None:
         return
     n_layers = int(sys.argv[2]) if len(sys.argv) > 2 else 8
     folder = prepare("phi-4", n_layers)
-    config = geometry("phi-4", n_layers)
-    hidden = config.hidden_size
-    head_dim = hidden // config.num_attention_heads
-    layer = hidden * (2 * hidden + 2 * config.num_key_value_heads * head_dim)
-    layer += 3 * hidden * config.intermediate_size
+    sizes = geometry_of(geometry("phi-4", n_layers))
     # forward, recompute and dL/dh of the layers; the head has no recompute
-    run_flops = N_TOKENS * (6 * layer * n_layers + 4 * hidden * config.vocab_size)
+    run_flops = N_TOKENS * (6 * sizes.layer_parameters * n_layers + 4 * sizes.head_parameters)
     before = measure_ceilings(folder, [N_TOKENS], "cpu")
     rows = []
     for n_runs in N_RUNS:
@@ -109,8 +104,7 @@ def main() -> None:
         shown = ("runs", "step_s", "ratio", "limit_of_ratio", "percent_of_limit")
         print("  ".join(f"{name} {row[name]:.3g}" for name in shown))
     record = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": describe_environment(resolve_device("cpu")),
+        "environment": describe_environment(),
         "layers": n_layers,
         "cap_bytes": CAP_BYTES,
         "budget_bytes": BUDGET_BYTES,

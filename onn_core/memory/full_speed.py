@@ -1,5 +1,6 @@
 """From how many tokens on a micro-batch runs at full speed on this machine's processor."""
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -56,23 +57,23 @@ def full_speed_tokens(
     told.append(budget.bit_length())
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     if name not in _known:
-        given = (config, dtype, stored, visit_bytes, budget)
+        layer = _Layer(config, dtype, stored, visit_bytes, budget)
         try:
             folder = cache_dir() / "full_speed"
             folder.mkdir(parents=True, exist_ok=True)
             with alone_in(folder):
-                _known[name] = _remember(folder / f"{name}.json", given)
+                _known[name] = _remember(folder / f"{name}.json", layer)
         except (OSError, OnnError):  # no cache to remember it in
-            _known.setdefault(name, _choose(_measure(*given) or {}))
+            _known[name] = _choose(layer.measure() or {})
     return _known[name]
 
 
-def _remember(path: Path, given: Any) -> int:
+def _remember(path: Path, layer: "_Layer") -> int:
     """What the file says; else what is measured, which it says from then on."""
     try:
         return read_json(path, _tokens, "a measured speed", "delete it")
     except OnnError:
-        tried = _measure(*given)
+        tried = layer.measure()
     if tried is not None:
         found = {"schema_version": 1, "tokens": _choose(tried), "seconds_a_token": tried}
         write_json(path, found)
@@ -93,83 +94,77 @@ def _choose(tried: Tried) -> int:
     return min(n for n, token_s in tried.items() if token_s <= fast_enough_s)
 
 
-def _measure(*given: Any) -> Tried | None:
-    """Seconds a token, as far as time and budget go; None if the layer cannot run by itself."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            return _time_layer(*given)
-    except Exception:  # a layer that asks for more than its input
-        return None
-    finally:
-        gc.collect()  # what runs in place of a module's forward refers to the module
-        give_back_memory()
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """The layer that is measured; see `full_speed_tokens`."""
 
+    config: Any
+    dtype: torch.dtype
+    stored: torch.dtype
+    visit_bytes: Callable[[int, int], tuple[int, int, int]]
+    budget: int
 
-def _time_layer(
-    config: Any,
-    dtype: torch.dtype,
-    stored: torch.dtype,
-    visit_bytes: Callable[[int, int], tuple[int, int, int]],
-    budget: int,
-) -> Tried:
-    tried: Tried = {}
-    base = one_layer(config, dtype, init_empty_weights(include_buffers=False))
-    parameters = _prepare(base, stored)
-    if sum(p.numel() for p in parameters) > MOST_PARAMETERS:
-        return tried
-    room = ROOM * budget - sum(p.nbytes for p in parameters)
-    length, known_s = MEASURED_TOKENS[0], 0.0
-    for n_tokens in MEASURED_TOKENS:
-        if HEAP_FACTOR * visit_bytes(n_tokens // length, length)[1] > room:
-            break
-        if not tried:
-            _fill(base)
-            warm = [_run(base, dtype, WARM_UP_TOKENS, WARM_UP_TOKENS) for _ in range(2)]
-            known_s = 4 * min(warm)
-        if known_s > LIMIT_S:
-            break
-        runs = [_run(base, dtype, n_tokens, length) for _ in range(2)]
-        known_s = 2 * sum(runs)  # the next size takes longer still
-        tried[n_tokens] = min(runs) / n_tokens
-    return tried
+    def measure(self) -> Tried | None:
+        """Seconds a token, as far as time and budget go; None if it cannot run by itself."""
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                return self._try_sizes()
+        except Exception:  # a layer that asks for more than its input
+            return None
+        finally:
+            gc.collect()  # what runs in place of a module's forward refers to the module
+            give_back_memory()
 
-
-def _prepare(base: nn.Module, stored: torch.dtype) -> list[nn.Parameter]:
-    """Let the matrices be as they are stored, like those that are streamed; all but embeddings."""
-    embedding, found = base.get_input_embeddings(), []
-    for module in base.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or module is embedding:
-                continue
+    def _try_sizes(self) -> Tried:
+        tried: Tried = {}
+        base = one_layer(self.config, self.dtype, init_empty_weights(include_buffers=False))
+        embedding = base.get_input_embeddings()
+        own = [
+            (module, name, parameter)
+            for module in base.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and module is not embedding
+        ]
+        if sum(parameter.numel() for *_, parameter in own) > MOST_PARAMETERS:
+            return tried
+        for module, name, parameter in own:  # as they are when they are streamed
             if name == "weight" and not parameter.requires_grad and parameter.ndim > 1:
-                kind = prepare_linear(module, stored, parameter.dtype, torch.device("cpu"))
+                kind = prepare_linear(module, self.stored, parameter.dtype, torch.device("cpu"))
                 parameter.data = parameter.data.to(kind)
-            found.append(parameter)
-    return found
+        room = ROOM * self.budget - sum(parameter.nbytes for *_, parameter in own)
+        length, known_s = MEASURED_TOKENS[0], 0.0
+        for n_tokens in MEASURED_TOKENS:
+            if HEAP_FACTOR * self.visit_bytes(n_tokens // length, length)[1] > room:
+                break
+            if not tried:
+                for module, name, parameter in own:
+                    module._parameters[name] = _filled(parameter)
+                warm = [self._run(base, WARM_UP_TOKENS, WARM_UP_TOKENS) for _ in range(2)]
+                known_s = 4 * min(warm)
+            if known_s > LIMIT_S:
+                break
+            runs = [self._run(base, n_tokens, length) for _ in range(2)]
+            known_s = 2 * sum(runs)  # the next size takes longer still
+            tried[n_tokens] = min(runs) / n_tokens
+        return tried
+
+    def _run(self, base: nn.Module, n_tokens: int, length: int) -> float:
+        """Seconds of a forward without a graph, one with, and its backward."""
+        shape = (n_tokens // length, length, base.get_input_embeddings().embedding_dim)
+        hidden = torch.randn(shape).to(self.dtype).requires_grad_()  # (B, T, C)
+        trained = [p for p in base.parameters() if p.requires_grad]
+        given = {"inputs_embeds": hidden, "use_cache": False}
+        started = time.perf_counter()
+        with torch.no_grad():
+            base(**given)
+        out = base(**given)[0]
+        torch.autograd.grad(out, [hidden, *trained], torch.ones_like(out), allow_unused=True)
+        return time.perf_counter() - started
 
 
-def _fill(base: nn.Module) -> None:
-    """Give every parameter but the embedding values."""
-    embedding = base.get_input_embeddings()
-    for module in base.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or module is embedding:
-                continue
-            values = torch.full(parameter.shape, 1e-3, dtype=parameter.dtype)
-            if parameter.numel() <= RANDOM_VALUES:
-                values.normal_(std=0.02)
-            module._parameters[name] = nn.Parameter(values, parameter.requires_grad)
-
-
-def _run(base: nn.Module, dtype: torch.dtype, n_tokens: int, length: int) -> float:
-    """Seconds of a forward without a graph, one with, and its backward."""
-    width = base.get_input_embeddings().embedding_dim
-    hidden = torch.randn(n_tokens // length, length, width).to(dtype).requires_grad_()  # (B, T, C)
-    trained = [p for p in base.parameters() if p.requires_grad]
-    given = {"inputs_embeds": hidden, "use_cache": False}
-    started = time.perf_counter()
-    with torch.no_grad():
-        base(**given)
-    out = base(**given)[0]
-    torch.autograd.grad(out, [hidden, *trained], torch.ones_like(out), allow_unused=True)
-    return time.perf_counter() - started
+def _filled(parameter: nn.Parameter) -> nn.Parameter:
+    """The like of a parameter on meta, with values."""
+    values = torch.full(parameter.shape, 1e-3, dtype=parameter.dtype)
+    if parameter.numel() <= RANDOM_VALUES:
+        values.normal_(std=0.02)
+    return nn.Parameter(values, parameter.requires_grad)
