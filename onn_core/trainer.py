@@ -18,12 +18,12 @@ from onn_core.adapters.lora import (
     describe_experts,
     trained_layers,
 )
+from onn_core.adapters.preference import N_ROWS, run_pairs, train_adapters_only
 from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
 from onn_core.data.tokenizer import require_context
 from onn_core.errors import ConfigError, NonFiniteError
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
-from onn_core.preference import N_ROWS, run_pairs, train_adapters_only
 from onn_core.processes import ALONE, Processes
 from onn_core.record import EvalRecord, RunRecord, StepRecord, describe_environment
 from onn_core.run.checkpoints import require_writable

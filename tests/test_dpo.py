@@ -14,8 +14,8 @@ from trl import DPOConfig, DPOTrainer
 
 import onn_core
 from onn_core import data
+from onn_core.adapters.preference import run_pairs, train_adapters_only
 from onn_core.errors import ConfigError, DataError
-from onn_core.preference import run_pairs, train_adapters_only
 from onn_core.streaming import head
 
 BETA = 0.3

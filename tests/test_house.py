@@ -15,7 +15,7 @@ FLOORS = (
     ("many",),
     ("trainer",),
     ("run",),
-    ("evaluate", "preference"),
+    ("evaluate",),
     ("adapters",),
     ("streaming",),
     ("data", "memory"),
