@@ -40,11 +40,17 @@ def chromium() -> Iterator[Any]:
 
 
 def wait_for(find: Callable[[], Any], what: str, seconds: float = 300) -> Any:
-    """The first true answer of `find`; fails with `what` when time is over."""
+    """The first true answer of `find`; fails with `what` when time is over.
+
+    A widget that is drawn anew while `find` looks at it is looked for again.
+    """
+    from selenium.common.exceptions import StaleElementReferenceException
+
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := find():
-            return found
+        with contextlib.suppress(StaleElementReferenceException):
+            if found := find():
+                return found
         time.sleep(0.2)
     pytest.fail(f"{what} did not appear in {seconds} s")
 

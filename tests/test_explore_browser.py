@@ -87,8 +87,8 @@ class Notebook:
 
     def press(self, label):
         """Space on the button with this label."""
-        wait_for(lambda: (b := self.button(label)) and b.is_enabled(), label)
-        self.button(label).send_keys(self.keys().SPACE)
+        enabled = wait_for(lambda: (b := self.button(label)) and b.is_enabled() and b, label)
+        enabled.send_keys(self.keys().SPACE)
 
     def open(self, title):
         """Show a panel."""
@@ -182,7 +182,7 @@ def test_a_run_goes_on_while_settings_change_and_cells_run_again(lab, smollm2_di
     notebook.enter("New tokens", "8")
     notebook.press("Ask")
     notebook.until_status("answers to")
-    assert "with the adapter" in text(notebook.page)
+    wait_for(lambda: "with the adapter" in text(notebook.page), "the adapter's answer", 60)
     screenshot(notebook, "ask")
     notebook.press("Save adapter")
     notebook.until_status("adapter saved to ../runs/explore/adapter")
