@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from gpu_profile import both, length, merged
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
@@ -54,26 +55,6 @@ def exactness(chosen: str) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-3000:], flush=True)
     return {"status": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
-
-
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The union of intervals, in order."""
-    union: list[list[float]] = []
-    for start, stop in sorted(spans):
-        if union and start <= union[-1][1]:
-            union[-1][1] = max(union[-1][1], stop)
-        else:
-            union.append([start, stop])
-    return [tuple(span) for span in union]
-
-
-def length(spans: list[tuple[float, float]]) -> float:
-    return sum(stop - start for start, stop in spans)
-
-
-def both(first: list[tuple[float, float]], second: list[tuple[float, float]]) -> float:
-    """How long both unions are busy at once: |A| + |B| - |A or B|."""
-    return length(first) + length(second) - length(merged([*first, *second]))
 
 
 def overlap(

@@ -63,6 +63,11 @@ class Sizes:
         n_all = sum(math.prod(weight.shape) for unit in self.layers for weight in unit)
         return n_all // len(self.layers)
 
+    @functools.cached_property
+    def resident_slots(self) -> list[Counter]:
+        """The slots for each number of resident layers, from 1 to all."""
+        return [count_slots(self.layers, n + 1) for n in range(len(self.layers))]
+
     @property
     def margin(self) -> float:
         return CPU_MARGIN if self.on_cpu else CUDA_MARGIN
@@ -266,9 +271,10 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         return sizes.margin * (other_bytes + gaps + slots_bytes(slots)) <= budget
 
     n_layers, head = len(sizes.layers), sizes.head
-    choices = [(n_layers, count_slots(sizes.layers, n_layers) + count_slots(head, len(head) or 1))]
+    choices = [(n_layers, sizes.resident_slots[-1] + count_slots(head, len(head) or 1))]
+    block = count_slots(head, 1)
     for n in range(n_layers, plan.n_resident or n_layers, -1):
-        choices.append((n, count_slots(sizes.layers, n) + count_slots(head, 1)))
+        choices.append((n, sizes.resident_slots[n - 1] + block))
     choices.append((plan.n_resident, plan.slots.copy()))
     n_resident, slots = next(choice for choice in choices if fits(choice[1]))
     every = Counter(weight.slot_bytes for unit in sizes.layers for weight in unit)

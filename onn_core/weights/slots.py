@@ -5,6 +5,7 @@ A slot holds a weight as it is fetched; a scratch holds the dense values of pack
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -238,12 +239,15 @@ def count_slots(
     units: Sequence[Sequence[StreamedWeight]], n_resident: int, prefetch: bool = True
 ) -> Counter:
     """Size in bytes -> slots, for `n_resident` units at once and the prefetch of the next."""
+    sizes = [tuple(weight.slot_bytes for weight in unit) for unit in units]
+    ahead = [sizes[n][: len(prefetched(unit))] if prefetch else () for n, unit in enumerate(units)]
+    windows = {  # of a model whose layers are alike only two differ
+        (*sizes[first : first + n_resident], *ahead[first + n_resident :][:1])
+        for first in range(max(1, len(units) - n_resident + 1))
+    }
     slots: Counter = Counter()
-    for first in range(len(units)):
-        window = [weight for unit in units[first : first + n_resident] for weight in unit]
-        for unit in units[first + n_resident : first + n_resident + prefetch]:
-            window += prefetched(unit)
-        slots |= Counter(weight.slot_bytes for weight in window)  # the larger count of each size
+    for window in windows:
+        slots |= Counter(itertools.chain.from_iterable(window))  # the larger count of each size
     return slots
 
 
