@@ -149,6 +149,15 @@ def write_folder(folder: Path, config, direct: bool, n_threads: int) -> int:
         return sum(job.result() for job in jobs)
 
 
+def free_files(folder: Path) -> None:
+    """Give back what the files hold: memory, where they lie in memory. They look unchanged."""
+    for path in folder.glob("*.safetensors"):
+        found = path.stat()
+        os.truncate(path, 0)
+        os.truncate(path, found.st_size)
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
 def matmul_flops(device: torch.device, n_tokens: int, width: int, wide: int) -> float:
     """FLOP/s of a bf16 matmul of the model's shape, about as long as one of a step."""
     x = torch.randn(n_tokens, width, dtype=torch.bfloat16, device=device)
@@ -186,6 +195,9 @@ def main() -> None:
     parser.add_argument("--adapters", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--direct", action="store_true", help="write past the page cache")
     parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument(
+        "--free-files", action="store_true", help="once the store is full, for files in /dev/shm"
+    )
     parser.add_argument("--keep", action="store_true", help="do not delete the folder")
     parser.add_argument("--limit-s", type=float, default=570)
     given = parser.parse_args()
@@ -260,6 +272,10 @@ def measure(given, config, device: torch.device, note, started: float) -> None:
     weights = [weight for unit in base.streaming.stream.units for weight in unit]
     store_bytes = sum(weight.n_bytes for weight in weights if weight.host is not None)
     note(fill_s=time.perf_counter() - begun, store_bytes=store_bytes)
+    if given.free_files:
+        if any(weight.host is None for weight in weights):
+            raise SystemExit("the host store does not hold all weights: their files are needed.")
+        free_files(given.folder)
 
     n_layer = base.sizes.layer_parameters
     tokens = given.batch_size * given.tokens

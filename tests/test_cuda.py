@@ -4,11 +4,13 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantise import quantised
 from test_quantised import with_small_scratch
 from toy import (
     FLOAT16_TOLERANCE,
     assert_same,
+    difference,
     in_memory,
     prefer_plans,
     reserving_graphs,
@@ -20,6 +22,7 @@ from toy import (
 )
 
 from onn_core.ops import four_bit
+from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, kernels
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
@@ -93,12 +96,36 @@ def test_boundaries_on_the_host(monkeypatch):
     assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
 
 
-def test_sums_of_the_head_on_the_host(monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])  # plain, soft cap, bias
+def test_rounds_through_the_head(family, monkeypatch):
     batch = on_device(toy_batch())
+    want = step(with_lora(streamed(toy_dir(family), device="cuda")), batch)
     monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", 1 << 10)
-    want = step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch)
-    monkeypatch.setattr("onn_core.ops.cross_entropy.GRADIENT_BYTES", 0)
-    assert_same(step(with_lora(streamed(toy_dir("gemma2"), device="cuda")), batch), want, 1e-6)
+    for sums_bytes in (1 << 30, 5000):  # one round, many
+        monkeypatch.setattr("onn_core.streaming.head.SUMS_BYTES", sums_bytes)
+        got = step(with_lora(streamed(toy_dir(family), device="cuda")), batch)
+        assert_same(got, want, 3e-6)
+
+
+def test_kernels_of_the_head():
+    """On float32, bfloat16 and float16 logits, in blocks of uneven rows, with counted tokens."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        hidden = torch.randn(33, 64, device="cuda", generator=generator).to(dtype)
+        weight = torch.randn(5000, 64, device="cuda", generator=generator).to(dtype)
+        labels = torch.randint(5000, (33,), device="cuda", generator=generator)
+        labels[::5] = IGNORED
+        exact = hidden.double().requires_grad_()
+        losses = F.cross_entropy(
+            exact @ weight.double().T, labels, ignore_index=IGNORED, reduction="none"
+        )
+        losses.sum().backward()
+        got = OnlineCrossEntropy(hidden, labels, None, with_grad=True)
+        assert kernels(hidden.device) is not None
+        for first in (0, 1024, 4096):
+            got.add(first, weight[first : {0: 1024, 1024: 4096, 4096: 5000}[first]], None)
+        assert difference(got.token_losses(), losses) < tolerance
+        assert difference(got.gradient(), exact.grad) < tolerance
 
 
 # ---- packed weights

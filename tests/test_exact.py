@@ -5,7 +5,9 @@ compared. Elsewhere sums run over micro-batches, blocks of the vocabulary or chu
 another order, and each differs by a few roundings (float32: 6e-8 each).
 """
 
+import dataclasses
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from toy import (
     with_lora,
 )
 
+from onn_core.memory.plan import HeadPlan
 from onn_core.weights.slots import count_slots, few_slots
 
 # Relative to the largest gradient of a tensor. Micro-batches sum the same terms in another order;
@@ -290,6 +293,21 @@ def test_head_in_many_blocks(family, n_counted, monkeypatch):
     with torch.no_grad():
         loss = model(**toy_batch(), **settings).loss
     assert difference(loss, want[0]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_rounds_through_the_head(family, monkeypatch):
+    """As a device without room for all tokens' sums goes: each round reads the head anew."""
+    monkeypatch.setattr("onn_core.streaming.head.HEAD_BLOCK_BYTES", 2 * 10 * 32 * 4)
+    want = step(with_lora(streamed(toy_dir(family))), toy_batch())
+    model = streamed(toy_dir(family))
+    planner = model.streaming.planner
+    planner.plan = dataclasses.replace(planner.plan, head=HeadPlan(n_tokens=7, n_rounds=8))
+    visits = Counter()
+    model.on_visit(lambda phase, unit: visits.update([phase]))
+    got = step(with_lora(model), toy_batch())
+    assert_same(got, want, 1e-6)
+    assert visits["head"] == 8 * 10  # 50 tokens, 10 blocks
 
 
 @pytest.mark.parametrize("family", BLOCKS)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from onn_core.errors import ConfigError
-from onn_core.ops.cross_entropy import GRADIENT_BYTES, HEAD_TOKENS, LOGITS_BYTES
+from onn_core.ops.cross_entropy import HEAD_TOKENS, LOGITS_BYTES, PLAIN_FRACTION
 from onn_core.weights.dequantise import Converted, work_bytes
 from onn_core.weights.slots import (
     StreamedWeight,
@@ -100,10 +100,10 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class HeadPlan:
-    """How the head meets a batch; None leaves it to `ops.cross_entropy`."""
+    """How the head meets a batch on a device."""
 
     n_tokens: int  # that meet a block of the vocabulary at once
-    on_host: bool  # whether the sums for the gradient are
+    n_rounds: int  # through the whole head, each with so many tokens; 1: with all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,9 @@ def make_plan(
         fractions = (None,) if sizes.step_s is None else GRAPH_FRACTIONS
         for most in fractions[:1] if plan.captured else fractions:
             full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
-            plans.append(_add_residents(full, sizes, budget))
+            full = _add_residents(full, sizes, budget)
+            head = _plan_head(sizes, full, batch_size, n_tokens)
+            plans.append(dataclasses.replace(full, head=head))
         if sizes.step_s is None:
             break
     if not plans:
@@ -180,10 +182,9 @@ def make_plan(
             f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: "
             "raise it, or lower chunk_size, batch_size or max_length."
         )
-    best = plans[0]
-    if sizes.step_s is not None:
-        best = min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
-    return dataclasses.replace(best, head=_plan_head(sizes, best, batch_size, n_tokens))
+    if sizes.step_s is None:
+        return plans[0]
+    return min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
 
 
 def _candidates(
@@ -350,19 +351,19 @@ def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> Head
     room = max(forward + n * sizes.hidden_bytes, head_bytes(sizes, n))
     if not plan.captured:  # else the memory of layers is their own
         room = max(room, backward)
-    chunks = [chunk for chunk in (n >> shift for shift in range(n.bit_length())) if chunk]
-    tries = [
-        HeadPlan(max(chunk, HEAD_TOKENS), on_host) for on_host in (False, True) for chunk in chunks
-    ]
-    return next((head for head in tries if head_bytes(sizes, n, head) <= room), None)
+    n_rounds = 1
+    while n > HEAD_TOKENS * n_rounds and head_bytes(sizes, n, -(-n // n_rounds)) > room:
+        n_rounds += 1
+    return HeadPlan(-(-n // n_rounds), n_rounds)
 
 
-def head_bytes(sizes: Sizes, n_tokens: int, plan: HeadPlan | None = None) -> int:
+def head_bytes(sizes: Sizes, n_tokens: int, at_once: int = HEAD_TOKENS) -> int:
     """Peak of the head: the gradient so far, and the logits of a chunk of the tokens.
 
     In one block: log-softmax, its gradient and the loss's, in float32: 12 bytes a logit, and the
     gaps that many chunks leave. In several: the logits as they are, in float32 and as exponentials;
-    and two float32 sums for the gradient. Without a plan a large gradient is made on the host.
+    and two float32 sums for the gradient, on a device only of the tokens that are there `at_once`,
+    with a kernel that counts logits as they are, or a part of them in float32.
     """
     if not sizes.head:
         return 0
@@ -371,15 +372,13 @@ def head_bytes(sizes: Sizes, n_tokens: int, plan: HeadPlan | None = None) -> int
     gradient = n_tokens * sizes.hidden_bytes
     if len(sizes.head) == 1:
         return 2 * gradient + 14 * n_rows * min(n_tokens, most)
-    sums = 8 * n_hidden * n_tokens
-    if plan is None:
-        on_host = not sizes.on_cpu and sums > GRADIENT_BYTES
-        plan = HeadPlan(min(HEAD_TOKENS, most), on_host)
-    chunk = min(n_tokens, plan.n_tokens)
-    logits = chunk * (10 * n_rows + 10 * n_hidden)
-    if plan.on_host:
-        return max(8 * n_hidden * chunk + logits, gradient)
-    return sums + gradient + logits
+    chunk = min(n_tokens, at_once)
+    if sizes.on_cpu:
+        chunk = min(chunk, most)
+        return gradient + 8 * n_hidden * n_tokens + chunk * (10 * n_rows + 10 * n_hidden)
+    item = sizes.hidden_bytes / n_hidden
+    made = max(item, 10 * PLAIN_FRACTION) * (n_rows + n_hidden)
+    return gradient + math.ceil(chunk * ((4 + item) * n_hidden + made))
 
 
 def weights_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
@@ -401,7 +400,8 @@ def weights_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> Counter:
         elif slots < count:
             found[size] += count - max(0, slots - below[size]) + max(0, back - slots)
     head = Counter(weight.slot_bytes for unit in sizes.head for weight in unit)
-    return found + Counter({size: n for size, n in head.items() if n > plan.slots[size]})
+    n_rounds = plan.head.n_rounds if plan.head else 1
+    return found + Counter({size: n_rounds * n for size, n in head.items() if n > plan.slots[size]})
 
 
 def bytes_read(sizes: Sizes, plan: Plan, lowest: int = 0) -> int:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from onn_core.ops.matmul import matmul, matmul_grad
 IGNORED = -100  # a label that is not counted
 LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of tokens
 HEAD_TOKENS = 1024  # at most, that meet a block of the head at once
-GRADIENT_BYTES = 256 << 20  # float32 sums for the gradient; beyond, they stay on the host
+PLAIN_FRACTION = 1 / 4  # of those that a plan has room for, where no kernel counts their logits
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -36,39 +38,35 @@ class OnlineCrossEntropy:
     as FlashAttention (Dao et al. 2022) does for attention. The head is read once.
 
     hidden: (n, C). labels: (n,) shifted, IGNORED where not counted. post: raw logits (n, v) ->
-    logits (n, v), elementwise (scaling, soft cap). chunk_tokens: that meet a block at once.
-    on_host: whether the sums for the gradient are on the host; None decides by their size.
+    logits (n, v), elementwise (scaling, soft cap); None leaves them. chunk_tokens: that a plan has
+    room for at once.
     """
 
     hidden: torch.Tensor
     labels: torch.Tensor
-    post: Callable[[torch.Tensor], torch.Tensor]
+    post: Callable[[torch.Tensor], torch.Tensor] | None
     with_grad: bool
     chunk_tokens: int | None = None
-    on_host: bool | None = None
 
     def __post_init__(self):
         n_tokens, hidden_size = self.hidden.shape
         self._wide = torch.promote_types(self.hidden.dtype, torch.float32)
-        new = functools.partial(self.hidden.new_zeros, n_tokens, dtype=self._wide)
-        self._top = new().fill_(-torch.inf)  # running maximum
-        self._sum = new()  # of exp(logit - top)
-        self._target = new()  # logit of the label
+        new = functools.partial(self.hidden.new_zeros, dtype=self._wide)
+        self._top = new(n_tokens).fill_(-torch.inf)  # running maximum
+        self._sum = new(n_tokens)  # of exp(logit - top)
+        self._target = new(n_tokens)  # logit of the label
+        fusable = self.post is None and self._wide == torch.float32
+        self._kernels = kernels(self.hidden.device) if fusable else None
         if self.with_grad:
-            if self.on_host is None:
-                self.on_host = 8 * n_tokens * hidden_size > GRADIENT_BYTES
-            home = torch.device("cpu") if self.on_host else self.hidden.device
-            shape, pinned = (n_tokens, hidden_size), self.on_host and self.hidden.is_cuda
-            self._pull = torch.zeros(  # sum of exp * weight
-                shape, dtype=self._wide, device=home, pin_memory=pinned
-            )
+            self._pull = new(n_tokens, hidden_size)  # sum of exp * weight
             self._push: torch.Tensor | None = None  # the label's weight
 
     def add(self, first: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Count vocabulary rows first: first + v; weight (v, C), bias (v,)."""
-        n_tokens = len(self.labels)
-        if self.chunk_tokens is not None:
-            chunks = blocks_of(n_tokens, self.chunk_tokens)
+        n_tokens, at_once = len(self.labels), self.chunk_tokens
+        if at_once is not None:
+            part = 1 if self._kernels else PLAIN_FRACTION
+            chunks = blocks_of(n_tokens, math.ceil(part * at_once))
         else:
             chunks = token_chunks(n_tokens, len(weight), HEAD_TOKENS)
         for tokens in chunks:
@@ -77,59 +75,89 @@ class OnlineCrossEntropy:
     def _add_tokens(
         self, tokens: slice, first: int, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        hidden = self.hidden[tokens]  # (n, C)
-        column = self.labels[tokens] - first
+        hidden, labels = self.hidden[tokens], self.labels[tokens]  # (n, C), (n,)
+        column = labels - first
         here = (column >= 0) & (column < len(weight))
         column = column.clamp(0, len(weight) - 1)
         raw = matmul(hidden, weight, bias)  # (n, v)
         with torch.set_grad_enabled(self.with_grad):
             raw = raw.requires_grad_(self.with_grad)
-            logits = self.post(raw)
-        values = logits.detach().to(self._wide)
-        top = torch.maximum(self._top[tokens], values.amax(-1))
-        shrink = torch.exp(self._top[tokens] - top)
-        target = values.gather(-1, column[:, None])[:, 0]
-        self._target[tokens] = torch.where(here, target, self._target[tokens])
-        exponentials = values.sub_(top[:, None]).exp_()
-        self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
-        self._top[tokens] = top
+            logits = raw if self.post is None else self.post(raw)
+        if self._kernels:
+            pull = raw.detach()
+            totals = (self._top[tokens], self._sum[tokens], self._target[tokens])
+            shrink = self._kernels.count(pull, labels, first, *totals)
+        else:
+            values = logits.detach().to(self._wide)
+            top = torch.maximum(self._top[tokens], values.amax(-1))
+            shrink = torch.exp(self._top[tokens] - top)
+            target = values.gather(-1, column[:, None])[:, 0]
+            self._target[tokens] = torch.where(here, target, self._target[tokens])
+            exponentials = values.sub_(top[:, None]).exp_()
+            self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
+            self._top[tokens] = top
         if not self.with_grad:
             return
-        if logits is raw:
-            pull, slope = exponentials.to(raw.dtype), None
-        else:
+        slope = None
+        if not self._kernels and logits is raw:
+            pull = exponentials.to(raw.dtype)
+        elif not self._kernels:
             (pull,) = torch.autograd.grad(
                 logits, raw, exponentials.to(logits.dtype), retain_graph=True
             )
             (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
             slope = slopes.gather(-1, column[:, None]).to(self._wide)
-        # a copy only where it stays on the host
-        so_far = self._pull[tokens].to(pull.device, non_blocking=True)
-        so_far.mul_(shrink[:, None]).add_(matmul_grad(pull, weight))
-        if self._pull.device != pull.device:
-            self._pull[tokens].copy_(so_far, non_blocking=True)
-        push = weight[column] if slope is None else weight[column].to(self._wide) * slope
+        self._pull[tokens].mul_(shrink[:, None]).add_(matmul_grad(pull, weight))
         if self._push is None:
-            pinned = self._pull.is_pinned()
-            self._push = torch.zeros_like(self._pull, dtype=push.dtype, pin_memory=pinned)
+            dtype = weight.dtype if slope is None else self._wide
+            self._push = torch.zeros_like(self._pull, dtype=dtype)
+        push = self._push[tokens]
+        if self._kernels:
+            self._kernels.take_rows(weight, labels, first, push)
+            return
+        found = weight[column] if slope is None else weight[column].to(self._wide) * slope
         # Where the label is elsewhere it is not this block's; nobody waits to learn where.
-        so_far = self._push[tokens].to(push.device, non_blocking=True)
-        push = torch.where(here[:, None], push, so_far)
-        self._push[tokens].copy_(push, non_blocking=True)
+        push.copy_(torch.where(here[:, None], found, push))
 
     def token_losses(self) -> torch.Tensor:
         """The loss of each token (n,) in float32 or wider, 0 where it is not counted."""
         losses = self._top + torch.log(self._sum) - self._target
         return torch.where(self.labels != IGNORED, losses, 0.0)
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The summed loss over counted tokens; its gradient (n, C), in float32 or wider."""
-        loss = self.token_losses().sum()
+    def gradient(self) -> torch.Tensor | None:
+        """Of the sum of the counted tokens' losses (n, C), in float32 or wider; ends the sums."""
         if not self.with_grad:
-            return loss, None
-        home = self._pull.device
-        if home != self.hidden.device:
-            torch.cuda.synchronize(self.hidden.device)
-        grad = self._pull.div_(self._sum[:, None].to(home))
-        grad -= self._push
-        return loss, grad.masked_fill_((self.labels == IGNORED)[:, None].to(home), 0.0)
+            return None
+        grad = self._pull.div_(self._sum[:, None])
+        if self._push is not None:
+            grad -= self._push
+        return grad.masked_fill_((self.labels == IGNORED)[:, None], 0.0)
+
+
+@functools.cache
+def kernels(device: torch.device) -> ModuleType | None:
+    """Those of `cross_entropy_triton`, if they are equal to plain torch on a device.
+
+    triton comes with torch for CUDA, but needs a C compiler.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from onn_core.ops import cross_entropy_triton
+
+        logits = torch.linspace(-3, 5, 2 * 3000, device=device).view(2, 3000)
+        labels = torch.tensor([7 + 2999, 0], device=device)
+        top, total, target = (torch.full((2,), start, device=device) for start in (0.0, 2.0, -9.0))
+        high = torch.clamp_min(logits.amax(-1), 0)
+        exponentials = torch.exp(logits - high[:, None])
+        sums = 2 * torch.exp(-high) + exponentials.sum(-1)
+        want = (exponentials, high, sums, torch.stack([logits[0, 2999], target[1]]))
+        shrink = cross_entropy_triton.count(logits, labels, 7, top, total, target)
+        rows = torch.arange(9000.0, device=device).view(3000, 3)
+        taken = cross_entropy_triton.take_rows(rows, labels, 7, torch.ones(2, 3, device=device))
+        equal = torch.equal(taken, torch.stack([rows[2999], torch.ones(3, device=device)]))
+        equal &= torch.allclose(shrink, torch.exp(-high))
+        equal &= all(map(torch.allclose, (logits, top, total, target), want))
+    except Exception:  # it is missing, or cannot be built here
+        return None
+    return cross_entropy_triton if equal else None

@@ -19,6 +19,8 @@ from onn_core.streaming.visits import Streaming
 from onn_core.weights.dequantise import Source
 from onn_core.weights.slots import StreamedWeight
 
+SUMS_BYTES = 256 << 20  # of a round on a device, where no budget says how much room there is
+CAST_TOKENS = 4096  # whose gradient is in float32 at once
 HEAD_BLOCK_BYTES = 64 << 20  # a head of one block has the very loss of a head in memory
 # Elementwise functions of logits, with numbers at most, that wait until the logits are made.
 ELEMENTWISE = {
@@ -219,12 +221,9 @@ class _HeadLoss(torch.autograd.Function):
         flat_labels = labels.reshape(-1)  # (n,)
         flat = hidden.reshape(-1, hidden.shape[-1])  # (n, C)
         if not whole_in_one:
-            (entropy,) = _in_blocks(head, [(flat, flat_labels, with_grad)], ops)
-            total, grad = entropy.result()
-            loss = total / n_counted
-            if grad is not None:
-                on_home = n_counted.to(grad.device) if hasattr(n_counted, "to") else n_counted
-                grad = grad.div_(on_home)
+            groups = [(flat, flat_labels, with_grad)]
+            ((token_losses, grad),) = _in_blocks(head, groups, ops, n_counted)
+            loss = token_losses.sum() / n_counted
         else:
             losses = torch.zeros(len(chunks), dtype=torch.float64, device=flat.device)
             grad = torch.empty_like(flat) if with_grad else None
@@ -245,7 +244,7 @@ class _HeadLoss(torch.autograd.Function):
                         grad[tokens] = torch.autograd.grad(loss, part)[0]
             loss = losses.sum().to(loss.dtype)
         ctx.shape = hidden.shape
-        ctx.dtype, ctx.device = hidden.dtype, hidden.device
+        ctx.dtype = hidden.dtype
         if with_grad:
             ctx.save_for_backward(grad)
         return loss
@@ -253,8 +252,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        grad = (grad * grad_loss.to(grad)).to(ctx.dtype).to(ctx.device).view(ctx.shape)
-        return None, grad, None, None, None, None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        found = torch.empty_like(grad, dtype=ctx.dtype)
+        for rows in blocks_of(len(grad), CAST_TOKENS):
+            found[rows] = grad[rows].to(wide) * grad_loss.to(wide)
+        return None, found.view(ctx.shape), None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -281,14 +283,13 @@ class _TokenLosses(torch.autograd.Function):
             counted = (labels[start : start + size] != IGNORED).flatten().nonzero()[:, 0]
             counted += start * labels.shape[1]  # places (n,) in the flat batch
             groups.append((counted, flat[counted], flat_labels[counted], graded))
-        entropies = _in_blocks(head, [group[1:] for group in groups], ops)
+        results = _in_blocks(head, [group[1:] for group in groups], ops)
         losses, ctx.grads = None, []
-        for (counted, _, _, graded), entropy in zip(groups, entropies, strict=True):
-            found = entropy.token_losses()
+        for (counted, _, _, graded), (found, grad) in zip(groups, results, strict=True):
             losses = found.new_zeros(len(flat_labels)) if losses is None else losses
             losses[counted] = found
             if graded and len(counted):
-                ctx.grads.append((counted, entropy.result()[1]))
+                ctx.grads.append((counted, grad))
         ctx.like = hidden.new_empty(0), hidden.shape
         return losses.view(labels.shape)
 
@@ -307,22 +308,45 @@ def _in_blocks(
     head: StreamedHead,
     groups: Sequence[tuple[torch.Tensor, torch.Tensor, bool]],
     ops: tuple[Op, ...],
-) -> list[OnlineCrossEntropy]:
-    """The cross-entropy of each group, counted one block of the vocabulary at a time.
+    n_counted: torch.Tensor | float = 1,
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The losses (n,) of each group's tokens, and the gradient (n, C) of their sum / n_counted.
 
-    A group: hidden (n, C), labels (n,), and whether its gradient is wanted.
+    The cross-entropy is counted one block of the vocabulary at a time. A group: hidden (n, C),
+    labels (n,), and whether its gradient is wanted. What has no room at once goes in rounds, whose
+    gradients wait in the dtype of hidden (float16's in float32, since no loss scale has lifted it).
     """
-    plan = head.streaming.planner.plan.head
-    how = () if plan is None else (plan.n_tokens, plan.on_host)
-    post = functools.partial(apply, ops)
-    entropies = [
-        OnlineCrossEntropy(hidden, labels, post, with_grad, *how)
-        for hidden, labels, with_grad in groups
-    ]
-    for first, weight, bias in head.resident_blocks():
-        for entropy in entropies:
-            entropy.add(first, weight, bias)
-    return entropies
+    streaming, post = head.streaming, functools.partial(apply, ops) if ops else None
+    most = max(1, *(len(labels) for _, labels, _ in groups))
+    plan = streaming.planner.plan.head
+    chunk = None if plan is None else -(-plan.n_tokens // len(groups))
+    n_rounds = 1 if plan is None or plan.n_rounds == 1 else -(-most // chunk)
+    alone = streaming.member is None  # else the others would wait at the visits of further rounds
+    if plan is None and alone and streaming.device.type == "cuda":
+        n_rounds = -(-8 * most * len(groups) * groups[0][0].shape[1] // SUMS_BYTES)
+    dtype = groups[0][0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    waits_in = wide if n_rounds == 1 or dtype == torch.float16 else dtype
+    found: list[list[tuple]] = [[] for _ in groups]
+    for rows in blocks_of(most, -(-most // max(1, n_rounds))):
+        entropies = [
+            OnlineCrossEntropy(hidden[rows], labels[rows], post, with_grad, chunk)
+            for hidden, labels, with_grad in groups
+        ]
+        streaming.rounds_left = -(-(most - rows.stop) // (rows.stop - rows.start))
+        for first, weight, bias in head.resident_blocks():
+            for entropy in entropies:
+                entropy.add(first, weight, bias)
+        for parts, entropy in zip(found, entropies, strict=True):
+            grad = entropy.gradient()
+            if grad is not None:
+                grad = grad.div_(n_counted).to(waits_in)
+            parts.append((entropy.token_losses(), grad))
+    return [tuple(map(_joined, zip(*parts, strict=True))) for parts in found]
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[slice]:

@@ -51,6 +51,7 @@ class Streaming:
     head_units: the units of the head's blocks. memory_before: bytes of the process, when the model
     was loaded. member: of several models that run together, whose stream it then is. captures: a
     captured.Captures on CUDA. seconds: of each phase. watchers: called as each visit begins.
+    rounds_left: through the head, after the present one.
     """
 
     stream: WeightStream
@@ -65,6 +66,7 @@ class Streaming:
     passes: Passes = dataclasses.field(default_factory=Passes)
     batching: Batching = dataclasses.field(default_factory=Batching)
     seconds: Counter = dataclasses.field(default_factory=Counter)
+    rounds_left: int = 0
     trace: list[Event] | None = None
     watchers: OrderedDict[int, Callable[[str, int], None]] = dataclasses.field(
         default_factory=OrderedDict
@@ -110,13 +112,18 @@ class Streaming:
 
     def step_uses(self, lowest: int | None) -> list[Use]:
         """The visits of a whole step: forward, head, and backward down to layer `lowest`."""
-        units = [*range(self.n_layers), *self.head_units]
+        head = self.planner.plan.head
+        units = [*range(self.n_layers), *[*self.head_units] * (head.n_rounds if head else 1)]
         return [*map(Use, units), *self._backward_uses(self.n_layers - 1, lowest)]
 
     def uses_from(self, phase: str, unit: int, lowest: int | None) -> list[Use]:
         """The coming visits from this one on, and those of the next step."""
         if phase == "backward":
             rest = self._backward_uses(unit, unit if lowest is None else min(lowest, unit))
+        elif phase == "head":
+            whole = list(self.head_units)
+            units = whole[whole.index(unit) :] + whole * self.rounds_left
+            rest = [*map(Use, units), *self._backward_uses(self.n_layers - 1, lowest)]
         else:  # units are numbered in the order of the forward pass
             rest = self.step_uses(lowest)[unit:]
         return rest + self.step_uses(lowest)
