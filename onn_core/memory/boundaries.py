@@ -2,11 +2,14 @@
 
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
 from onn_core.weights.host import HostMemory
+
+N_LEAVING = 2  # tensors whose copy may be under way when another is saved
 
 
 class HostBoundaries:
@@ -20,9 +23,15 @@ class HostBoundaries:
         # Address of each tensor that was saved -> the one before, which backward needs after it.
         self._before: dict[int, Callable[[], OnHost | None]] = {}
         self._latest: Callable[[], OnHost | None] = lambda: None
+        self._leaving: deque[torch.cuda.Event] = deque()
 
     def save(self, tensor: torch.Tensor) -> "OnHost":
+        # Where visits are replayed, the processor would be many layers ahead, and the device's
+        # memory full of tensors whose copy is not done.
+        if len(self._leaving) == N_LEAVING:
+            self._leaving.popleft().synchronize()
         saved = OnHost(tensor, self)
+        self._leaving.append(saved.copied)
         self._before[saved.tensor.data_ptr()], self._latest = self._latest, weakref.ref(saved)
         return saved
 

@@ -325,9 +325,9 @@ def _in_blocks(
     if plan is None and alone and streaming.device.type == "cuda":
         n_rounds = -(-8 * most * len(groups) * groups[0][0].shape[1] // SUMS_BYTES)
     dtype = groups[0][0].dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    waits_in = wide if n_rounds == 1 or dtype == torch.float16 else dtype
-    found: list[list[tuple]] = [[] for _ in groups]
+    waits_in = torch.float32 if dtype == torch.float16 else dtype
+    losses: list[list[torch.Tensor]] = [[] for _ in groups]
+    grads: list[torch.Tensor | None] = [None] * len(groups)
     for rows in blocks_of(most, -(-most // max(1, n_rounds))):
         entropies = [
             OnlineCrossEntropy(hidden[rows], labels[rows], post, with_grad, chunk)
@@ -337,16 +337,19 @@ def _in_blocks(
         for first, weight, bias in head.resident_blocks():
             for entropy in entropies:
                 entropy.add(first, weight, bias)
-        for parts, entropy in zip(found, entropies, strict=True):
+        for number, entropy in enumerate(entropies):
+            losses[number].append(entropy.token_losses())
             grad = entropy.gradient()
-            if grad is not None:
-                grad = grad.div_(n_counted).to(waits_in)
-            parts.append((entropy.token_losses(), grad))
-    return [tuple(map(_joined, zip(*parts, strict=True))) for parts in found]
-
-
-def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+            if grad is None:
+                continue
+            grad = grad.div_(n_counted)
+            if n_rounds > 1:
+                if grads[number] is None:
+                    grads[number] = torch.empty_like(groups[number][0], dtype=waits_in)
+                grads[number][rows] = grad
+            else:
+                grads[number] = grad
+    return [(torch.cat(parts), grad) for parts, grad in zip(losses, grads, strict=True)]
 
 
 def split_rows(n_rows: int, row_bytes: int) -> list[slice]:
