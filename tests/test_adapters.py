@@ -305,7 +305,8 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize("build, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_bad_adapter_folder_is_refused(build, message, tmp_path):
+def test_bad_adapter_folder_is_refused(build, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("onn_core.adapters.folder.MATCH_CPU_S", 1)
     base = toy_dir("llama")
     adapter = saved_adapter(base, tmp_path / "adapter")
     build(adapter)

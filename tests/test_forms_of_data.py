@@ -3,9 +3,6 @@
 import csv
 import gzip
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -198,13 +195,6 @@ def test_a_big_group_does_not_swallow_the_split():
         train, held_out = data.split(examples, 0.1, seed)
         assert abs(len(held_out) - 0.1 * len(examples)) <= 3
         assert not {e.input_ids[0] for e in train} & {e.input_ids[0] for e in held_out}
-
-
-def test_importing_brings_no_datasets_and_no_pyarrow():
-    code = "import sys, onn_core; print(*{'datasets', 'pandas', 'pyarrow'} & set(sys.modules))"
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def test_import_brings_no_heavy_package():
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split()
     assert set(names) <= set(imported)
-    heavy = {"pandas", "plotly", "matplotlib", "IPython", "ipywidgets", "gguf", "datasets"}
+    heavy = {"pandas", "plotly", "matplotlib", "IPython", "ipywidgets", "gguf"}
+    heavy |= {"datasets", "pyarrow"}
     assert not heavy & set(imported)
 
 

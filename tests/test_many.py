@@ -38,6 +38,14 @@ def alone(small, folder, runs, **changes):
         onn_core.ChunkedLoraTrainer(config(small, folder / name, **changes | own)).train()
 
 
+@pytest.fixture(scope="module")
+def each_alone(small, tmp_path_factory):
+    """The folder in which each of DIFFERENT was trained by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    alone(small, folder, DIFFERENT)
+    return folder
+
+
 def count_reads(monkeypatch):
     """A function that says how many bytes of weights were read since it was last called."""
     read, n_bytes = DirectFiles.read, 0
@@ -56,11 +64,10 @@ def count_reads(monkeypatch):
     return taken
 
 
-def test_eight_different_runs_are_equal_to_each_alone(small, tmp_path):
+def test_eight_different_runs_are_equal_to_each_alone(small, each_alone, tmp_path):
     records = together(small, tmp_path / "many", DIFFERENT)
-    alone(small, tmp_path / "alone", DIFFERENT)
     for name, record in zip(DIFFERENT, records, strict=True):
-        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+        require_equal(tmp_path / "many" / name, each_alone / name)
         assert record == onn_core.RunRecord.load(tmp_path / "many" / name / "record.json")
     assert [len(record.steps) for record in records] == [7, 7, 4, 7, 9, 7, 7, 7]
     assert not [t.name for t in threading.enumerate() if t.name.startswith(("onn", "Thread"))]
@@ -89,14 +96,13 @@ def test_the_order_of_runs_and_their_neighbours_change_nothing(small, tmp_path):
         require_equal(tmp_path / "a" / name, tmp_path / "b" / name)
 
 
-def test_a_run_that_fails_leaves_the_others_going(small, tmp_path):
+def test_a_run_that_fails_leaves_the_others_going(small, each_alone, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": \n')
     steep = {"learning_rate": 1e30, "max_grad_norm": None, "loss_scale": None}
     runs = {"steep": steep, "good": {}, "bad": {"data": str(bad)}}
     records = together(small, tmp_path / "many", runs)
-    alone(small, tmp_path / "alone", {"good": {}})
-    require_equal(tmp_path / "many/good", tmp_path / "alone/good")
+    require_equal(tmp_path / "many/good", each_alone / "everything")
     assert records[0].status.startswith("stopped: step 2: ") and len(records[0].steps) == 1
     assert "line 1 is not JSON" in records[2].status and not records[2].steps
     assert (tmp_path / "many/steep/adapter/adapter_model.safetensors").exists()
@@ -104,7 +110,7 @@ def test_a_run_that_fails_leaves_the_others_going(small, tmp_path):
         together(small, tmp_path / "all", {"steep": steep})
 
 
-def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, tmp_path):
+def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, each_alone, tmp_path):
     def fail(record):
         if len(record.steps) == 2 and record.config["seed"] == 4:
             raise RuntimeError("planted")
@@ -113,10 +119,9 @@ def test_an_error_of_ours_is_raised_when_the_others_have_ended(small, tmp_path):
     configs = [config(small, tmp_path / "many" / name, **DIFFERENT[name]) for name in names]
     with pytest.raises(RuntimeError, match="planted"):
         onn_core.train_many(configs, on_step=fail)
-    alone(small, tmp_path / "alone", {name: DIFFERENT[name] for name in names})
-    require_equal(tmp_path / "many/everything", tmp_path / "alone/everything")
+    require_equal(tmp_path / "many/everything", each_alone / "everything")
     onn_core.train_many(configs, resume=True)  # from step 2, and from its end
-    require_equal(tmp_path / "many/seed", tmp_path / "alone/seed")
+    require_equal(tmp_path / "many/seed", each_alone / "seed")
 
 
 @pytest.fixture
@@ -127,7 +132,9 @@ def heeds_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path, heeds_interrupts):
+def test_an_interrupt_stops_all_and_resume_continues_all(
+    small, each_alone, tmp_path, heeds_interrupts
+):
     runs = {name: DIFFERENT[name] for name in ("everything", "last", "short")}
 
     def interrupt(record):
@@ -141,9 +148,8 @@ def test_an_interrupt_stops_all_and_resume_continues_all(small, tmp_path, heeds_
     for name in runs:
         assert Checkpoints(tmp_path / "many" / name, 9).paths()
     onn_core.train_many(configs, resume=True)
-    alone(small, tmp_path / "alone", runs)
     for name in runs:
-        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+        require_equal(tmp_path / "many" / name, each_alone / name)
 
 
 def test_one_pass_reads_what_the_hungriest_run_reads_alone(small, tmp_path, monkeypatch):
@@ -172,7 +178,7 @@ def test_a_run_that_stops_early_leaves_the_others_going(small, tmp_path):
     assert not records[1].stopped_early and not records[2].stopped_early
 
 
-def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, tmp_path):
+def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, each_alone, tmp_path):
     def fail(record):
         if len(record.steps) == 3:
             raise RuntimeError("planted")
@@ -186,8 +192,7 @@ def test_a_run_that_stops_early_is_resumed_to_the_same_end(small, tmp_path):
     assert len(onn_core.train_many([early], resume=True)[0].steps) == 4
     patient = dataclasses.replace(early, early_stopping_patience=9)  # goes on, as if always so
     record = onn_core.ChunkedLoraTrainer(patient).train(resume=True)
-    alone(small, tmp_path, {"whole": {}})
-    require_equal(tmp_path / "early", tmp_path / "whole")
+    require_equal(tmp_path / "early", each_alone / "everything")
     assert len(record.steps) == 7 and not record.stopped_early
 
 

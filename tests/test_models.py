@@ -1,10 +1,6 @@
 """Default model, geometries and random checkpoints."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -12,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from onn_core.__main__ import main
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.record import new_folder
 from onn_core.weights import default_model, geometry, random_model
@@ -193,12 +190,12 @@ def test_second_of_two_writers_keeps_the_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_command_wants_a_folder(smollm2_dir):
-    run = [sys.executable, "-m", "onn_core", "model"]
-    settings = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
-    default = subprocess.run(run, **settings, env=os.environ, check=True)
-    assert default.stdout.strip() == str(smollm2_dir)
-    assert "--out" in subprocess.run([*run, "phi-4"], **settings).stderr
+def test_command_wants_a_folder(smollm2_dir, capsys):
+    main(["model"])
+    assert capsys.readouterr().out.strip() == str(smollm2_dir)
+    with pytest.raises(SystemExit):
+        main(["model", "phi-4"])
+    assert "--out" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch, tmp_path):

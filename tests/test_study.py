@@ -14,7 +14,7 @@ from onn_workbench import curves, pages, speed, stability, stability_report, stu
 def settings(folder, output_dir, **changes):
     fixed = {"model_dir": str(folder), "data": "chatterbot", "output_dir": str(output_dir)}
     fixed |= {"batch_size": 4, "max_steps": 3, "max_length": 80, "learning_rate": 1e-2}
-    fixed |= {"eval_every": 2, "eval_samples": 8, "eval_batch_size": 8, "sparse_layers": "ends:1"}
+    fixed |= {"eval_every": 2, "eval_samples": 4, "eval_batch_size": 4, "sparse_layers": "ends:1"}
     return TrainConfig(**fixed | {"device": "cpu", "progress": False} | changes)
 
 
@@ -301,14 +301,10 @@ def test_thinned_records_hold_what_the_study_reads():
     assert study.thinned(dataclasses.replace(whole, steps=steps[:40])).steps == steps[:40]
 
 
-def test_runs_of_a_study_in_one_pass_are_those_alone(toy_with_tokenizer, tmp_path):
-    alone = [
-        study.train(settings(toy_with_tokenizer, tmp_path / f"alone{seed}", seed=seed))
-        for seed in (0, 1)
-    ]
+def test_runs_of_a_study_in_one_pass_are_those_alone(real, toy_with_tokenizer, tmp_path):
     configs = [settings(toy_with_tokenizer, tmp_path / f"{seed}", seed=seed) for seed in (0, 1)]
     together = study.train_all(configs)
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(real.runs["batch 4"], together, strict=True):
         assert [step.loss for step in one.steps] == [step.loss for step in other.steps]
         assert [done.loss for done in one.evals] == [done.loss for done in other.evals]
     assert not (tmp_path / "0/checkpoints").exists()
@@ -343,7 +339,7 @@ def test_the_comparison_page_shows_all_records_and_what_is_missing(real, tmp_pat
         summary.read(tmp_path)
 
 
-def test_a_run_that_was_cut_goes_on_and_a_finished_one_is_read(toy_with_tokenizer, tmp_path):
+def test_a_run_that_was_cut_goes_on_and_a_finished_one_is_read(real, toy_with_tokenizer, tmp_path):
     def cut(record):
         if len(record.steps) == 2:
             raise KeyboardInterrupt
@@ -356,7 +352,7 @@ def test_a_run_that_was_cut_goes_on_and_a_finished_one_is_read(toy_with_tokenize
     config, steps = settings(toy_with_tokenizer, tmp_path / "cut"), []
     with pytest.raises(KeyboardInterrupt):
         study.train(config, cut)
-    resumed, whole = went_on(), study.train(settings(toy_with_tokenizer, tmp_path / "whole"))
+    resumed, whole = went_on(), real.runs["batch 4"][0]
     assert steps == [3]
     assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps]
     assert [done.loss for done in resumed.evals] == [done.loss for done in whole.evals]

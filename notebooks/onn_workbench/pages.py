@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.image import thumbnail
+from PIL import Image  # matplotlib brings it
 
 from onn_core.record import write_atomic
 from onn_workbench.tables import to_html
@@ -130,6 +130,8 @@ def summary_of(notebook: Path) -> tuple[list[str], bytes]:
                 png = base64.b64decode("".join(output["data"]["image/png"]))
     if not png:
         return lines, b""
-    small, width = io.BytesIO(), int.from_bytes(png[16:20])  # where a PNG's header has it
-    thumbnail(io.BytesIO(png), small, scale=THUMBNAIL_PIXELS / width)
+    small = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as picture:
+        picture.thumbnail((THUMBNAIL_PIXELS, picture.height))
+        picture.save(small, "png")
     return lines, small.getvalue()

@@ -318,10 +318,12 @@ def _chatterbot_rows() -> list[Row]:
         raise DataError(
             'data "chatterbot" comes in a package: pip install chatterbot-corpus.'
         ) from error
+    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where PyYAML has it
     pairs = {}  # a dict, for its order
     for file in sorted(files, key=str):
         if file.match("data/english/*.yml"):
-            conversations = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+            text = file.read_text(encoding="utf-8")
+            conversations = yaml.load(text, safe_loader)["conversations"]
             two = [turns[:2] for turns in conversations if isinstance(turns, list)]
             pairs |= dict.fromkeys((prompt.strip(), response.strip()) for prompt, response in two)
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
