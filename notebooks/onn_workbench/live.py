@@ -31,7 +31,8 @@ def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figur
     scale = Scale("decoder layer", 0, first.model["layers"] - 1)
     ends = (layers[0], layers[-1]) if layers else ()
     norms = norm_lines(first, scale, *ends, mode="lines+markers")
-    norms = Panel(norms, STEPS, "gradient norm of a layer", log_y=True)
+    title_of_norms = next(iter(records)) if len(records) > 1 else ""
+    norms = Panel(norms, STEPS, "gradient norm of a layer", log_y=True, title=title_of_norms)
     begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
     bars = phase_bars(events, lambda phase, _: PHASES.index(phase), height=0.7, begin=begin)
     timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)
