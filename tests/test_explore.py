@@ -43,10 +43,11 @@ def loads_in_memory(model_dir, adapter_dir):
 
 
 def test_a_run_pauses_between_steps_goes_on_saves_and_stops(toy_with_tokenizer, tmp_path):
-    seen, steps = [], []
+    seen, steps, alive = [], [], {}
 
     def watch(run):
         seen.append(run.state)
+        alive[run.state] = run.alive  # what is told to have ended can be merged, or followed
         steps.append(len(run.record.steps) if run.record else 0)
         if run.state == "running" and steps[-1] == 2 and "pausing" not in seen:
             run.pause()
@@ -62,6 +63,7 @@ def test_a_run_pauses_between_steps_goes_on_saves_and_stops(toy_with_tokenizer, 
     run.stop()
     run.wait()
     assert run.state == "stopped" and not run.alive
+    assert {state for state in alive if not alive[state]} == {"stopped"}
     assert [state for state in seen if state != "running"][:2] == ["pausing", "paused"]
     saved = onn_core.RunRecord.load(tmp_path / "run" / "record.json")
     assert 3 < len(saved.steps) < 1000 and saved.status.startswith("stopped")
