@@ -24,9 +24,9 @@ THIS = "this run"
 BY_COMMAND = "by_command"  # the folder of a run that is started elsewhere, beside the numbered ones
 WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
-WIDTHS = dict(zip(runs.COLUMNS, (170, 250, 65, 50, 115, 60, 65, 65, 70, 75), strict=True))
+WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
 N_STATIC = 20  # runs of the table for readers without widgets
-GO_ON = {"width": "100px", "height": "28px", "flex": "none"}  # the button of a line of the table
+GO_ON = {"width": "86px", "height": "28px", "flex": "none"}  # the button of a line of the table
 LINE = {"flex": "none", "width": "max-content", "overflow": "visible"}
 COPY = "getSelection().selectAllChildren(this.nextElementSibling);"
 COPY += "if (document.execCommand('copy')) this.innerText = 'copied'"
@@ -179,7 +179,7 @@ class Runs(Panel):
             titles[-1].tooltip = f"Sort by {name}"
             titles[-1].on_click(lambda _, name=name: self.sort(name))
         return w.HBox(
-            [w.Label(layout={"width": "132px", "flex": "none"}), *titles], layout=dict(LINE)
+            [w.Label(layout={"width": "118px", "flex": "none"}), *titles], layout=dict(LINE)
         )
 
     def sort(self, name: str) -> None:
@@ -316,8 +316,9 @@ class Export(OfARun):
             button = f'<button onclick="{COPY}">copy as {name}</button>'
             pre = f'<pre style="{preview.BOX}">{html.escape(text)}</pre>'
             parts.append(f"<div>{button}{pre}</div>")
-        how = "<div>Save the YAML as run.yaml; <code>python -m onn_core train run.yaml</code></div>"
-        self.texts.value = "".join([*parts, how])
+        command = "<code>.venv/bin/python -m onn_core train run.yaml</code>"
+        parts.append(f"<div>Save the YAML as run.yaml; {command} trains with it.</div>")
+        self.texts.value = "".join(parts)
 
 
 class Sweep(Panel):

@@ -17,7 +17,6 @@ from onn_workbench.tracking import find_records
 SETTINGS = "settings.yaml"  # in the folder of a run: what `python -m onn_core train` takes
 COLUMNS = {  # of the table -> format of its values
     "run": "{}",
-    "settings that differ": "{}",
     "state": "{}",
     "steps": "{}",
     "held-out before": "{:.3f}",
@@ -26,6 +25,7 @@ COLUMNS = {  # of the table -> format of its values
     "minutes": "{:.1f}",
     "peak MiB": "{:,.0f}",
     "% of limit": "{:.0f}",
+    "settings that differ": "{}",
 }
 NOT_COMPARED = ("output_dir", "progress", "checkpoint_every", "checkpoint_minutes")
 # Runs with equal values of these settings, and equal data, are evaluated on the same samples.
@@ -123,12 +123,12 @@ def table(
     for run, own in zip(runs, settings, strict=True):
         record = run.record
         defaults = TrainConfig.__dataclass_fields__
-        said = [f"{n} {own[n]}" for n in differ if n in own and own[n] != defaults[n].default]
+        chosen = {n: own[n] for n in differ if n in own and own[n] != defaults[n].default}
+        said = [f"{n} {v:.4g}" if type(v) is float else f"{n} {v}" for n, v in chosen.items()]
         step_s = statistics.median(s.step_s for s in record.steps) if record.steps else None
         limit = limit_s(record) if record.steps else None
         values = (
             run.label,
-            ", ".join(said),
             record.status.partition(":")[0],
             len(record.steps),
             record.evals[0].loss if record.evals else None,
@@ -138,6 +138,7 @@ def table(
             record.peak_memory_bytes / 2**20,
             # what was faster than the limit shows that other work slowed its measurement
             100 * limit / step_s if limit and limit <= step_s else None,
+            ", ".join(said),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
