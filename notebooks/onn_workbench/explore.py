@@ -27,6 +27,7 @@ from onn_workbench import live, panels, runs
 from onn_workbench.background import ENDED, BackgroundRun
 from onn_workbench.figure import Figure
 from onn_workbench.outline import Outline
+from onn_workbench.tables import two_digits
 
 FIELDS = (  # setting, label, tooltip
     ("data", "Data", "chatterbot, or the path of a file or a folder"),
@@ -201,8 +202,8 @@ class Explorer:
         how = "from a visit of a real layer" if sure else "at least: not measured during a run"
         return (
             f"<b>{html.escape(outline.title)}</b>. Trainable: <b>{found['trainable']:,}</b>. "
-            f"About <b>{found['step_s']:.2g} s</b> a step of full-length samples ({how}; limited "
-            f"by {found['limited_by']}), <b>{duration(run_s)}</b> in all."
+            f"About <b>{two_digits(found['step_s'])} s</b> a step of full-length samples ({how}; "
+            f"limited by {found['limited_by']}), <b>{duration(run_s)}</b> in all."
             + memory_bar(found["peak_bytes"], config.memory_budget)
         )
 
@@ -393,7 +394,8 @@ class Explorer:
         before = f"{n_runs} runs, the first: " if len(run.configs) > 1 else ""
         text = (
             f"{run.state}: {before}step {last.step} of {last.step + n_left}, loss {last.loss:.3f}, "
-            f"{last.step_s:.2g} s a step, {record.peak_memory_bytes / 2**20:,.0f} MiB at most, "
+            f"{two_digits(last.step_s)} s a step, "
+            f"{record.peak_memory_bytes / 2**20:,.0f} MiB at most, "
             f"{last.bytes_read / last.step_s / 1e9:.2g} GB/s, "
             f"{100 * last.wait_s / last.step_s:.0f} % of the time waiting"
         )
