@@ -26,7 +26,8 @@ WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
 WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
 N_STATIC = 20  # runs of the table for readers without widgets
-GO_ON = {"width": "86px", "height": "28px", "flex": "none"}  # the button of a line of the table
+# the button of a line of the table
+GO_ON = {"width": "96px", "height": "28px", "flex": "none", "padding": "0"}
 LINE = {"flex": "none", "width": "max-content", "overflow": "visible"}
 COPY = "getSelection().selectAllChildren(this.nextElementSibling);"
 COPY += "if (document.execCommand('copy')) this.innerText = 'copied'"
@@ -179,7 +180,7 @@ class Runs(Panel):
             titles[-1].tooltip = f"Sort by {name}"
             titles[-1].on_click(lambda _, name=name: self.sort(name))
         return w.HBox(
-            [w.Label(layout={"width": "118px", "flex": "none"}), *titles], layout=dict(LINE)
+            [w.Label(layout={"width": "128px", "flex": "none"}), *titles], layout=dict(LINE)
         )
 
     def sort(self, name: str) -> None:
