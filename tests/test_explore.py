@@ -231,7 +231,7 @@ def test_the_data_is_shown_with_what_is_learned_cut_and_dropped(explorer, tmp_pa
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     explorer.fields["data"].value = str(path)
-    shown = do(explorer.data, "<b>4</b> rows: <b>2</b> cut")
+    shown = do(explorer.data, f"<b>4</b> rows of {path}: <b>2</b> cut")
     assert "<b>2</b> dropped" in shown and "&lt;b&gt;hello" in shown and "<b>hello" not in shown
     config, tokenizer = explorer.config, preview.tokenizer_of(explorer.config)
     found = list(preview.rows(config, tokenizer))
