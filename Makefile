@@ -13,6 +13,8 @@ TEST_PROCESSES ?= 2
 LAYERS ?= 8
 # make track: aim, or tensorboard (which Python 3.13 has, too).
 TRACKER ?= aim
+# make lab: more for JupyterLab, such as LAB="--allow-root --no-browser --port 8899"
+LAB ?=
 AIM_PORT ?= 53800
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -79,7 +81,7 @@ test-families: venv ## every model family of transformers at toy size: a table (
 	$(PY) tests/families.py
 
 lab: venv model ## open JupyterLab in notebooks
-	$(PY) -m jupyter lab notebooks
+	$(PY) -m jupyter lab notebooks $(LAB)
 
 lint: venv ## check style
 	$(PY) -m ruff check .

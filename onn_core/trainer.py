@@ -35,6 +35,7 @@ from onn_core.run.stopping import Stop, early_stop
 from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.skeleton import resolve_device
 from onn_core.streaming.together import Together
+from onn_core.weights.reader import give_back_memory
 from onn_core.weights.stream import CLOSE_S
 
 MAX_SKIPS = 20  # steps in a row that loss scaling may skip; from 2^16 it has then tried 2^-3
@@ -79,6 +80,7 @@ class ChunkedLoraTrainer:
         config, processes = self.config, self.processes
         if processes.is_first:
             require_writable(self.output_dir)
+        give_back_memory()  # else what was freed here before would hide what the run takes
         memory_before = memory_bytes()
         self.base = open_streamed(
             config.model_dir,

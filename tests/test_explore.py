@@ -43,10 +43,11 @@ def loads_in_memory(model_dir, adapter_dir):
 
 
 def test_a_run_pauses_between_steps_goes_on_saves_and_stops(toy_with_tokenizer, tmp_path):
-    seen, steps = [], []
+    seen, steps, alive = [], [], {}
 
     def watch(run):
         seen.append(run.state)
+        alive[run.state] = run.alive  # what is told to have ended can be merged, or followed
         steps.append(len(run.record.steps) if run.record else 0)
         if run.state == "running" and steps[-1] == 2 and "pausing" not in seen:
             run.pause()
@@ -62,6 +63,7 @@ def test_a_run_pauses_between_steps_goes_on_saves_and_stops(toy_with_tokenizer, 
     run.stop()
     run.wait()
     assert run.state == "stopped" and not run.alive
+    assert {state for state in alive if not alive[state]} == {"stopped"}
     assert [state for state in seen if state != "running"][:2] == ["pausing", "paused"]
     saved = onn_core.RunRecord.load(tmp_path / "run" / "record.json")
     assert 3 < len(saved.steps) < 1000 and saved.status.startswith("stopped")
@@ -153,7 +155,7 @@ WRONG = (
     ("memory_budget", "4", "memory_budget 4 has no unit"),
     ("memory_budget", "much", "memory size"),
     ("memory_budget", "1KB", "memory_budget"),
-    ("data", "nowhere.jsonl", "data nowhere.jsonl is not there"),
+    ("data", "nowhere.jsonl", "nowhere.jsonl is not there"),
     ("sparse_layers", "ends:9", "sparse_layers must be"),
     ("sparse_layers", "first", "sparse_layers must be"),
     ("sparse_layers", "", "sparse_layers must be"),
@@ -169,6 +171,9 @@ def test_a_wrong_setting_is_told_at_once_and_its_mending_is_seen(explorer):
         assert 'role="alert"' in shown and said in shown and "Trainable" not in shown
         explorer.buttons["start"].click()  # that cannot be, and leaves nothing
         assert 'role="alert"' in explorer.status.value and explorer.run is None
+        steps, explorer.fields["max_steps"].value = explorer.fields["max_steps"].value, "many"
+        assert "alert" not in explorer.status.value  # it was of what was chosen before
+        explorer.fields["max_steps"].value = steps
         field.value = before
         assert "Trainable" in explorer.prediction.value
     assert "alert" not in explorer.prediction.value + explorer.status.value
@@ -226,7 +231,7 @@ def test_the_data_is_shown_with_what_is_learned_cut_and_dropped(explorer, tmp_pa
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     explorer.fields["data"].value = str(path)
-    shown = do(explorer.data, "<b>4</b> rows: <b>2</b> cut")
+    shown = do(explorer.data, f"<b>4</b> rows of {path}: <b>2</b> cut")
     assert "<b>2</b> dropped" in shown and "&lt;b&gt;hello" in shown and "<b>hello" not in shown
     config, tokenizer = explorer.config, preview.tokenizer_of(explorer.config)
     found = list(preview.rows(config, tokenizer))
@@ -257,8 +262,10 @@ def test_the_table_sorts_draws_and_continues(explorer):
     assert table.shown[0]["held-out before"] > 0 and table.shown[0]["% of limit"] > 0
     table.sort("steps"), table.sort("steps")
     assert [row["run"] for row in table.shown] == ["runs/2", "runs/1"]
-    table.checks["runs/1"].value = True
+    table.checks["runs/1"].value = table.checks["runs/2"].value = True
     assert "runs/1: loss" in explorer.figure.value and "run 2: loss" in explorer.figure.value
+    assert "runs/2: loss" not in explorer.figure.value  # it is the present one
+    assert "runs/2</td>" in table.html() and table.html().count("<tr>") == 3
     done = len(explorer.run.record.steps)
     explorer.go_on_with(explorer.past["runs/2"])
     until(lambda: explorer.run.record and len(explorer.run.record.steps) > done)
@@ -332,7 +339,9 @@ def test_a_run_is_merged_and_written_as_yaml_and_python(explorer, tmp_path):
     made = {}
     exec(runs.to_python(config).rpartition("record =")[0], made)
     assert made["config"] == config
-    assert "copy as YAML" in explorer.export.texts.value
+    shown = explorer.export.texts.value
+    assert "copy as YAML" in shown and "progress" not in shown
+    assert f"output_dir: {Path(config.output_dir).resolve() / 'by_command'}\n" in shown
 
 
 def test_a_sweep_is_started_watched_and_in_the_table(explorer):

@@ -185,7 +185,7 @@ def test_a_run_goes_on_while_settings_change_and_cells_run_again(lab, smollm2_di
     wait_for(lambda: "with the adapter" in text(notebook.page), "the adapter's answer", 60)
     screenshot(notebook, "ask")
     notebook.press("Save adapter")
-    notebook.until_status("adapter saved to ../runs/explore/adapter")
+    notebook.until_status(f"adapter saved to {folder.resolve()}/runs/explore/adapter")
     assert loads_in_memory(smollm2_dir, folder / "runs" / "explore" / "adapter")
     notebook.press("Go on")
     notebook.until_status("running: step")
@@ -210,6 +210,6 @@ def test_runs_are_drawn_together_continued_and_merged(lab):
     assert steps_of(folder, "2") > done
     notebook.open("Export")
     notebook.press("Merge")
-    notebook.until_status("merged into ../runs/explore/merged")
+    notebook.until_status(f"merged into {folder.resolve()}/runs/explore/merged")
     assert (folder / "runs" / "explore" / "merged" / "config.json").exists()
     screenshot(notebook, "export")

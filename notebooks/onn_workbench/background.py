@@ -70,8 +70,8 @@ class BackgroundRun:
 
     @property
     def alive(self) -> bool:
-        """Whether the run has begun and not ended."""
-        return self.state != "ready" and not self._ended.is_set()
+        """Whether the run has begun and not ended; who watches it may still draw its end."""
+        return self.state not in ("ready", *ENDED)
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -101,10 +101,11 @@ class BackgroundRun:
             self._go.set()
 
     def wait(self) -> None:
-        """Until the run has ended; an interrupt stops the run and is then raised."""
+        """Until the run has ended and `on_change` has seen it; an interrupt stops the run first."""
         try:
-            while self.alive:  # an interrupted Thread.join would forget the thread
-                self._ended.wait(0.2)
+            # an interrupted Thread.join would forget the thread
+            while self.state != "ready" and not self._ended.wait(0.2):
+                pass
         except KeyboardInterrupt:
             self.stop()
             self._ended.wait()

@@ -13,7 +13,7 @@ from onn_workbench import pages
 from onn_workbench.figure import Figure, Line, Panel, Scale
 from onn_workbench.report import norm_lines
 from onn_workbench.study import RULE, Runs, Study, compare, fall, in_memory_difference, verdict
-from onn_workbench.tables import frame
+from onn_workbench.tables import frame, two_digits
 
 AXES = {"samples": "samples seen", "steps": "optimizer steps (logarithmic)"}
 SHUFFLED = "control, shuffled targets"
@@ -27,7 +27,7 @@ def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> pd.DataFrame:
     for label, records in runs.items():
         found = verdict(records, reference)
         against = f"{found['against_shuffled']:+.3f} ± {found['against_shuffled_noise']:.3f}"
-        norms = f"{found['grad_norm_least']:.2g} to {found['grad_norm_most']:.2g}"
+        norms = [two_digits(found[f"grad_norm_{which}"]) for which in ("least", "most")]
         rows.append(
             {
                 "configuration": label,
@@ -37,7 +37,7 @@ def verdict_table(runs: Runs, reference: Sequence[RunRecord]) -> pd.DataFrame:
                 "after": f"{found['loss_after']:.3f}",
                 "fall ± noise (%)": f"{100 * found['fall']:.1f} ± {100 * found['noise']:.1f}",
                 "against shuffled targets ± noise": against,
-                "gradient norms": norms,
+                "gradient norms": " to ".join(norms),
                 "NaN or Inf": found["nonfinite"],
                 "learned": found["learned"],
             }

@@ -27,6 +27,7 @@ from onn_workbench import live, panels, runs
 from onn_workbench.background import ENDED, BackgroundRun
 from onn_workbench.figure import Figure
 from onn_workbench.outline import Outline
+from onn_workbench.tables import two_digits
 
 FIELDS = (  # setting, label, tooltip
     ("data", "Data", "chatterbot, or the path of a file or a folder"),
@@ -67,7 +68,7 @@ class Explorer:
 
     def __init__(self, models: dict[str, str], records: Sequence[str] = (), **settings: Any):
         self.settings = {"progress": False, "eval_every": 1, "eval_samples": 8} | settings
-        self.records = [*records, str(settings["output_dir"])]
+        self.records = [str(settings["output_dir"]), *records]
         self.run = self._before = BackgroundRun.going_under(settings["output_dir"])
         self.adopted = self.run is not None
         self.past: dict[str, runs.PastRun] = {}
@@ -168,8 +169,8 @@ class Explorer:
         """OnnError unless the first row of the data can be read."""
         if config.data != "chatterbot" and not Path(config.data).expanduser().exists():
             raise ConfigError(
-                f"data {config.data} is not there: give the path of a file or a folder, or "
-                "chatterbot."
+                f"data {Path(config.data).expanduser().absolute()} is not there: give the path of "
+                "a file or a folder, or chatterbot."
             )
         next(iter(data.read_rows(config.data)), None)
 
@@ -177,6 +178,8 @@ class Explorer:
         """Show what the choice means, on the picture of the model and in figures; or why not."""
         if self._quiet:
             return
+        if "alert" in self.status.value:  # of a start that could not be
+            self._show_state()
         try:
             self._draw_picture(self.outline, self.config)
             alive = self.run is not None and self.run.alive  # it would disturb what is measured
@@ -185,8 +188,6 @@ class Explorer:
             self.trained_layers = select_layers(config.sparse_layers, self.outline.n_layers)
             self.prediction.value = self._describe(self.outline, config, found)
             self.export.describe(config)
-            if "alert" in self.status.value:  # of a start that could not be
-                self._show_state()
         except (OnnError, OSError) as error:
             self.prediction.value = panels.alert(str(error))
 
@@ -201,8 +202,8 @@ class Explorer:
         how = "from a visit of a real layer" if sure else "at least: not measured during a run"
         return (
             f"<b>{html.escape(outline.title)}</b>. Trainable: <b>{found['trainable']:,}</b>. "
-            f"About <b>{found['step_s']:.2g} s</b> a step of full-length samples ({how}; limited "
-            f"by {found['limited_by']}), <b>{duration(run_s)}</b> in all."
+            f"About <b>{two_digits(found['step_s'])} s</b> a step of full-length samples ({how}; "
+            f"limited by {found['limited_by']}), <b>{duration(run_s)}</b> in all."
             + memory_bar(found["peak_bytes"], config.memory_budget)
         )
 
@@ -300,8 +301,9 @@ class Explorer:
     def save(self) -> None:
         """Save the adapter, between two steps."""
         if self.run is not None:
-            done = self.run.save_adapter(self.save_to.value)
-            self._say(f"adapter saved to {self.save_to.value}" if done else "saved after this step")
+            folder = Path(self.save_to.value).resolve()
+            done = self.run.save_adapter(folder)
+            self._say(f"adapter saved to {folder}" if done else "saved after this step")
 
     @property
     def files(self) -> list[str]:
@@ -392,7 +394,8 @@ class Explorer:
         before = f"{n_runs} runs, the first: " if len(run.configs) > 1 else ""
         text = (
             f"{run.state}: {before}step {last.step} of {last.step + n_left}, loss {last.loss:.3f}, "
-            f"{last.step_s:.2g} s a step, {record.peak_memory_bytes / 2**20:,.0f} MiB at most, "
+            f"{two_digits(last.step_s)} s a step, "
+            f"{record.peak_memory_bytes / 2**20:,.0f} MiB at most, "
             f"{last.bytes_read / last.step_s / 1e9:.2g} GB/s, "
             f"{100 * last.wait_s / last.step_s:.0f} % of the time waiting"
         )
@@ -416,8 +419,9 @@ class Explorer:
             if record.steps:
                 shown[f"run {name}"] = record
         for label in self.runs.marked:
-            if label in self.past and self.past[label].record.steps:
-                shown[label] = self.past[label].record
+            past = self.past.get(label)
+            if past is not None and past.record.steps and not self._is_present(past):
+                shown[label] = past.record
         if shown:
             text = ", ".join(f"{label}: loss {r.steps[-1].loss:.3f}" for label, r in shown.items())
             with self._drawing:  # matplotlib's log labels are not made by two threads at once
@@ -425,6 +429,11 @@ class Explorer:
                 picture = base64.b64encode(self.drawn.png()).decode()
             source = f'src="data:image/png;base64,{picture}"'
             self.figure.value = f'<img {source} alt="{html.escape(text)}" style="max-width:100%">'
+
+    def _is_present(self, past: runs.PastRun) -> bool:
+        """Whether it is of the present run, which is drawn already."""
+        configs = self.run.configs if self.run is not None else ()
+        return past.folder.resolve() in (Path(c.output_dir).resolve() for c in configs)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The widgets, and for readers without them what they show now."""

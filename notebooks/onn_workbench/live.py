@@ -27,11 +27,10 @@ def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figur
         own = [line for line in lines if line.label.rpartition(", ")[0] in labels]
         name = f"held-out samples of {labels[0]}" if len(kinds) > 1 else ""
         top.append(Panel(own, STEPS, "loss (nats per counted token)", title=name))
-    layers = list(first.steps[-1].grad_norm_by_layer)
     scale = Scale("decoder layer", 0, first.model["layers"] - 1)
-    ends = (layers[0], layers[-1]) if layers else ()
-    norms = norm_lines(first, scale, *ends, mode="lines+markers")
-    norms = Panel(norms, STEPS, "gradient norm of a layer", log_y=True)
+    lines = norm_lines(first, scale, mode="lines+markers")
+    name = next(iter(records)) if len(records) > 1 else ""
+    norms = Panel(lines, STEPS, "gradient norm of a layer", name, log_y=True, scale=scale)
     begin = min((start for what, _, start, _ in events if what != "read"), default=0.0)
     bars = phase_bars(events, lambda phase, _: PHASES.index(phase), height=0.7, begin=begin)
     timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)

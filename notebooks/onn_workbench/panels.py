@@ -1,5 +1,6 @@
 """What an explorer shows below the run: data, runs, answers, tokens, files, a sweep."""
 
+import dataclasses
 import html
 import itertools
 import shutil
@@ -17,15 +18,19 @@ from onn_core.config import expand_grid
 from onn_core.data.corpus import prepare, tokenize_once
 from onn_core.errors import ConfigError, OnnError
 from onn_core.evaluate import token_losses
-from onn_workbench import preview, runs
+from onn_workbench import preview, runs, tables
 
 THIS = "this run"
+BY_COMMAND = "by_command"  # the folder of a run that is started elsewhere, beside the numbered ones
 WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
-CELL = "overflow:hidden;text-overflow:ellipsis;white-space:nowrap;padding:0 6px;line-height:28px"
-WIDTHS = dict(zip(runs.COLUMNS, (130, 260, 70, 50, 120, 60, 70, 70, 70, 80), strict=True))
-GO_ON = {"width": "100px", "height": "28px", "flex": "none"}  # the button of a line of the table
+CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
+WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
+N_STATIC = 20  # runs of the table for readers without widgets
+# the button of a line of the table
+GO_ON = {"width": "96px", "height": "28px", "flex": "none", "padding": "0"}
 LINE = {"flex": "none", "width": "max-content", "overflow": "visible"}
-COPY = "navigator.clipboard.writeText(this.nextElementSibling.innerText)"
+COPY = "getSelection().selectAllChildren(this.nextElementSibling);"
+COPY += "if (document.execCommand('copy')) this.innerText = 'copied'"
 
 
 def alert(text: str) -> str:
@@ -112,7 +117,8 @@ class Data(Panel):
         tokenizer = preview.tokenizer_of(config)
         found, _ = tokenize_once(config, tokenizer)  # the run then finds it in the cache
         text = (
-            f"<b>{found.rows:,}</b> rows: <b>{found.truncated:,}</b> cut at {config.max_length} "
+            f"<b>{found.rows:,}</b> rows of {html.escape(config.data)}: "
+            f"<b>{found.truncated:,}</b> cut at {config.max_length} "
             f"tokens, <b>{found.dropped:,}</b> dropped; {len(found.examples):,} samples. "
             f"{found.length_95} tokens would hold 95 % whole."
         )
@@ -169,12 +175,12 @@ class Runs(Panel):
         titles = []
         for name in runs.COLUMNS:
             arrow = (" ▾" if self.reverse else " ▴") if name == self.order else ""
-            layout = {"width": f"{WIDTHS[name]}px", "margin": "0", "flex": "none"}
+            layout = {"width": f"{WIDTHS[name]}px", "margin": "0", "flex": "none", "padding": "0"}
             titles.append(w.Button(description=name + arrow, layout=layout))
             titles[-1].tooltip = f"Sort by {name}"
             titles[-1].on_click(lambda _, name=name: self.sort(name))
         return w.HBox(
-            [w.Label(layout={"width": "132px", "flex": "none"}), *titles], layout=dict(LINE)
+            [w.Label(layout={"width": "128px", "flex": "none"}), *titles], layout=dict(LINE)
         )
 
     def sort(self, name: str) -> None:
@@ -188,8 +194,8 @@ class Runs(Panel):
             value = row[name]
             text = "–" if value is None else html.escape(form.format(value))
             side = "left" if isinstance(value, str) else "right"
-            style = f"{CELL};flex:none;box-sizing:border-box;width:{WIDTHS[name]}px"
-            cells.append(f'<span style="{style};text-align:{side}" title="{text}">{text}</span>')
+            style = f"{CELL};width:{WIDTHS[name]}px;text-align:{side}"
+            cells.append(f'<span style="{style}">{text}</span>')
         return f'<div style="display:flex">{"".join(cells)}</div>'
 
     @property
@@ -198,9 +204,12 @@ class Runs(Panel):
 
     def html(self) -> str:
         """The table for readers without widgets."""
-        names = "".join(f"<th>{name}</th>" for name in runs.COLUMNS)
-        lines = [f"<tr><td>{self._line(row)}</td></tr>" for row in self.shown[:20]]
-        return f"<table><tr>{names}</tr></table>{''.join(lines)}" if lines else ""
+        columns = runs.COLUMNS.items()
+        texts = [
+            {name: "" if row[name] is None else form.format(row[name]) for name, form in columns}
+            for row in self.shown[:N_STATIC]
+        ]
+        return tables.to_html(tables.frame(texts, "run")) if texts else ""
 
 
 class OfARun(Panel):
@@ -236,12 +245,12 @@ class Ask(OfARun):
 
         def ask(model: Any, tokenizer: Any, *_: Any) -> None:
             (found,) = onn_core.answers(model, tokenizer, [prompt], max_new_tokens=int(n_tokens))
-            columns = (("base", found.base_answer), ("with the adapter", found.answer))
-            cells = "".join(
-                f'<div style="flex:1;min-width:260px"><b>{name}</b>'
-                f'<div style="{preview.BOX}">{html.escape(text or "–")}</div></div>'
-                for name, text in columns
-            )
+            cells = ""
+            for name, text in (("base", found.base_answer), ("with the adapter", found.answer)):
+                was_cut = len(tokenizer(text)["input_ids"]) >= int(n_tokens)
+                text = html.escape(text) + ("…" if was_cut else "")
+                cells += f'<div style="flex:1;min-width:260px"><b>{name}</b>'
+                cells += f'<div style="{preview.BOX}">{text}</div></div>'
             title = f'<div role="status">answers to “{html.escape(prompt)}”</div>'
             self.out.value = f'{title}<div style="display:flex;gap:16px">{cells}</div>'
 
@@ -262,7 +271,7 @@ class Tokens(OfARun):
             examples = held_out()[: config.eval_samples]
             size = config.eval_batch_size or config.batch_size
             losses = token_losses(model, tokenizer, examples, batch_size=size)
-            text = f"{len(examples)} held-out samples, before and after"
+            text = f"{len(examples)} held-out samples: loss (nats per token), before and after"
             shown = preview.losses_html(examples, losses, tokenizer, 3)
             self.out.value = f'<div role="status">{text}</div>{shown}'
 
@@ -291,7 +300,7 @@ class Export(OfARun):
         adapter = Path(config.output_dir) / "adapter"
         made = onn_core.merge(config.model_dir, adapter, self.into.value.strip())
         size = sum(path.stat().st_size for path in made.iterdir())
-        text = f"merged into {made}: {size / 1e9:.2f} GB. transformers loads it as it is."
+        text = f"merged into {made.resolve()}: {size / 1e9:.2f} GB. transformers loads it as it is."
         self.out.value = f'<div role="status">{html.escape(text)}</div>'
 
     def describe(self, config: Any) -> None:
@@ -300,13 +309,17 @@ class Export(OfARun):
         free = shutil.disk_usage(next(x for x in (into, *into.parents) if x.exists())).free / 1e9
         need = self.explorer.outline.dense_bytes / 1e9
         self.said.value = f"The merged model takes {need:.2f} GB; the disk has {free:,.0f} GB free."
-        parts = []
+        output_dir = str(Path(config.output_dir) / BY_COMMAND)  # no run of the explorer is there
+        config = dataclasses.replace(config, output_dir=output_dir, progress=True)
+        config = runs.with_whole_paths(config)
+        parts = ["<div>What is chosen above, to run it without this notebook:</div>"]
         for name, text in (("Python", runs.to_python(config)), ("YAML", runs.to_yaml(config))):
             button = f'<button onclick="{COPY}">copy as {name}</button>'
             pre = f'<pre style="{preview.BOX}">{html.escape(text)}</pre>'
             parts.append(f"<div>{button}{pre}</div>")
-        how = "<div>Save the YAML as run.yaml; <code>python -m onn_core train run.yaml</code></div>"
-        self.texts.value = "".join([*parts, how])
+        command = "<code>.venv/bin/python -m onn_core train run.yaml</code>"
+        parts.append(f"<div>Save the YAML as run.yaml; {command} trains with it.</div>")
+        self.texts.value = "".join(parts)
 
 
 class Sweep(Panel):

@@ -77,14 +77,13 @@ def loss_lines(records: dict[str, RunRecord], against: str) -> list[Line]:
     return lines
 
 
-def norm_lines(record: RunRecord, scale: Scale, *names: str, mode: str) -> list[Line]:
-    """The gradient norm of each trained layer over the steps; names: of layers in the legend."""
+def norm_lines(record: RunRecord, scale: Scale, mode: str) -> list[Line]:
+    """The gradient norm of each trained layer over the steps."""
     lines = []
     for layer in record.steps[-1].grad_norm_by_layer:
         norms = [step.grad_norm_by_layer[layer] for step in record.steps]
-        label = f"layer {layer}" if layer in names else ""
         x, colour = [step.step for step in record.steps], scale.colour(int(layer))
-        lines.append(Line(label, x, norms, mode=mode, width=1, colour=colour))
+        lines.append(Line("", x, norms, mode=mode, width=1, colour=colour))
     return lines
 
 

@@ -17,7 +17,6 @@ from onn_workbench.tracking import find_records
 SETTINGS = "settings.yaml"  # in the folder of a run: what `python -m onn_core train` takes
 COLUMNS = {  # of the table -> format of its values
     "run": "{}",
-    "settings that differ": "{}",
     "state": "{}",
     "steps": "{}",
     "held-out before": "{:.3f}",
@@ -26,6 +25,7 @@ COLUMNS = {  # of the table -> format of its values
     "minutes": "{:.1f}",
     "peak MiB": "{:,.0f}",
     "% of limit": "{:.0f}",
+    "settings that differ": "{}",
 }
 NOT_COMPARED = ("output_dir", "progress", "checkpoint_every", "checkpoint_minutes")
 # Runs with equal values of these settings, and equal data, are evaluated on the same samples.
@@ -77,28 +77,37 @@ def _chosen(config: TrainConfig) -> dict[str, Any]:
     return {name: values[name] for name in values if values[name] != fields[name].default}
 
 
-def save_settings(config: TrainConfig) -> None:
-    """Write the settings of a run into its folder, with whole paths: it may be continued there."""
-    paths = {}
-    for name in ("model_dir", "data", "output_dir", "adapter"):
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """The same settings for any working folder."""
+    paths = {"output_dir": str(Path(config.output_dir).resolve())}
+    for name in ("model_dir", "data", "adapter"):
         value = getattr(config, name)
         if value and Path(value).exists():
             paths[name] = str(Path(value).resolve())
+    return dataclasses.replace(config, **paths)
+
+
+def save_settings(config: TrainConfig) -> None:
+    """Write the settings of a run into its folder: it may be continued from elsewhere."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / SETTINGS, to_yaml(dataclasses.replace(config, **paths)).encode())
+    write_atomic(folder / SETTINGS, to_yaml(with_whole_paths(config)).encode())
 
 
 def find_runs(folders: Sequence[str]) -> list[PastRun]:
-    """Every record under `folders` that can be read, by name and number."""
-    found = {}
-    for path in (path for folder in folders for path in find_records(folder)):
-        label = "/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")
-        try:
-            found[label] = PastRun(label, path, RunRecord.load(path))
-        except OnnError:  # of another version
-            continue
-    return sorted(found.values(), key=lambda run: (run.folder.parent, *_natural(run.label)))
+    """Every record under each of `folders` that can be read, by name and number."""
+    found: dict[str, PastRun] = {}
+    for folder in folders:
+        own = {}
+        for path in find_records(folder):
+            label = "/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")
+            try:
+                own[label] = PastRun(label, path, RunRecord.load(path))
+            except OnnError:  # of another version
+                continue
+        for run in sorted(own.values(), key=lambda run: (run.folder.parent, *_natural(run.label))):
+            found.setdefault(run.label, run)
+    return list(found.values())
 
 
 def table(
@@ -114,12 +123,12 @@ def table(
     for run, own in zip(runs, settings, strict=True):
         record = run.record
         defaults = TrainConfig.__dataclass_fields__
-        said = [f"{n} {own[n]}" for n in differ if n in own and own[n] != defaults[n].default]
+        chosen = {n: own[n] for n in differ if n in own and own[n] != defaults[n].default}
+        said = [f"{n} {v:.4g}" if type(v) is float else f"{n} {v}" for n, v in chosen.items()]
         step_s = statistics.median(s.step_s for s in record.steps) if record.steps else None
         limit = limit_s(record) if record.steps else None
         values = (
             run.label,
-            ", ".join(said),
             record.status.partition(":")[0],
             len(record.steps),
             record.evals[0].loss if record.evals else None,
@@ -127,7 +136,9 @@ def table(
             step_s,
             record.wall_s / 60,
             record.peak_memory_bytes / 2**20,
-            100 * limit / step_s if limit else None,
+            # what was faster than the limit shows that other work slowed its measurement
+            100 * limit / step_s if limit and limit <= step_s else None,
+            ", ".join(said),
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows

@@ -66,6 +66,11 @@ def to_html(frame: pd.DataFrame, across: bool = False) -> str:
     return f"<table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
+def two_digits(value: float) -> str:
+    """`value` to two digits, whole from 100 on; what is less than 0.0001 has an exponent."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
+
+
 def cut(text: str, was_cut: bool) -> str:
     """An answer on one line, with an ellipsis where it was cut."""
     return " ".join(text.split()) + ("…" if was_cut else "")
