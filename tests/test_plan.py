@@ -283,7 +283,7 @@ def test_a_layer_whose_graph_is_kept_is_fetched_last_first():
     model = streamed(toy_dir("llama"))
     streaming = model.streaming  # slots for a layer and a part of the next
     stream, last = streaming.stream, N_LAYERS - 1
-    streaming.planner.graphs.by_layer.update({last: 1, last - 1: 1})
+    change_plan(model, n_reserved=2)
     future = streaming.uses_from("backward", last, lowest=0)[:N_LAYERS]
     assert future == [(n, n >= last - 1) for n in range(last, -1, -1)]
     fetched = []

@@ -163,6 +163,7 @@ class _SizeClass:
             [(place, one) for place, one in enumerate(unit) if one.slot_bytes == size]
             for unit in schedule.units
         ]
+        self._n_weights = sum(map(len, self._units))
         # What is resident when all that is laid down has been fetched.
         self._resident = {slot.weight: None for slot in made}  # in a fixed order, as no set is
         self._n_free = schedule.slots[size] - len(made)
@@ -174,6 +175,8 @@ class _SizeClass:
 
         What the visit has not yet used is not evicted.
         """
+        if len(self._resident) == self._n_weights:  # a model that fits whole: at every visit
+            return
         if self._visit < self._schedule.visit:
             self._visit, self._place = self._schedule.visit, 0
         used = self._of(self._schedule.uses[0])
