@@ -79,7 +79,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
-    dense_copies: int = 0  # of packed weights, where they are used
+    dense_copies: int = 0  # of packed weights, where they are used, and of small ones in float32
     captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property
@@ -115,6 +115,7 @@ class Plan:
     head: "HeadPlan | None" = None
     dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
+    casts_once: bool = False  # small matrices wait in the dtype that they are multiplied in, too
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -277,10 +278,14 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
             slots[size] += 1
     terms = dataclasses.replace(plan.terms, weights=slots_bytes(slots))
+    copies = sum(weight.wide_bytes for unit in sizes.layers for weight in unit)
+    casts_once = n_resident == n_layers and copies and fits(slots, gaps + copies)
+    if casts_once:
+        terms = dataclasses.replace(terms, dense_copies=terms.dense_copies + copies)
     if any(slots[size] < count for size, count in every.items()):  # else there is room anyway
         room = int(budget / sizes.margin) - terms.total
         terms = dataclasses.replace(terms, heap_gaps=max(0, min(gaps, room)))
-    return plan.with_terms(terms, n_resident=n_resident, slots=slots)
+    return plan.with_terms(terms, n_resident=n_resident, slots=slots, casts_once=bool(casts_once))
 
 
 def _count_terms(

@@ -162,7 +162,9 @@ class LayerWeights:
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The values (shape) of a weight; a packed one's are made where its turn comes."""
-        self.streaming.stream.wait(weight)
+        tensor = self.streaming.stream.wait(weight)
+        if weight.wide_dtype and weight.wide is None and self.streaming.planner.plan.casts_once:
+            weight.wide = tensor.to(weight.wide_dtype)
         by_blocks = weight.in_blocks and weight not in self._needed_dense
         if weight.packed and weight.dense is None and not by_blocks:
             # A function may need all weights of its module at once.

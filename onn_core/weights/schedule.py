@@ -102,7 +102,7 @@ class Schedule:
                 continue
             queue.popleft()
             if slot.weight is not None:
-                slot.weight.slot = slot.weight.tensor = None
+                slot.weight.evict()
             slot.weight, weight.slot = weight, slot
             return weight
         return None
@@ -122,7 +122,8 @@ class Schedule:
         self._sizes, self.uses, self._planned = {}, [], False
         for unit in self.units:
             for weight in unit:
-                weight.slot, weight.tensor, weight.in_use = None, None, False
+                weight.evict()
+                weight.in_use = False
 
     def no_memory(self, error: Exception) -> str:
         """What to say when memory ends before all slots are made: with the plan that would fit."""
