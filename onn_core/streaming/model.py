@@ -300,7 +300,7 @@ class StreamedModel:
             streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        streaming.stream.set_slots(self.plan.slots, self.plan.dense)
+        streaming.stream.set_slots(self.plan.slots, self.plan.dense, self.plan.casts_once)
         if streaming.captures is not None and not self.plan.captured:
             streaming.captures.clear()
 
