@@ -71,7 +71,7 @@ class LayerWeights:
         self.inside: list[nn.Module] = []  # the modules in the layer now, without itself
         self._is_new = True  # adapters came or went
         self._fetches = True
-        self._is_filled = False  # for the whole of a visit
+        self.is_filled = False  # for the whole of a visit
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
@@ -135,8 +135,8 @@ class LayerWeights:
                 yield
             finally:
                 self._always_dense.clear()
-                if self._is_filled:  # the next visit releases what this one has entered
-                    self._is_filled = False
+                if self.is_filled:  # the next visit releases what this one has entered
+                    self.is_filled = False
                     self.at_address.clear()
                     for binding in self._bindings:
                         binding.clear()
@@ -153,7 +153,7 @@ class LayerWeights:
             return False
         for weight in self._by_weight:
             self._fetch(weight)
-        self._is_filled = True
+        self.is_filled = True
         return True
 
     @contextlib.contextmanager
@@ -184,6 +184,8 @@ class LayerWeights:
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The values (shape) of a weight; a packed one's are made where its turn comes."""
+        if self.is_filled:
+            return weight.values
         tensor = self.streaming.stream.wait(weight)
         if weight.wide_dtype and weight.wide is None and self.streaming.stream.casts_once:
             weight.wide = tensor.to(weight.wide_dtype)
@@ -201,7 +203,7 @@ class LayerWeights:
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
-        if self._is_filled:
+        if self.is_filled:
             return
         for binding in self._by_weight[weight]:
             binding.clear()
@@ -253,7 +255,7 @@ class LayerWeights:
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
-        if self._is_filled or not self._fetches:
+        if self.is_filled or not self._fetches:
             return
         self._calls[module] += 1
         before, self._previous = self._previous, module

@@ -118,7 +118,8 @@ class Streaming:
         if phase == "backward":
             rest = self._backward_uses(unit, unit if lowest is None else min(lowest, unit))
         else:  # units are numbered in the order of the forward pass
-            rest = self.step_uses(lowest)[unit:]
+            step = self.step_uses(lowest)
+            return step[unit:] + step
         return rest + self.step_uses(lowest)
 
     def _backward_uses(self, start: int, lowest: int | None) -> list[Use]:
