@@ -1,5 +1,6 @@
 """`ChunkedLoraTrainer`: read this first. A whole training run, from settings to a record."""
 
+import dataclasses
 import functools
 import math
 import random
@@ -145,6 +146,7 @@ class ChunkedLoraTrainer:
                 "dtype": dtype_name(self.base.dtype),
                 "quantised": (self.base.model_folder.quantisation or {}).get("quant_method"),
                 "full_speed_tokens": self.base.sizes.full_speed_tokens,
+                "plans_weighed": [dataclasses.asdict(one) for one in self.base.plan.weighed],
                 **describe_experts(self.base),
             },
             data=corpus.facts,

@@ -283,7 +283,7 @@ def test_a_layer_whose_graph_is_kept_is_fetched_last_first():
     model = streamed(toy_dir("llama"))
     streaming = model.streaming  # slots for a layer and a part of the next
     stream, last = streaming.stream, N_LAYERS - 1
-    streaming.planner.graphs.by_layer.update({last: 1, last - 1: 1})
+    change_plan(model, n_reserved=2)
     future = streaming.uses_from("backward", last, lowest=0)[:N_LAYERS]
     assert future == [(n, n >= last - 1) for n in range(last, -1, -1)]
     fetched = []
@@ -352,3 +352,31 @@ def test_a_speed_that_cannot_be_remembered_is_measured(cache, tmp_path, monkeypa
     after = torch.rand(1)
     torch.manual_seed(0)
     assert torch.rand(1) == after  # nothing was drawn
+
+
+def test_small_matrices_are_cast_once_where_there_is_room():
+    folder, in_float32 = toy_dir("llama", torch.bfloat16), {"dtype": torch.float32}
+    narrow, model = (streamed(folder, memory_budget=n, **in_float32) for n in (None, "200MB"))
+    expected = step(with_lora(in_memory(folder, **in_float32)), toy_batch())
+    trained = with_lora(model)
+    for _ in range(2):
+        assert_same(step(trained, toy_batch()), expected)
+    assert_same(step(with_lora(narrow), toy_batch()), expected)
+    weights = [weight for n in range(N_LAYERS) for weight in model.layer_weights(n)]
+    assert model.plan.casts_once and not narrow.plan.casts_once
+    assert model.plan.terms.dense_copies == sum(weight.wide.nbytes for weight in weights)
+    model.close()
+    assert all(weight.wide is None for weight in weights)
+
+
+def test_a_plan_tells_what_it_was_weighed_against():
+    sizes = replace(geometry_of(geometry("phi-4", 8)).sizes, full_speed_tokens=1 << 30)
+    *refused, taken = make_plan(sizes, 256, 16, 2 << 30).weighed
+    assert refused and not any(one.fits for one in refused) and taken.fits
+    assert all(one.peak_bytes > (2 << 30) / CPU_MARGIN for one in refused)
+    on_gpu = geometry_of(geometry("phi-4", 8), on_cpu=False).sizes
+    plan = make_plan(on_gpu, 32, 128, 2 << 30)
+    times = [one.step_s for one in plan.weighed]
+    assert times == sorted(times) and len(times) > 2 and all(one.fits for one in plan.weighed)
+    assert times[0] == on_gpu.step_s(on_gpu, plan, 32, 128)
+    assert plan.weighed[0].peak_bytes == plan.peak_bytes

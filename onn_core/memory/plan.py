@@ -40,6 +40,8 @@ MAX_CAPTURED_TOKENS = 4096
 # longer than it reads.
 FULL_SPEED_TOKENS = 256
 
+MOST_WEIGHED = 8  # plans that a record tells of: on a CPU those that came last, else the fastest
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -84,7 +86,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
-    dense_copies: int = 0  # of packed weights, where they are used
+    dense_copies: int = 0  # of packed weights, where they are used, and of small ones in float32
     captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property
@@ -107,6 +109,20 @@ class HeadPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Weighed:
+    """A plan that was weighed against the one that was taken."""
+
+    micro_batch_size: int
+    n_resident: int
+    n_reserved: int
+    boundaries: str
+    captured: bool
+    peak_bytes: int
+    fits: bool
+    step_s: float | None  # predicted, where the time decides; else the first that fits is taken
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a model runs, and what its peak memory is made of."""
 
@@ -120,6 +136,8 @@ class Plan:
     head: "HeadPlan | None" = None
     dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
+    weighed: tuple[Weighed, ...] = ()  # at most MOST_WEIGHED, this plan with them
+    casts_once: bool = False  # small matrices wait in the dtype that they are multiplied in, too
 
     @functools.cached_property
     def terms(self) -> Terms:
@@ -163,10 +181,12 @@ def make_plan(
     if budget is None:
         micro_batch_size = micro_batch_size or batch_size
     plans: list[Plan] = []
+    refused: list[Plan] = []
     for plan in _candidates(sizes, batch_size, n_tokens, chunk_size, micro_batch_size):
         if budget is None:
             return plan
         if sizes.margin * plan.peak_bytes > budget:
+            refused.append(plan)
             continue
         fractions = (None,) if sizes.step_s is None else GRAPH_FRACTIONS
         for most in fractions[:1] if plan.captured else fractions:
@@ -182,9 +202,18 @@ def make_plan(
             f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: "
             "raise it, or lower chunk_size, batch_size or max_length."
         )
-    if sizes.step_s is None:
-        return plans[0]
-    return min(plans, key=lambda one: sizes.step_s(sizes, one, batch_size, n_tokens))
+    best, weighed = plans[0], [_weigh(plan, fits=False) for plan in refused] + [_weigh(plans[0])]
+    if sizes.step_s is not None:
+        times = [sizes.step_s(sizes, plan, batch_size, n_tokens) for plan in plans]
+        order = sorted(range(len(plans)), key=times.__getitem__)
+        best, weighed = plans[order[0]], [_weigh(plans[n], step_s=times[n]) for n in order]
+        weighed = weighed[:MOST_WEIGHED]
+    return dataclasses.replace(best, weighed=tuple(weighed[-MOST_WEIGHED:]))
+
+
+def _weigh(plan: Plan, fits: bool = True, step_s: float | None = None) -> Weighed:
+    how = (plan.micro_batch_size, plan.n_resident, plan.n_reserved, plan.boundaries, plan.captured)
+    return Weighed(*how, plan.peak_bytes, fits, step_s)
 
 
 def _candidates(
@@ -284,10 +313,14 @@ def _add_residents(plan: Plan, sizes: Sizes, budget: int) -> Plan:
         while slots[size] < every[size] and fits(slots + Counter({size: 1}), gaps):
             slots[size] += 1
     terms = dataclasses.replace(plan.terms, weights=slots_bytes(slots))
+    copies = sum(weight.wide_bytes for unit in sizes.layers for weight in unit)
+    casts_once = n_resident == n_layers and copies and fits(slots, gaps + copies)
+    if casts_once:
+        terms = dataclasses.replace(terms, dense_copies=terms.dense_copies + copies)
     if any(slots[size] < count for size, count in every.items()):  # else there is room anyway
         room = int(budget / sizes.margin) - terms.total
         terms = dataclasses.replace(terms, heap_gaps=max(0, min(gaps, room)))
-    return plan.with_terms(terms, n_resident=n_resident, slots=slots)
+    return plan.with_terms(terms, n_resident=n_resident, slots=slots, casts_once=bool(casts_once))
 
 
 def _count_terms(

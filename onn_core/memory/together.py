@@ -73,6 +73,7 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
             "n_resident": whole.n_resident,
             "n_reserved": 0,
             "dense": whole.dense,
+            "casts_once": whole.casts_once,
             "boundaries": place,
         }
         # A run that went in rounds through the head would visit it more often than the others.

@@ -91,7 +91,7 @@ def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     buffer = flat.new_empty(parts[0].stop, weight.shape[1])
     for rows in parts:  # the block as the left operand took up to a third less time
         block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
-        total.addmm_(block.t(), flat[:, rows].t().contiguous())
+        total.addmm_(block.t(), flat[:, rows].t())
     return total.t().contiguous().view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -146,6 +146,15 @@ class ScaledMatmul(torch.autograd.Function):
         return matmul_grad(scaled, numbers).to(grad.dtype), None, None
 
 
+def in_one_block(shape: tuple[int, ...]) -> bool:
+    """Whether a matrix (V, C) is cast as a whole: then a copy in float32 saves the cast."""
+    return len(shape) == 2 and shape[0] <= _block_rows(shape[1])
+
+
 def _row_blocks(weight: torch.Tensor) -> list[slice]:
     """Slices of rows whose float32 copy is at most BLOCK_BYTES."""
-    return blocks_of(len(weight), max(16, BLOCK_BYTES // (4 * weight.shape[1]) // 16 * 16))
+    return blocks_of(len(weight), _block_rows(weight.shape[1]))
+
+
+def _block_rows(n_columns: int) -> int:
+    return max(16, BLOCK_BYTES // (4 * n_columns) // 16 * 16)

@@ -13,6 +13,7 @@ from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
+from onn_core.ops.matmul import cast_in_cache, in_one_block
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.skeleton import decoder_layers
 from onn_core.weights.dequantise import Quantised, Source, is_llm_int8
@@ -57,6 +58,9 @@ def geometry_of(
     def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
         made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
         made.in_blocks = on_cpu and source is not None and is_llm_int8(source)
+        is_cast = cast_in_cache(dtype, compute_dtype, torch.device("cpu" if on_cpu else "cuda"))
+        if is_cast and source is None and in_one_block(made.shape):
+            made.wide_dtype = compute_dtype
         return made
 
     units = [

@@ -283,14 +283,19 @@ class SavedTensors:
                 )
             return tensor
         weight, shape, stride, offset = packed
+        if not self.weights.is_filled:  # else all of the layer's are here, and none is dropped
+            self._fetch(weight)
+        tensor = self.weights.wait(weight)
+        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+
+    def _fetch(self, weight: StreamedWeight) -> None:
+        """Ask for a weight, and drop the one before after its last use."""
         self._uses_left[weight] -= 1
         before, self._previous = self._previous, weight
         # Before another may take the room of `before`.
         self.weights.streaming.stream.request(weight)
         if self.drops and before not in (None, weight) and self._uses_left[before] == 0:
             self.weights.drop(before)
-        tensor = self.weights.wait(weight)
-        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
 
 
 def is_cache(value: Any) -> bool:

@@ -71,6 +71,7 @@ class LayerWeights:
         self.inside: list[nn.Module] = []  # the modules in the layer now, without itself
         self._is_new = True  # adapters came or went
         self._fetches = True
+        self.is_filled = False  # for the whole of a visit
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
@@ -116,6 +117,9 @@ class LayerWeights:
         with self.streaming.visit(phase, self.number, in_pass, wait=False):
             self._previous = None
             try:
+                if not is_new and self._fill_at_once():
+                    yield
+                    return
                 if self._by_matrix:
                     self._request_from(0)
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
@@ -131,8 +135,26 @@ class LayerWeights:
                 yield
             finally:
                 self._always_dense.clear()
-                for weight in self._by_weight:
-                    self.drop(weight)
+                if self.is_filled:  # the next visit releases what this one has entered
+                    self.is_filled = False
+                    self.at_address.clear()
+                    for binding in self._bindings:
+                        binding.clear()
+                else:
+                    for weight in self._by_weight:
+                        self.drop(weight)
+
+    def _fill_at_once(self) -> bool:
+        """Fill all parameters if all layers are resident: then nobody waits for an early drop."""
+        plan, device = self.streaming.planner.plan, self.streaming.device
+        if plan.n_resident < self.streaming.n_layers or device.type != "cpu" or self.wrapped:
+            return False
+        if any(weight.packed or weight.tensor is None for weight in self._by_weight):
+            return False
+        for weight in self._by_weight:
+            self._fetch(weight)
+        self.is_filled = True
+        return True
 
     @contextlib.contextmanager
     def at(self, memory: Mapping[StreamedWeight, torch.Tensor]) -> Iterator[None]:
@@ -162,7 +184,11 @@ class LayerWeights:
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
         """The values (shape) of a weight; a packed one's are made where its turn comes."""
-        self.streaming.stream.wait(weight)
+        if self.is_filled:
+            return weight.values
+        tensor = self.streaming.stream.wait(weight)
+        if weight.wide_dtype and weight.wide is None and self.streaming.stream.casts_once:
+            weight.wide = tensor.to(weight.wide_dtype)
         by_blocks = weight.in_blocks and weight not in self._needed_dense
         if weight.packed and weight.dense is None and not by_blocks:
             # A function may need all weights of its module at once.
@@ -177,6 +203,8 @@ class LayerWeights:
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
+        if self.is_filled:
+            return
         for binding in self._by_weight[weight]:
             binding.clear()
         if weight.values is not None:
@@ -227,7 +255,7 @@ class LayerWeights:
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
-        if not self._fetches:
+        if self.is_filled or not self._fetches:
             return
         self._calls[module] += 1
         before, self._previous = self._previous, module

@@ -24,7 +24,13 @@ from onn_core.memory.plan import FULL_SPEED_TOKENS, Sizes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
-from onn_core.ops.matmul import ScaledMatmul, cast_in_cache, linear, prepare_linear
+from onn_core.ops.matmul import (
+    ScaledMatmul,
+    cast_in_cache,
+    in_one_block,
+    linear,
+    prepare_linear,
+)
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import n_local
 from onn_core.streaming.captured import Captures
@@ -377,6 +383,8 @@ def _fill(
                     shape = tuple(parameter.shape)
                     alone = place if type(module) is nn.Linear else None
                     weight = StreamedWeight(source, shape, in_memory, on_device, alone)
+                    if in_memory != dtype and in_one_block(shape):
+                        weight.wide_dtype = dtype
                     if not on_device and alone is not None and is_llm_int8(source):
                         weight.in_blocks = True
                         int8_linear(module, weight)

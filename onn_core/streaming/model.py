@@ -249,6 +249,10 @@ class StreamedModel:
         streaming = self.streaming
         if streaming.batching.probing:
             return args, kwargs
+        running = streaming.passes.running
+        if module is not None and running is not None and running.owner is None:  # the model's own
+            is_trained = running.lowest is not None
+            return _without_cache(module.forward, args, kwargs) if is_trained else (args, kwargs)
         trained = self._trained()
         lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
         self._require_streamable(trained, lowest, kwargs)
@@ -256,9 +260,8 @@ class StreamedModel:
         if lowest is not None:
             self._check_trained(trained)
             args, kwargs = _without_cache(run, args, kwargs)
-        before = streaming.passes.latest
         begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
-        if begun is not before and begun.batch_size is not None:
+        if begun.batch_size is not None:
             n_trained = sum(p.numel() for p in chain.from_iterable(trained.values()))
             self._fit(begun.batch_size, begun.n_tokens, lowest, n_trained)
         return args, kwargs
@@ -297,7 +300,7 @@ class StreamedModel:
             streaming.member.fit(batch_size, n_tokens, n_trained, n_back)
             return
         streaming.planner.fit(batch_size, n_tokens, n_trained, n_back)
-        streaming.stream.set_slots(self.plan.slots, self.plan.dense)
+        streaming.stream.set_slots(self.plan.slots, self.plan.dense, self.plan.casts_once)
         if streaming.captures is not None and not self.plan.captured:
             streaming.captures.clear()
 

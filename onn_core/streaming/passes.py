@@ -67,9 +67,7 @@ class Passes:
         lowest: int | None,
         defers_logits: bool = False,
     ) -> Pass:
-        """`owner` runs a pass: a new one, or a part of the model's, if its base is called by it."""
-        if self.running is not None and self.latest.owner is None and owner is not None:
-            return self.latest
+        """`owner` runs a new pass."""
         given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))

@@ -58,7 +58,7 @@ class Together:
         for part, plan in zip(parts, plans, strict=True):
             part.planner.plan = plan
         self.entered = None  # other slots evict what is resident
-        self.stream.set_slots(plans[0].slots, plans[0].dense)
+        self.stream.set_slots(plans[0].slots, plans[0].dense, plans[0].casts_once)
 
     def close(self, timeout_s: float) -> None:
         """All members have left: give the weights' memory back."""

@@ -125,24 +125,26 @@ class Streaming:
             units = whole[whole.index(unit) :] + whole * self.rounds_left
             rest = [*map(Use, units), *self._backward_uses(self.n_layers - 1, lowest)]
         else:  # units are numbered in the order of the forward pass
-            rest = self.step_uses(lowest)[unit:]
+            step = self.step_uses(lowest)
+            return step[unit:] + step
         return rest + self.step_uses(lowest)
 
     def _backward_uses(self, start: int, lowest: int | None) -> list[Use]:
         if lowest is None:
             return []
-        reserved = self.planner.graphs.by_layer
-        return [Use(n, last_first=bool(reserved[n])) for n in range(start, lowest - 1, -1)]
+        # As planned, not as it is now: what changes from visit to visit is laid down anew.
+        reserved = self.planner.plan.reserved(self.n_layers)
+        return [Use(n, last_first=n in reserved) for n in range(start, lowest - 1, -1)]
 
     def _trim_heap(self, phase: str, unit: int) -> None:
         """Give the heap's gaps back to the system where this visit would exceed the budget.
 
-        At the head always: the gaps that layers leave are too small for logits.
+        At the head they count for nothing: the gaps that layers leave are too small for logits.
         """
         plan = self.planner.plan
-        room = self.planner.budget - plan.terms.activations // 2
+        is_first_of_head = self.head_units and unit == self.head_units[0]
+        room = self.planner.budget - plan.terms.activations // (1 if is_first_of_head else 2)
         if phase == "forward" and unit in plan.reserved(self.n_layers):
             room -= plan.graph_bytes
-        is_first_of_head = self.head_units and unit == self.head_units[0]
-        if is_first_of_head or memory_bytes() - self.memory_before > room:
+        if memory_bytes() - self.memory_before > room:
             give_back_memory()

@@ -102,7 +102,7 @@ class Schedule:
                 continue
             queue.popleft()
             if slot.weight is not None:
-                slot.weight.slot = slot.weight.tensor = None
+                slot.weight.evict()
             slot.weight, weight.slot = weight, slot
             return weight
         return None
@@ -122,7 +122,8 @@ class Schedule:
         self._sizes, self.uses, self._planned = {}, [], False
         for unit in self.units:
             for weight in unit:
-                weight.slot, weight.tensor, weight.in_use = None, None, False
+                weight.evict()
+                weight.in_use = False
 
     def no_memory(self, error: Exception) -> str:
         """What to say when memory ends before all slots are made: with the plan that would fit."""
@@ -163,6 +164,7 @@ class _SizeClass:
             [(place, one) for place, one in enumerate(unit) if one.slot_bytes == size]
             for unit in schedule.units
         ]
+        self._n_weights = sum(map(len, self._units))
         # What is resident when all that is laid down has been fetched.
         self._resident = {slot.weight: None for slot in made}  # in a fixed order, as no set is
         self._n_free = schedule.slots[size] - len(made)
@@ -174,6 +176,8 @@ class _SizeClass:
 
         What the visit has not yet used is not evicted.
         """
+        if len(self._resident) == self._n_weights:  # a model that fits whole: at every visit
+            return
         if self._visit < self._schedule.visit:
             self._visit, self._place = self._schedule.visit, 0
         used = self._of(self._schedule.uses[0])

@@ -53,6 +53,9 @@ class StreamedWeight:
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
     host: torch.Tensor | None = None  # the same in the host store, once it has been read
     dense: torch.Tensor | None = None  # (shape) in a scratch, if it is packed
+    # What a small matrix is cast to at each use, unless the plan has room for a copy.
+    wide_dtype: torch.dtype | None = None
+    wide: torch.Tensor | None = None  # (shape) that copy, for as long as it is resident
     in_use: bool = False
     reads_left: int = 0
 
@@ -64,8 +67,16 @@ class StreamedWeight:
     def values(self) -> torch.Tensor | None:
         """(shape), where they are now; of a weight in blocks what its slot holds."""
         if self.dense is None and (self.in_blocks or not self.packed):
-            return self.tensor
+            return self.tensor if self.wide is None else self.wide
         return self.dense
+
+    def evict(self) -> None:
+        """Its slot is no longer its own."""
+        self.slot = self.tensor = self.wide = None
+
+    @property
+    def wide_bytes(self) -> int:
+        return 0 if self.wide_dtype is None else math.prod(self.shape) * self.wide_dtype.itemsize
 
     @property
     def is_idle(self) -> bool:

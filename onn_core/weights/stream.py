@@ -62,6 +62,7 @@ class WeightStream:
         self.schedule = Schedule(units, slots, self.new_slot)
         self.units = self.schedule.units
         self.scratch = Scratch(device, dense or Counter())
+        self.casts_once = False
         self.counts = StreamCounts()
         self.trace: list[tuple[str, int, float, float]] | None = None  # "read", unit, start, stop
         self.digests: dict[str, str] | None = None  # read -> hash of its bytes; None checks none
@@ -158,14 +159,19 @@ class WeightStream:
             self.digests = {}
         return self.digests
 
-    def set_slots(self, slots: Counter, dense: Counter | None = None) -> None:
-        """Go on with other slots; what is resident is evicted if they differ."""
+    def set_slots(
+        self, slots: Counter, dense: Counter | None = None, casts_once: bool = False
+    ) -> None:
+        """Go on with other slots; what is resident is evicted if they differ.
+
+        casts_once: whether small matrices have a copy in the dtype that they are multiplied in.
+        """
         if dense is not None and dense != self.scratch.counts:
             self.scratch.clear()
             self.scratch.counts = dense
-        if slots != self.schedule.slots:
+        if (slots, casts_once) != (self.schedule.slots, self.casts_once):
             self._stop(CLOSE_S)
-            self.schedule.slots = slots
+            self.schedule.slots, self.casts_once = slots, casts_once
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Stop the readers and give all memory back; `enter` starts afresh.
