@@ -2,10 +2,11 @@
 
 The model and the steps of `gpu_steps.py`, in 4 GB. One step of each case is profiled: when kernels
 ran and when weights were copied, in spans of milliseconds from its start, and how much of the step
-each of both was busy.
+each of both was busy. `tests/gpu_profile.py --draw OUT.png RECORD.json ...` draws the records.
 """
 
 import datetime
+import itertools
 import json
 import sys
 import tempfile
@@ -117,7 +118,40 @@ def profile(folder: Path, batch_size: int, n_tokens: int, **options) -> dict:
     }
 
 
+def draw(out: str, paths: list[str]) -> None:
+    """A panel a step: the share of each hundredth of it in which kernels ran and weights came."""
+    import matplotlib.pyplot as plt
+
+    steps = []
+    for record in (json.loads(Path(path).read_text()) for path in paths):
+        device = record["environment"]["device"]
+        steps += [(device, step) for step in record["steps"]]
+    figure, panels = plt.subplots(len(steps), figsize=(9, 2.1 * len(steps)), squeeze=False)
+    for panel, (device, step) in zip(panels[:, 0], steps, strict=True):
+        total_ms = 1e3 * step["step_s"]
+        edges = [total_ms * n / 100 for n in range(101)]
+        lanes = (("kernels", "kernels_ms", "kernels_s"), ("copies", "copies_ms", "copies_s"))
+        for name, spans, busy in lanes:
+            shares = [
+                100 * both([tuple(span) for span in step[spans]], [(begin, end)]) / (end - begin)
+                for begin, end in itertools.pairwise(edges)
+            ]
+            label = f"{name}, {100 * step[busy] / step['step_s']:.0f} % of the step"
+            panel.stairs(shares, edges, label=label, linewidth=1.4)
+        panel.set_title(
+            f"{step['batch_size']} x {step['sequence']} tokens, {device}", fontsize=9, loc="left"
+        )
+        panel.set(ylim=(0, 108), xlim=(0, total_ms), ylabel="busy (%)")
+        panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    panels[-1, 0].set_xlabel("time in the step (ms)")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
+    if sys.argv[1] == "--draw":
+        draw(sys.argv[2], sys.argv[3:])
+        return
     record = {"date": datetime.date.today().isoformat(), "steps": []}
     record["environment"] = describe_environment(torch.device("cuda"))
     with tempfile.TemporaryDirectory() as scratch:
