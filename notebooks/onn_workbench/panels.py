@@ -247,7 +247,8 @@ class Ask(OfARun):
             (found,) = onn_core.answers(model, tokenizer, [prompt], max_new_tokens=int(n_tokens))
             cells = ""
             for name, text in (("base", found.base_answer), ("with the adapter", found.answer)):
-                was_cut = len(tokenizer(text)["input_ids"]) >= int(n_tokens)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                was_cut = len(ids) >= int(n_tokens)
                 text = html.escape(text) + ("…" if was_cut else "")
                 cells += f'<div style="flex:1;min-width:260px"><b>{name}</b>'
                 cells += f'<div style="{preview.BOX}">{text}</div></div>'

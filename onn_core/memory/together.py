@@ -100,6 +100,8 @@ def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
     others = [part for part in parts if part is not largest]
     saved = sum(n_layers * part.batch_bytes() for part in others) if place == "memory" else 0
     held = sum(part.planner.sizes.held_bytes + WAITING * part.batch_bytes() for part in others)
+    if not largest.planner.sizes.on_cpu:  # its head has the sums of all tokens, in one round
+        held += WAITING * largest.batch_bytes()
     sizes = dataclasses.replace(
         largest.planner.sizes,
         held_bytes=largest.planner.sizes.held_bytes + held + saved,

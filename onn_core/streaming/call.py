@@ -272,7 +272,7 @@ class SavedTensors:
             return tensor, tensor._version
         self._uses_left[weight] += 1
         offset = tensor.storage_offset() - weight.values.storage_offset()
-        return weight, tensor.shape, tensor.stride(), offset
+        return weight, tensor.shape, tensor.stride(), offset, tensor.dtype
 
     def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed[0], torch.Tensor):
@@ -282,11 +282,12 @@ class SavedTensors:
                     "a layer's output was changed in place, but its gradient needs it"
                 )
             return tensor
-        weight, shape, stride, offset = packed
+        weight, shape, stride, offset, dtype = packed
         if not self.weights.is_filled:  # else all of the layer's are here, and none is dropped
             self._fetch(weight)
         tensor = self.weights.wait(weight)
-        return tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+        tensor = tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
+        return tensor.to(dtype)  # another plan may have or lack a copy in float32
 
     def _fetch(self, weight: StreamedWeight) -> None:
         """Ask for a weight, and drop the one before after its last use."""

@@ -299,7 +299,8 @@ class _TokenLosses(torch.autograd.Function):
         like, shape = ctx.like
         grad, of_losses = like.new_zeros(shape), grad_losses.reshape(-1)
         for counted, unit in ctx.grads:  # unit (n, C), of a loss's gradient of one
-            here = unit * of_losses[counted][:, None].to(unit)
+            wide = torch.promote_types(unit.dtype, torch.float32)
+            here = unit * of_losses[counted][:, None].to(wide)
             grad.view(-1, shape[-1])[counted] = here.to(grad)
         return None, grad, None, None
 
@@ -318,35 +319,42 @@ def _in_blocks(
     """
     streaming, post = head.streaming, functools.partial(apply, ops) if ops else None
     most = max(1, *(len(labels) for _, labels, _ in groups))
-    plan = streaming.planner.plan.head
-    chunk = None if plan is None else -(-plan.n_tokens // len(groups))
-    n_rounds = 1 if plan is None or plan.n_rounds == 1 else -(-most // chunk)
-    alone = streaming.member is None  # else the others would wait at the visits of further rounds
-    if plan is None and alone and streaming.device.type == "cuda":
-        n_rounds = -(-8 * most * len(groups) * groups[0][0].shape[1] // SUMS_BYTES)
+    n_graded, width = sum(with_grad for *_, with_grad in groups), groups[0][0].shape[1]
+    at_once, plan = most, streaming.planner.plan.head
+    if plan is not None and plan.n_rounds > 1 and n_graded:
+        at_once = -(-plan.n_tokens // n_graded)
+    # Else the other members would wait at the visits of further rounds.
+    alone = streaming.member is None and streaming.device.type == "cuda"
+    if plan is None and alone and n_graded:
+        at_once = max(1, SUMS_BYTES // (8 * width * n_graded))
     dtype = groups[0][0].dtype
     waits_in = torch.float32 if dtype == torch.float16 else dtype
     losses: list[list[torch.Tensor]] = [[] for _ in groups]
     grads: list[torch.Tensor | None] = [None] * len(groups)
-    for rows in blocks_of(most, -(-most // max(1, n_rounds))):
+    for rows in blocks_of(most, at_once):
         entropies = [
-            OnlineCrossEntropy(hidden[rows], labels[rows], post, with_grad, chunk)
+            OnlineCrossEntropy(hidden[rows], labels[rows], post, with_grad, plan and plan.n_tokens)
             for hidden, labels, with_grad in groups
         ]
-        streaming.rounds_left = -(-(most - rows.stop) // (rows.stop - rows.start))
-        for first, weight, bias in head.resident_blocks():
-            for entropy in entropies:
-                entropy.add(first, weight, bias)
-        for number, entropy in enumerate(entropies):
+        streaming.rounds_left = -(-(most - rows.stop) // at_once)
+        try:
+            for first, weight, bias in head.resident_blocks():
+                for entropy in entropies:
+                    entropy.add(first, weight, bias)
+        finally:
+            streaming.rounds_left = 0
+        for number in range(len(groups)):
+            entropy = entropies.pop(0)  # whose sums end here
             losses[number].append(entropy.token_losses())
             grad = entropy.gradient()
             if grad is None:
                 continue
             grad = grad.div_(n_counted)
-            if n_rounds > 1:
+            if at_once < most:
                 if grads[number] is None:
                     grads[number] = torch.empty_like(groups[number][0], dtype=waits_in)
                 grads[number][rows] = grad
+                del grad, entropy  # before the sums of the next round
             else:
                 grads[number] = grad
     return [(torch.cat(parts), grad) for parts, grad in zip(losses, grads, strict=True)]

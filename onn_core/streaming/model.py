@@ -134,8 +134,8 @@ class StreamedModel:
         host_bytes: what else the trainer holds in host memory for as long as it trains.
         """
         self.streaming.planner.leave_room(host_bytes)
-        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        self._fit(batch_size, n_tokens, None, n_trained)
+        trained = self._trained()
+        self._fit(batch_size, n_tokens, trained, self._lowest_trained(trained, {}))
 
     def hash_reads(self) -> dict[str, str]:
         """From now on every read is hashed and compared with its first; returns the hashes."""
@@ -255,15 +255,15 @@ class StreamedModel:
             return _without_cache(module.forward, args, kwargs) if is_trained else (args, kwargs)
         trained = self._trained()
         lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
-        self._require_streamable(trained, lowest, kwargs)
         run = super().forward if module is None else module.forward
+        given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
+        self._require_streamable(trained, lowest, given | given.get("kwargs", {}))
         if lowest is not None:
             self._check_trained(trained)
             args, kwargs = _without_cache(run, args, kwargs)
         begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
         if begun.batch_size is not None:
-            n_trained = sum(p.numel() for p in chain.from_iterable(trained.values()))
-            self._fit(begun.batch_size, begun.n_tokens, lowest, n_trained)
+            self._fit(begun.batch_size, begun.n_tokens, trained, lowest)
         return args, kwargs
 
     def _require_streamable(
@@ -293,7 +293,14 @@ class StreamedModel:
                 "use LoRA or prompt tuning."
             )
 
-    def _fit(self, batch_size: int, n_tokens: int, lowest: int | None, n_trained: int) -> None:
+    def _fit(
+        self,
+        batch_size: int,
+        n_tokens: int,
+        trained: dict[int | None, list[nn.Parameter]],
+        lowest: int | None,
+    ) -> None:
+        n_trained = sum(p.numel() for p in chain.from_iterable(trained.values()))
         n_back = 0 if lowest is None else len(self.streamed_layers) - lowest
         streaming = self.streaming
         if streaming.member is not None:
