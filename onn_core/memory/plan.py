@@ -207,7 +207,7 @@ def make_plan(
         times = [sizes.step_s(sizes, plan, batch_size, n_tokens) for plan in plans]
         order = sorted(range(len(plans)), key=times.__getitem__)
         best, weighed = plans[order[0]], [_weigh(plans[n], step_s=times[n]) for n in order]
-        weighed = weighed[:MOST_WEIGHED]
+        weighed = list(dict.fromkeys(weighed))[:MOST_WEIGHED]  # some differ in the scratch alone
     return dataclasses.replace(best, weighed=tuple(weighed[-MOST_WEIGHED:]))
 
 
