@@ -21,7 +21,9 @@ from onn_core.evaluate import token_losses
 from onn_workbench import preview, runs, tables
 
 THIS = "this run"
-BY_COMMAND = "by_command"  # the folder of a run that is started elsewhere, beside the numbered ones
+BY_COMMAND = (
+    "by_command"  # the folder of a run that is started elsewhere, next to the numbered ones
+)
 WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
 WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))

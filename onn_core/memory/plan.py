@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -202,13 +203,14 @@ def make_plan(
             f"{n_tokens} tokens: {plan.terms}, and {100 * sizes.margin - 100:.0f} % for safety: "
             "raise it, or lower chunk_size, batch_size or max_length."
         )
-    best, weighed = plans[0], [_weigh(plan, fits=False) for plan in refused] + [_weigh(plans[0])]
-    if sizes.step_s is not None:
-        times = [sizes.step_s(sizes, plan, batch_size, n_tokens) for plan in plans]
-        order = sorted(range(len(plans)), key=times.__getitem__)
-        best, weighed = plans[order[0]], [_weigh(plans[n], step_s=times[n]) for n in order]
-        weighed = list(dict.fromkeys(weighed))[:MOST_WEIGHED]  # some differ in the scratch alone
-    return dataclasses.replace(best, weighed=tuple(weighed[-MOST_WEIGHED:]))
+    if sizes.step_s is None:
+        weighed = [*(_weigh(plan, fits=False) for plan in refused), _weigh(plans[0])]
+        return dataclasses.replace(plans[0], weighed=tuple(weighed[-MOST_WEIGHED:]))
+    timed = [(sizes.step_s(sizes, plan, batch_size, n_tokens), plan) for plan in plans]
+    timed.sort(key=operator.itemgetter(0))
+    # Some differ in the scratch alone.
+    weighed = dict.fromkeys(_weigh(plan, step_s=step_s) for step_s, plan in timed)
+    return dataclasses.replace(timed[0][1], weighed=tuple(weighed)[:MOST_WEIGHED])
 
 
 def _weigh(plan: Plan, fits: bool = True, step_s: float | None = None) -> Weighed:

@@ -75,38 +75,16 @@ class OnlineCrossEntropy:
     def _add_tokens(
         self, tokens: slice, first: int, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        hidden, labels = self.hidden[tokens], self.labels[tokens]  # (n, C), (n,)
-        column = labels - first
-        here = (column >= 0) & (column < len(weight))
-        column = column.clamp(0, len(weight) - 1)
-        raw = matmul(hidden, weight, bias)  # (n, v)
-        with torch.set_grad_enabled(self.with_grad):
-            raw = raw.requires_grad_(self.with_grad)
-            logits = raw if self.post is None else self.post(raw)
+        labels = self.labels[tokens]  # (n,)
+        raw = matmul(self.hidden[tokens], weight, bias)  # (n, v)
         if self._kernels:
-            pull = raw.detach()
             totals = (self._top[tokens], self._sum[tokens], self._target[tokens])
-            shrink = self._kernels.count(pull, labels, first, *totals)
+            shrink = self._kernels.count(raw, labels, first, *totals)
+            pull, slope = raw, None
         else:
-            values = logits.detach().to(self._wide)
-            top = torch.maximum(self._top[tokens], values.amax(-1))
-            shrink = torch.exp(self._top[tokens] - top)
-            target = values.gather(-1, column[:, None])[:, 0]
-            self._target[tokens] = torch.where(here, target, self._target[tokens])
-            exponentials = values.sub_(top[:, None]).exp_()
-            self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
-            self._top[tokens] = top
+            shrink, pull, slope = self._count(tokens, first, raw)
         if not self.with_grad:
             return
-        slope = None
-        if not self._kernels and logits is raw:
-            pull = exponentials.to(raw.dtype)
-        elif not self._kernels:
-            (pull,) = torch.autograd.grad(
-                logits, raw, exponentials.to(logits.dtype), retain_graph=True
-            )
-            (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
-            slope = slopes.gather(-1, column[:, None]).to(self._wide)
         self._pull[tokens].mul_(shrink[:, None]).add_(matmul_grad(pull, weight))
         if self._push is None:
             dtype = weight.dtype if slope is None else self._wide
@@ -115,9 +93,38 @@ class OnlineCrossEntropy:
         if self._kernels:
             self._kernels.take_rows(weight, labels, first, push)
             return
+        column, here = _columns(labels - first, len(weight))
         found = weight[column] if slope is None else weight[column].to(self._wide) * slope
         # Where the label is elsewhere it is not this block's; nobody waits to learn where.
         push.copy_(torch.where(here[:, None], found, push))
+
+    def _count(
+        self, tokens: slice, first: int, raw: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the kernel does, in plain torch, with `post`: see `cross_entropy_triton.count`.
+
+        Returns shrink (n,), the factors of the block's rows in the gradient (n, v), and the slope
+        of `post` at the labels (n, 1), None without one.
+        """
+        column, here = _columns(self.labels[tokens] - first, raw.shape[1])
+        with torch.set_grad_enabled(self.with_grad):
+            raw = raw.requires_grad_(self.with_grad)
+            logits = raw if self.post is None else self.post(raw)
+        values = logits.detach().to(self._wide)
+        top = torch.maximum(self._top[tokens], values.amax(-1))
+        shrink = torch.exp(self._top[tokens] - top)
+        target = values.gather(-1, column[:, None])[:, 0]
+        self._target[tokens] = torch.where(here, target, self._target[tokens])
+        exponentials = values.sub_(top[:, None]).exp_()
+        self._sum[tokens] = self._sum[tokens] * shrink + exponentials.sum(-1)
+        self._top[tokens] = top
+        if not self.with_grad:
+            return shrink, None, None
+        if logits is raw:
+            return shrink, exponentials.to(raw.dtype), None
+        (pull,) = torch.autograd.grad(logits, raw, exponentials.to(logits.dtype), retain_graph=True)
+        (slopes,) = torch.autograd.grad(logits, raw, torch.ones_like(logits))
+        return shrink, pull, slopes.gather(-1, column[:, None]).to(self._wide)
 
     def token_losses(self) -> torch.Tensor:
         """The loss of each token (n,) in float32 or wider, 0 where it is not counted."""
@@ -132,6 +139,11 @@ class OnlineCrossEntropy:
         if self._push is not None:
             grad -= self._push
         return grad.masked_fill_((self.labels == IGNORED)[:, None], 0.0)
+
+
+def _columns(offsets: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of a block's rows each label is (n,), and whether it is one of them (n,)."""
+    return offsets.clamp(0, n_rows - 1), (offsets >= 0) & (offsets < n_rows)
 
 
 @functools.cache

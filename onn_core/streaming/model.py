@@ -253,15 +253,16 @@ class StreamedModel:
         if module is not None and running is not None and running.owner is None:  # the model's own
             is_trained = running.lowest is not None
             return _without_cache(module.forward, args, kwargs) if is_trained else (args, kwargs)
-        trained = self._trained()
-        lowest = self._lowest_trained(trained, kwargs) if torch.is_grad_enabled() else None
         run = super().forward if module is None else module.forward
         given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
-        self._require_streamable(trained, lowest, given | given.get("kwargs", {}))
+        given |= given.pop("kwargs", {})
+        trained = self._trained()
+        lowest = self._lowest_trained(trained, given) if torch.is_grad_enabled() else None
+        self._require_streamable(trained, lowest, given)
         if lowest is not None:
             self._check_trained(trained)
             args, kwargs = _without_cache(run, args, kwargs)
-        begun = streaming.passes.begin(module, run, args, kwargs, lowest, defers_logits)
+        begun = streaming.passes.begin(module, run, args, kwargs, given, lowest, defers_logits)
         if begun.batch_size is not None:
             self._fit(begun.batch_size, begun.n_tokens, trained, lowest)
         return args, kwargs

@@ -1,7 +1,6 @@
 """A forward pass of the model and its backward: what belongs to both and ends with them."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -64,12 +63,11 @@ class Passes:
         run: Callable,
         args: tuple,
         kwargs: dict[str, Any],
+        given: dict[str, Any],
         lowest: int | None,
         defers_logits: bool = False,
     ) -> Pass:
-        """`owner` runs a new pass."""
-        given = inspect.signature(run).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        """`owner` runs a new pass; given: its arguments by name."""
         samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))
         batch = next((x for x in samples if x is not None), None)  # (B, T) or (B, T, C)
         size = (None, None) if batch is None else batch.shape[:2]
