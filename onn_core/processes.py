@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,9 @@ class Processes:
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start several "
                     "processes with torchrun or accelerate launch, or unset WORLD_SIZE."
                 )
+            # An exchange that does not end is given up, so that the last step can yet be saved;
+            # else NCCL would end the process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             atexit.register(_leave_all)
         meeting = dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
@@ -97,6 +101,16 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that writes, warns and shows progress."""
         return self.rank == 0
+
+    @functools.cached_property
+    def gpus(self) -> Any:
+        """The NCCL group of all, if they are on one host whose GPUs reach each other's memory."""
+        n = torch.cuda.device_count()
+        if self.size == 1 or self._gradients is self._meeting or not self.size == n_local() <= n:
+            return None
+        pairs = itertools.permutations(range(self.size), 2)
+        reach = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+        return self._gradients if reach else None
 
     # --- whether all go on --------------------------------------------------------------------
 

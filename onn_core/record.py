@@ -45,6 +45,7 @@ class StepRecord:
     nonfinite: int = 0  # NaN or Inf seen in loss or gradients
     skipped: bool = False  # gradient scaling found an overflow
     loss_scale: float | None = None
+    gathered: bool = False  # each GPU copied a part of the weights, and they exchanged the parts
 
 
 @dataclasses.dataclass

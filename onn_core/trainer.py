@@ -33,6 +33,7 @@ from onn_core.run.progress import step_bar
 from onn_core.run.resume import RunSaver, TrainingState, describe_run
 from onn_core.run.step import FixedScaler, optimizer_step
 from onn_core.run.stopping import Stop, early_stop
+from onn_core.streaming.gathering import Gathering
 from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.skeleton import resolve_device
 from onn_core.streaming.together import Together
@@ -95,6 +96,7 @@ class ChunkedLoraTrainer:
             dtype=config.dtype,
             together=self.together,
         )
+        self.gathering = Gathering(self.base, processes)
         digests = self.base.hash_reads() if config.verify_weights else None
         self.device = self.base.device
         self.tokenizer = data.load_tokenizer(config.model_dir)
@@ -252,6 +254,8 @@ class ChunkedLoraTrainer:
         torch.manual_seed(draws.getrandbits(63))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         skips = len(list(takewhile(lambda done: done.skipped, reversed(self.record.steps))))
+        shapes = [(*part["labels"].shape, count_tokens(part)) for part in own]
+        before_s = self.record.steps[-1].step_s if self.record.steps else math.inf
         by_layer: dict[str, float] = {}
         optimizer_started = started
 
@@ -275,6 +279,7 @@ class ChunkedLoraTrainer:
             max_grad_norm=config.max_grad_norm,
             allow=allow,
             processes=self.processes,
+            fetching=self.gathering.step(shapes, before_s),
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -301,6 +306,7 @@ class ChunkedLoraTrainer:
             nonfinite=int(not finite),
             skipped=not finite,
             loss_scale=scale,
+            gathered=self.gathering.in_step,
         )
 
     def _non_finite(

@@ -12,6 +12,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -25,12 +26,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpu_gather import Gather  # noqa: E402
-
 import onn_core  # noqa: E402
 from onn_core.processes import Processes  # noqa: E402
 from onn_core.record import describe_environment, write_json  # noqa: E402
 from onn_core.run.step import optimizer_step  # noqa: E402
+from onn_core.streaming.gathering import Gathering  # noqa: E402
 from onn_core.streaming.skeleton import resolve_device  # noqa: E402
 from onn_core.weights.geometry import geometry  # noqa: E402
 from onn_core.weights.random_model import write_random_model  # noqa: E402
@@ -50,23 +50,12 @@ def fetched_bytes(base) -> float:
     )
 
 
-def gather(base, processes: Processes) -> Gather | None:
-    """From now on each process copies a part of a weight, if all of them have all in the store."""
-    plan, stream = base.plan, base.streaming.stream
-    in_store = all(weight.host is not None for unit in stream.units for weight in unit)
-    ready = in_store and not plan.by_matrix
-    same = set(processes.meet(f"{ready} {plan.slots} {plan.n_reserved} {plan.micro_batch_size}"))
-    if processes.size > 1 and len(same) == 1 and ready:
-        return Gather(stream, torch.distributed.new_group(backend="nccl"))
-    return None
-
-
 def measure(
     folder: Path, processes: Processes, device: torch.device, n_rows: int, gathers: bool
 ) -> dict:
     """A row of a model that is opened afresh; n_rows: of this process's part of a batch.
 
-    gathers: weights reach the GPUs in parts that these exchange, once all have been read.
+    gathers: weights reach the GPUs in parts that these exchange, if the rule says that it pays.
     """
     torch.manual_seed(0)
     opened = time.perf_counter()
@@ -76,22 +65,22 @@ def measure(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(processes.rank)
     n_counted = n_rows * processes.size * (N_TOKENS - 1)
-    of_all = None
+    gathering = Gathering(base, processes)
+    shapes = [(n_rows, N_TOKENS, n_rows * (N_TOKENS - 1))]
     seconds, losses, fetched = [], [], []
     open_s = time.perf_counter() - opened
-    for number in range(N_STEPS + 2):
-        if number == 1 and gathers:
-            of_all = gather(base, processes)
+    for _ in range(N_STEPS + 2):
         ids = torch.randint(base.config.vocab_size, (n_rows, N_TOKENS), generator=generator)
         ids = ids.to(device)
         processes.meet()
         before = fetched_bytes(base)
         started = time.perf_counter()
         part = {"input_ids": ids, "labels": ids}
-        loss, _ = optimizer_step(model, [part], n_counted, optimizer, processes=processes)
+        before_s = seconds[-1] if seconds else math.inf
+        fetching = gathering.step(shapes, before_s) if gathers else None
+        given = {"processes": processes, "fetching": fetching}
+        loss, _ = optimizer_step(model, [part], n_counted, optimizer, **given)
         torch.cuda.synchronize()
-        if len(set(processes.meet(str(of_all and of_all.order)))) > 1:
-            raise SystemExit("the processes fetched weights in another order: the step is void")
         seconds.append(time.perf_counter() - started)
         fetched.append(fetched_bytes(base) - before)
         losses.append(loss)
@@ -102,7 +91,7 @@ def measure(
     read = [int(said) for said in processes.meet(str(n_read))]
     row = {
         "processes": processes.size,
-        "gathers": of_all is not None,
+        "gathers": gathering.in_step,
         "batch_size": n_rows * processes.size,
         "batch_size_each": n_rows,
         "sequence": N_TOKENS,

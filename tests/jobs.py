@@ -22,9 +22,11 @@ from transformers import (
 import onn_core.trainer
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.run.resume import RunSaver
+from onn_core.streaming import gathering
 from onn_core.streaming.call import Call
 from onn_core.streaming.layer import Recompute
 from onn_core.trainer import ChunkedLoraTrainer
+from onn_core.weights import gather
 from onn_core.weights.reader import DirectFiles
 
 PHASES = {
@@ -141,6 +143,13 @@ def launched(n: int, each: str, **arguments: object) -> None:
     sys.exit(int(any(codes)))
 
 
+def run_gathering(small: list[str], output_dir: str, share: float, **changes: object) -> None:
+    """A run that exchanges parts of weights, of any size, where a copy takes `share` of a step."""
+    gathering.COPIED_SHARE, gather.SMALLEST_BYTES = share, 1
+    changes.setdefault("how", "finish")
+    run_until(small, output_dir, **changes)
+
+
 def run_each(small: list[str], output_dir: str, runs: dict, resume: bool = False) -> None:
     """Runs of these names one after another, each in a folder of its own."""
     for name, changes in runs.items():
@@ -158,6 +167,8 @@ def run_until(
         if made.processes.rank == rank and len(made.record.steps) == after:
             if how == "stop":
                 made.stop.request()
+            elif how == "finish":
+                pass
             elif how == "error":
                 raise OSError("planted")
             else:

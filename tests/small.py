@@ -42,7 +42,7 @@ DIFFERENT = {
     "shuffled": {"shuffle_targets": 3, "batch_size": 1, "micro_batch_size": 1, "weight_decay": 0},
 }
 TIMES = ("step_s", "wait_s", "forward_s", "backward_s", "head_s", "optimizer_s")
-TIMES += ("bytes_read", "layer_loads", "wall_s")
+TIMES += ("bytes_read", "layer_loads", "wall_s", "gathered")
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -1,6 +1,7 @@
 """One optimizer step: of the trainer, of every study and of the benchmark."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def optimizer_step(
     max_grad_norm: float | None = None,
     allow: Callable[[float, float], bool] = lambda loss, norm: True,
     processes: Processes = ALONE,
+    fetching: AbstractContextManager | None = None,
 ) -> tuple[float, float]:
     """Gradients of all `parts` (each a batch), then one update: the loss, and the gradients' norm.
 
@@ -28,13 +30,15 @@ def optimizer_step(
     max_grad_norm: None leaves the gradients as they are, whatever their norm. allow: asked with
     the loss and the norm before the update; False leaves the update out, and it may raise.
     processes: that have the other rows of each part; loss and norm are those of all rows.
+    fetching: entered around the passes, as `Gathering.step` is.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     loss = 0.0
-    for part in parts:
-        part_loss = model(**part, num_items_in_batch=n_counted).loss
-        scaler.scale(part_loss).backward()
-        loss += float(part_loss.detach())
+    with fetching or nullcontext():
+        for part in parts:
+            part_loss = model(**part, num_items_in_batch=n_counted).loss
+            scaler.scale(part_loss).backward()
+            loss += float(part_loss.detach())
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     loss = processes.sum_gradients(trained, loss)
     scaler.unscale_(optimizer)

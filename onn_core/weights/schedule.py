@@ -8,6 +8,7 @@ only looks at the head of a queue.
 """
 
 import math
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
@@ -111,6 +112,17 @@ class Schedule:
         """The weights of a unit are used in this order from now on."""
         self.units[unit][:] = weights
         self._planned = False
+
+    def state(self) -> str:
+        """A checksum of what is resident and of what is laid down to be fetched."""
+        weights = [slot.weight for slots in self._made.values() for slot in slots]
+        queued = [one for size in self._sizes.values() for one in size.queue]
+        said = [
+            sorted(self.slots.items()),
+            sorted(weight.name for weight in weights),
+            sorted((one.weight.name, one.visit - self.visit) for one in queued),
+        ]
+        return f"{zlib.crc32(repr(said).encode()):x}"
 
     def made(self) -> Counter:
         """Size in bytes -> slots that have memory."""

@@ -60,6 +60,11 @@ class StreamedWeight:
     reads_left: int = 0
 
     @property
+    def name(self) -> str:
+        """The same in every process of a run."""
+        return f"{self.unit} {self.source.entries[0].name}"
+
+    @property
     def packed(self) -> bool:
         return self.source is not None and self.source.packed
 

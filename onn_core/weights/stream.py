@@ -18,6 +18,7 @@ import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
 from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
 from onn_core.weights.schedule import Schedule, Use
@@ -77,6 +78,7 @@ class WeightStream:
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
         self.store = HostStore(device, every, host_budget, model_folder.fingerprint())
+        self.gather: Gather | None = None  # with the other processes of this host
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
         self._reads: deque[tuple[StreamedWeight, int, Read]] = deque()
         self._error: Exception | None = None
@@ -173,6 +175,13 @@ class WeightStream:
             self._stop(CLOSE_S)
             self.schedule.slots, self.casts_once = slots, casts_once
 
+    def state(self) -> str:
+        """What decides which weights are copied next; "" while some have yet to be read."""
+        with self._ready:
+            if any(weight.host is None for unit in self.units for weight in unit):
+                return ""
+            return self.schedule.state()
+
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Stop the readers and give all memory back; `enter` starts afresh.
 
@@ -237,6 +246,8 @@ class WeightStream:
             weight.tensor = weight.host
             return
         weight.tensor = weight.view(slot.memory)
+        if self.gather is not None and self.gather.copy(weight):
+            return
         self.copy_stream.wait_event(slot.used)
         with torch.cuda.stream(self.copy_stream):
             weight.tensor.copy_(weight.host, non_blocking=True)

@@ -1,0 +1,63 @@
+"""GPUs of one host that exchange parts of the weights train what they train without."""
+
+import time
+
+import pytest
+import torch
+from forks import Forks
+from small import require_equal, write_small
+from test_processes import SAME, launch, saved_step
+
+import onn_core
+
+N = 2
+WIDE = SAME | {"batch_size": 4, "micro_batch_size": None, "loss_scale": None, "device": "cuda"}
+WIDE |= {"memory_budget": "250MB", "host_budget": "2GB", "max_steps": 6}
+ALWAYS, NEVER = -1.0, 1e9
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(torch.cuda.device_count() < N, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Of 8 layers, 3 or so of which fit the budget."""
+    return write_small(tmp_path_factory.mktemp("wide"), n_layers=8, hidden_size=1024)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = Forks()
+        yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("quantize", "budget"), [(None, "250MB"), ("int8", "160MB")])
+def test_parts_that_are_exchanged_make_the_same_run(quantize, budget, forks, wide, tmp_path):
+    for name, share in (("exchanged", ALWAYS), ("alone", NEVER)):
+        given = WIDE | {"share": share, "quantize": quantize, "memory_budget": budget}
+        given |= {"rank": 0, "after": 0}
+        code, errors = launch(forks, N, "run_gathering", wide, tmp_path / name, **given)
+        assert code == 0, errors
+        steps = onn_core.RunRecord.load(tmp_path / name / "record.json").steps
+        # The first fills the host store, and what follows an evaluation begins otherwise.
+        assert sum(step.gathered for step in steps) >= 3 * (share == ALWAYS)
+        assert share == NEVER or all(step.layer_loads for step in steps if step.gathered)
+        assert not steps[0].gathered and (share == ALWAYS or not any(s.gathered for s in steps))
+    require_equal(tmp_path / "exchanged", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("how", ["kill", "error"])
+def test_what_ends_one_in_an_exchange_ends_all_within_a_minute(how, forks, wide, tmp_path):
+    given = WIDE | {"share": ALWAYS, "rank": 1, "how": how, "after": 3, "eval_every": 0}
+    started = time.monotonic()
+    code, errors = launch(forks, N, "run_gathering", wide, tmp_path, **given)
+    assert code == 1 and saved_step(tmp_path) == "step-00000003", errors
+    record = onn_core.RunRecord.load(tmp_path / "record.json")
+    assert len(record.steps) == 3 and record.steps[-1].gathered
+    assert record.status.startswith("stopped: ")
+    assert time.monotonic() - started < 90  # of which opening takes a part
