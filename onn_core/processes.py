@@ -26,8 +26,9 @@ from onn_core.errors import ConfigError, OnnError
 
 MESSAGE_BYTES = 1024  # of what each says where they meet
 LOOK_S = 5e-4  # between two looks at whether all have come; signals are handled meanwhile
-# Between GPUs, once all have met; then only a lost machine can make them wait.
-GRADIENTS_TIMEOUT = datetime.timedelta(seconds=30)
+# Between GPUs that have met, or exchange weights in a step: then only one that is lost makes them
+# wait. Launchers kill after 30 s, by when the last step must be saved.
+GPUS_TIMEOUT = datetime.timedelta(seconds=15)
 # Of a machine that vanished and closed no connection. Steps may take long, and differ in length.
 MEETING_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -262,7 +263,7 @@ ALONE = Processes()
 @functools.cache
 def _nccl_group(world: Any) -> Any:
     """One for all runs of the processes of `world`: each takes memory of the device."""
-    return dist.new_group(backend="nccl", timeout=GRADIENTS_TIMEOUT)
+    return dist.new_group(backend="nccl", timeout=GPUS_TIMEOUT)
 
 
 def _leave_all() -> None:

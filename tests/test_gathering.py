@@ -1,12 +1,15 @@
 """GPUs of one host that exchange parts of the weights train what they train without."""
 
+import json
+import subprocess
+import sys
 import time
 
+import jobs
 import pytest
 import torch
-from forks import Forks
 from small import require_equal, write_small
-from test_processes import SAME, launch, saved_step
+from test_processes import SAME, saved_step
 
 import onn_core
 
@@ -27,21 +30,21 @@ def wide(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("wide"), n_layers=8, hidden_size=1024)
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        made = Forks()
-        yield made
-    made.close()
+def launch(wide, folder, **given):
+    """A run on N GPUs: its exit code and what it wrote to standard error."""
+    given |= {"small": [str(path) for path in wide], "output_dir": str(folder)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(N)]
+    command = [sys.executable, *launcher, __file__, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(("quantize", "budget"), [(None, "250MB"), ("int8", "160MB")])
-def test_parts_that_are_exchanged_make_the_same_run(quantize, budget, forks, wide, tmp_path):
+def test_parts_that_are_exchanged_make_the_same_run(quantize, budget, wide, tmp_path):
     for name, share in (("exchanged", ALWAYS), ("alone", NEVER)):
         given = WIDE | {"share": share, "quantize": quantize, "memory_budget": budget}
         given |= {"rank": 0, "after": 0}
-        code, errors = launch(forks, N, "run_gathering", wide, tmp_path / name, **given)
+        code, errors = launch(wide, tmp_path / name, **given)
         assert code == 0, errors
         steps = onn_core.RunRecord.load(tmp_path / name / "record.json").steps
         # The first fills the host store, and what follows an evaluation begins otherwise.
@@ -52,12 +55,16 @@ def test_parts_that_are_exchanged_make_the_same_run(quantize, budget, forks, wid
 
 
 @pytest.mark.parametrize("how", ["kill", "error"])
-def test_what_ends_one_in_an_exchange_ends_all_within_a_minute(how, forks, wide, tmp_path):
+def test_what_ends_one_in_an_exchange_ends_all_within_a_minute(how, wide, tmp_path):
     given = WIDE | {"share": ALWAYS, "rank": 1, "how": how, "after": 3, "eval_every": 0}
     started = time.monotonic()
-    code, errors = launch(forks, N, "run_gathering", wide, tmp_path, **given)
-    assert code == 1 and saved_step(tmp_path) == "step-00000003", errors
+    code, errors = launch(wide, tmp_path, **given)
+    assert code and saved_step(tmp_path) == "step-00000003", errors
     record = onn_core.RunRecord.load(tmp_path / "record.json")
     assert len(record.steps) == 3 and record.steps[-1].gathered
     assert record.status.startswith("stopped: ")
     assert time.monotonic() - started < 90  # of which opening takes a part
+
+
+if __name__ == "__main__":  # in each process of `launch`
+    jobs.run_gathering(**json.loads(sys.argv[1]))
