@@ -27,8 +27,8 @@ from onn_core.errors import ConfigError, OnnError
 MESSAGE_BYTES = 1024  # of what each says where they meet
 LOOK_S = 5e-4  # between two looks at whether all have come; signals are handled meanwhile
 # Between GPUs that have met, or exchange weights in a step: then only one that is lost makes them
-# wait. Launchers kill after 30 s, by when the last step must be saved.
-GPUS_TIMEOUT = datetime.timedelta(seconds=15)
+# wait. NCCL ends a process that has waited so long.
+GPUS_TIMEOUT = datetime.timedelta(seconds=30)
 # Of a machine that vanished and closed no connection. Steps may take long, and differ in length.
 MEETING_TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -90,9 +90,6 @@ class Processes:
                     f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start several "
                     "processes with torchrun or accelerate launch, or unset WORLD_SIZE."
                 )
-            # An exchange that does not end is given up, so that the last step can yet be saved;
-            # else NCCL would end the process.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
             atexit.register(_leave_all)
         meeting = dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
@@ -105,9 +102,13 @@ class Processes:
 
     @functools.cached_property
     def gpus(self) -> Any:
-        """The NCCL group of all, if they are on one host whose GPUs reach each other's memory."""
-        n = torch.cuda.device_count()
-        if self.size == 1 or self._gradients is self._meeting or not self.size == n_local() <= n:
+        """The NCCL group of all, if they shall exchange weights: ONN_GATHER=1 says so.
+
+        They are on one host then, whose GPUs reach each other's memory; else None.
+        """
+        if self.size == 1 or os.environ.get("ONN_GATHER") != "1":
+            return None
+        if self._gradients is self._meeting or self.size != n_local():
             return None
         pairs = itertools.permutations(range(self.size), 2)
         reach = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)

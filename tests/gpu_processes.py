@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def main() -> None:
         for n in map(int, arguments.gpus.split(",")):
             if n > torch.cuda.device_count():
                 continue
+            os.environ["ONN_GATHER"] = str(int(arguments.gather))
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
             own = [__file__, str(arguments.out), "--work", "--folder", str(folder)]
             own += ["--gather"] * arguments.gather

@@ -1,4 +1,8 @@
-"""When the GPUs of a host exchange parts of the weights instead of each copying all of them."""
+"""When the GPUs of a host exchange parts of the weights instead of each copying all of them.
+
+It is chosen with ONN_GATHER=1, since it has a price: where a process is killed within a step, the
+others wait for its part until NCCL ends them, and only the last checkpoint is left.
+"""
 
 import contextlib
 import dataclasses
