@@ -62,6 +62,10 @@ class Source:
         """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
         raise NotImplementedError
 
+    def laid_out(self, values: Tensor) -> Tensor:
+        """values (n,), memory for the parameter -> (shape), as `dense` fills it fastest."""
+        return values.view(self.shape)
+
     def part(self, start: int, stop: int) -> "Source":
         """How rows start:stop are stored, of what is stored by rows; it is not packed."""
         entry = self.entry
@@ -121,7 +125,8 @@ class Quantised(Source):
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=parts[0].device)
+            n = math.prod(self.shape)
+            out = self.laid_out(torch.empty(n, dtype=dtype, device=parts[0].device))
         fit = BLOCK_ELEMENTS[out.device.type] // max(1, math.prod(self.shape[1:]))
         size = max(1, fit // self.row_step) * self.row_step
         for start in range(0, self.shape[0], size):
@@ -226,23 +231,40 @@ class FloatFour(Quantised):
     (out, groups), a byte s for 2^(s - 127) or e4m3; perhaps a divisor of every scale (1,).
     """
 
-    turned: bool = False  # gpt-oss's parameter is (E, in, out)
+    turned: bool = False  # gpt-oss's parameter is (E, in, out), which is then made as it is stored
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        if not self.turned:
+            return super().laid_out(values)
+        n_experts, n_in, n_out = self.shape
+        return values.view(n_experts, n_out, n_in).mT
+
+    def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if not self.turned:
+            return super().dense(parts, dtype, out)
+        as_stored = [part.flatten(0, 1) for part in parts]  # (E * out, ...)
+        shape = self.shape[0] * self.shape[2], self.shape[1]
+        flat = dataclasses.replace(self, shape=shape, turned=False)
+        if out is not None and out.mT.is_contiguous():
+            flat.dense(as_stored, dtype, out.mT.flatten(0, 1))
+            return out
+        made = self.laid_out(flat.dense(as_stored, dtype).flatten())
+        for expert, values in () if out is None else zip(out, made, strict=True):
+            expert.copy_(values)  # one by one: torch turns a matrix faster than a stack of them
+        return made if out is None else out
 
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *divisor = parts
-        device = packed.device
-        half = torch.tensor(FP4_VALUES, device=device)
+        # Powers of two are exact in bfloat16, and so are e2m1's multiples of them.
+        exact = torch.float32 if divisor or scale.dtype != torch.uint8 else torch.bfloat16
+        half = torch.tensor(FP4_VALUES, dtype=exact, device=packed.device)
         code = torch.cat([half, -half])
         table = torch.stack([code.repeat(16), code.repeat_interleave(16)], 1)  # (256, 2)
         scale = _floats(scale[start:stop])
         if divisor:
             scale = scale / divisor[0].float()
-        values = _look_up(table, packed[start:stop]).view(*scale.shape, -1).mul_(scale[..., None])
-        values = values.flatten(-2)
-        if not self.turned:
-            return values
-        exact = values.bfloat16()  # holds every product of e2m1 and a power of two
-        return torch.stack([expert.t().contiguous() for expert in exact])
+        values = _look_up(table, packed[start:stop]).view(*scale.shape, -1)
+        return values.mul_(scale.to(exact)[..., None]).flatten(-2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -320,11 +342,12 @@ def _unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def _look_up(table: Tensor, packed: Tensor) -> Tensor:
-    """table (256, m) float32, packed (..., w) uint8 -> (..., w * m): the rows of the table.
+    """table (256, m), packed (..., w) uint8 -> (..., w * m): the rows of the table.
 
     A row is looked up as one number of its width.
     """
-    wide = {1: torch.float32, 2: torch.float64, 4: torch.complex128}[table.shape[1]]
+    n_bytes = table.shape[1] * table.itemsize
+    wide = {4: torch.float32, 8: torch.float64, 16: torch.complex128}[n_bytes]
     found = table.view(wide).flatten().index_select(0, packed.flatten().int())
     shape = (*packed.shape[:-1], packed.shape[-1] * table.shape[1]) if packed.ndim else ()
-    return found.view(torch.float32).view(shape)
+    return found.view(table.dtype).view(shape)

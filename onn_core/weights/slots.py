@@ -203,7 +203,8 @@ class Scratch:
         """
         memory, evicted = self._take(weight.dense_bytes, busy)
         self._held[weight] = memory
-        weight.dense = memory[: weight.dense_bytes].view(weight.dtype).view(weight.shape)
+        values = memory[: weight.dense_bytes].view(weight.dtype)
+        weight.dense = weight.source.laid_out(values).view(weight.shape)
         with torch.no_grad():
             weight.fill_dense()
         return evicted
