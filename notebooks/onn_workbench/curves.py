@@ -84,6 +84,8 @@ def layout_table(layouts: Runs) -> pd.DataFrame:
 
 def layout_reading(layouts: Runs) -> str:
     """Which choice of layers lowered held-out loss most, and whether that passes the noise."""
+    if not layouts:
+        return "Not compared in this profile: one seed of a few seconds would tell nothing."
     ranked = sorted(layouts, key=lambda label: -statistics.fmean(map(fall, layouts[label])))
     best, second = ranked[:2]
     _, noise, words = compare(layouts[second], layouts[best])
@@ -243,7 +245,10 @@ def write_files(study: Study, folder: str | Path) -> None:
         "Against the baseline": [pages.table(comparison_table(study.runs))],
         "Against PEFT in memory": [pages.code(exactness(study))],
         "Gradient norms: median of each trained layer": [pages.table(norm_table(study.runs))],
-        "Which layers, at equal training time": [pages.table(layout_table(study.layouts))],
+        "Which layers, at equal training time": [
+            pages.table(layout_table(study.layouts)),
+            pages.paragraph(layout_reading(study.layouts)),
+        ],
         "Answers": [pages.table(answer_table(study))],
     }
     about = pages.paragraph(
