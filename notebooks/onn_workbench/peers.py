@@ -30,7 +30,8 @@ SYSTEMS = {
     "onn": "this project",
     "cached": "this project, on CUDA, in a host with memory to spare for its files",
     "baseline": "the report's baseline: a layer is fetched when entered, dropped when left",
-    "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
+    "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files, or "
+    "cast when they are loaded where a CPU needs float32 and has room for it",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
     "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
