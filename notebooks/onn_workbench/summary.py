@@ -98,8 +98,11 @@ def answer(records: Records) -> str:
     lines += [
         f"Refuted: {claim.claim} ({claim.here})." for claim in found if claim.verdict == REFUTED
     ]
-    if missed := [claim.claim for claim in found if claim.verdict == NOT_COMPARABLE]:
-        lines.append(f"Not comparable, the table says why: {'; '.join(missed)}.")
+    lines += [
+        f"Not comparable: {claim.claim} ({claim.why.partition('; ')[0]})."
+        for claim in found
+        if claim.verdict == NOT_COMPARABLE
+    ]
     return "\n".join(lines)
 
 
