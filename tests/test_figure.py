@@ -37,6 +37,14 @@ def test_plotly_knows_every_part(drawn):
     assert layout.yaxis3.domain[1] <= layout.yaxis.domain[0]
 
 
+@pytest.mark.parametrize(
+    ("x", "distance"), [([0, 2, 4], 1), ([0, 40], None), ([0.5, 2], None), ([], None)]
+)
+def test_a_few_whole_steps_have_no_halves_between_them(x, distance):
+    layout = Plotly(Figure([[Panel([Line("", x, x)], "steps")]], "").plotly()).layout
+    assert layout.xaxis.dtick == distance
+
+
 def test_the_picture_has_every_colour_and_one_bundle_holds_both(drawn):
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread

@@ -225,6 +225,24 @@ def test_another_model_is_judged_only_where_the_claim_names_none():
     assert verdicts_of_speed(trainable=1)[1:] == ("not comparable", "not comparable")
 
 
+def test_the_report_says_first_what_was_measured_here_whatever_is_comparable():
+    runs = {"baseline, batch 1": [made_run(3, 2.7), made_run(3, 2.6)]}
+    runs["optimised, batch 32"] = runs["baseline, batch 1"]
+    still = [made_run(3, 3), made_run(3, 3.001)]
+    learning = study.Study(runs, {"control": still}, still, {}, {})
+    records = summary.Records(learning, made_outcomes("sound"), made_benchmark(layers=30))
+    said = summary.answer(records).splitlines()
+    assert said[0].startswith("Speed, a model of 30 layers on ")
+    assert "0.88 times as fast as the best peer (slower), mapped" in said[1]
+    assert "Does it learn? baseline, batch 1: YES" in said[4]
+    assert "NaN or Inf in 4 optimizer steps of 4 runs: 0." in said
+    assert any("becomes NaN, with them the model learns" in line for line in said)
+    assert said[-1].startswith("Not comparable: phi-4: peak memory")
+    assert said[-1].endswith("(measured on 30 layers, not on phi-4's 40).")
+    learning.runs["optimised, batch 32"][0].steps[0].nonfinite = 3
+    assert "NaN or Inf in 4 optimizer steps of 4 runs: 6." in summary.answer(records)
+
+
 def test_the_headline_is_at_equal_batch_against_the_best_peer_also_where_it_is_slower():
     first, second = speed.headline(made_benchmark()).splitlines()
     assert "0.88 times as fast as the best peer (slower), mapped" in first

@@ -17,6 +17,7 @@ from onn_workbench.tables import frame, two_digits
 
 AXES = {"samples": "samples seen", "steps": "optimizer steps (logarithmic)"}
 SHUFFLED = "control, shuffled targets"
+STILL = "control, learning rate 0"
 MARKED = 20  # points at most of a line of gradient norms whose points are marked
 Curve = list[tuple[float, float, float, float]]  # x, mean, lowest, highest over the seeds
 
@@ -84,6 +85,8 @@ def layout_table(layouts: Runs) -> pd.DataFrame:
 
 def layout_reading(layouts: Runs) -> str:
     """Which choice of layers lowered held-out loss most, and whether that passes the noise."""
+    if not layouts:
+        return "Not compared in this profile: one seed of a few seconds would tell nothing."
     ranked = sorted(layouts, key=lambda label: -statistics.fmean(map(fall, layouts[label])))
     best, second = ranked[:2]
     _, noise, words = compare(layouts[second], layouts[best])
@@ -139,7 +142,8 @@ def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
 def study_figure(runs: Runs, controls: Runs) -> Figure:
     """Held-out and training loss against samples and steps.
 
-    The shuffled control, whose losses are far from the others, has panels of its own.
+    The shuffled control, whose losses are far from the others, has panels of its own; the one with
+    learning rate 0, which does not train, has no training loss.
     """
     numbers = {label: number for number, label in enumerate([*runs, *controls])}
     columns = [(against, runs | controls, title, "") for against, title in AXES.items()]
@@ -156,6 +160,8 @@ def study_figure(runs: Runs, controls: Runs) -> Figure:
         for against, chosen, x_title, title in columns:
             lines = []
             for label, records in chosen.items():
+                if curve is training_curve and label == STILL:
+                    continue  # the loss of its one step, of few samples, would stretch the axis
                 points = curve(records, against)
                 if against == "steps":  # a logarithm has no place for the start
                     points = [point for point in points if point[0] > 0]
@@ -243,7 +249,10 @@ def write_files(study: Study, folder: str | Path) -> None:
         "Against the baseline": [pages.table(comparison_table(study.runs))],
         "Against PEFT in memory": [pages.code(exactness(study))],
         "Gradient norms: median of each trained layer": [pages.table(norm_table(study.runs))],
-        "Which layers, at equal training time": [pages.table(layout_table(study.layouts))],
+        "Which layers, at equal training time": [
+            pages.table(layout_table(study.layouts)),
+            pages.paragraph(layout_reading(study.layouts)),
+        ],
         "Answers": [pages.table(answer_table(study))],
     }
     about = pages.paragraph(

@@ -265,6 +265,8 @@ def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, A
         x |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     elif alone := _only_count(panel):
         x |= {"range": [alone - 1, alone + 1], "tickvals": [alone]}
+    elif _few_counts(panel):
+        x["dtick"] = 1
     if panel.from_zero:
         y["rangemode"] = "tozero"
     if panel.rows:
@@ -319,6 +321,13 @@ def _only_count(panel: Panel) -> int:
     found = {float(x) for x in _xs(panel)}
     alone = found.pop() if len(found) == 1 and not panel.log_x and not panel.rows else 0.5
     return int(alone) if alone.is_integer() else 0
+
+
+def _few_counts(panel: Panel) -> bool:
+    """Whether x holds whole numbers so close that plotly would draw halves between them."""
+    found = [] if panel.log_x or panel.rows else _xs(panel)
+    whole = len(found) > 0 and all(float(x).is_integer() for x in found)
+    return whole and max(found) - min(found) < 10
 
 
 def _log_ticks(panel: Panel) -> list[float]:

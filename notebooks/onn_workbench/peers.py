@@ -1,6 +1,7 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
 import functools
+import math
 import statistics
 import time
 import warnings
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
+from onn_core.ops.matmul import has_fast_matmul
 from onn_core.run.step import optimizer_step
 from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.skeleton import decoder_layers, resolve_device
 from onn_core.streaming.visits import Event
+from onn_core.weights.folder import ModelFolder
 from onn_core.weights.host import Staging
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
@@ -27,7 +30,8 @@ SYSTEMS = {
     "onn": "this project",
     "cached": "this project, on CUDA, in a host with memory to spare for its files",
     "baseline": "the report's baseline: a layer is fetched when entered, dropped when left",
-    "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files",
+    "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files, or "
+    "cast when they are loaded where a CPU needs float32 and has room for it",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
     "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
@@ -172,12 +176,25 @@ def open_system(
     if system == "offload":  # what does not fit stays in the model folder's own files
         memory = {"cpu": 0} | {"cpu" if device.type == "cpu" else device.index: room_bytes}
         where = {"device_map": "auto", "max_memory": memory}
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", **where)
+    dtype = peer_dtype(model_dir, device, room_bytes)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **where)
     if system != "unbounded":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
     return model, disk_bytes
+
+
+def peer_dtype(model_dir: str, device: torch.device, room_bytes: int | None) -> torch.dtype | str:
+    """float32 where a CPU multiplies it many times faster and has room for it; else as stored.
+
+    This project computes in float32 there, too, so that a ratio is not one of dtypes.
+    """
+    folder = ModelFolder.open(model_dir)
+    n_parameters = sum(math.prod(entry.shape) for entry in folder.tensors.values())
+    fits = room_bytes is None or 4 * n_parameters <= room_bytes
+    slow = device.type == "cpu" and not has_fast_matmul(folder.stored_dtype)
+    return torch.float32 if slow and fits else "auto"
 
 
 def add_adapters(model: PreTrainedModel, device: torch.device) -> tuple[Any, list[int]]:

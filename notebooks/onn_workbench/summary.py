@@ -15,7 +15,7 @@ from onn_workbench import curves, pages, speed, stability_report, study, sweep
 from onn_workbench.stability import FIXES, Outcome
 from onn_workbench.study import Study
 from onn_workbench.sweep import Sweep
-from onn_workbench.verdicts import CONFIRMED, REFUTED, RULE, judge
+from onn_workbench.verdicts import CONFIRMED, NOT_COMPARABLE, REFUTED, RULE, judge
 
 NOT_MEASURED = "not measured in this profile"
 PHI4_LAYERS = 40
@@ -87,16 +87,52 @@ def headline_table(records: Records) -> pd.DataFrame:
 
 
 def answer(records: Records) -> str:
-    """How many of the claims were confirmed, refuted and not comparable, and which were refuted."""
+    """What was measured here, then how many of the claims hold; which were refuted, which open."""
     found = claims(records)
+    lines = measured(records)
     counts = Counter(claim.verdict for claim in found if claim.verdict != "none")
-    lines = [f"{len(found)} claims: {', '.join(f'{n} {word}' for word, n in counts.items())}."]
+    said = [f"{len(found)} claims: {', '.join(f'{n} {word}' for word, n in counts.items())}"]
     if counts.total() < len(found):
-        lines[0] = f"{lines[0][:-1]}, {len(found) - counts.total()} not measured."
+        said.append(f"{len(found) - counts.total()} not measured")
+    lines.append(", ".join(said) + ".")
     lines += [
         f"Refuted: {claim.claim} ({claim.here})." for claim in found if claim.verdict == REFUTED
     ]
+    lines += [
+        f"Not comparable: {claim.claim} ({claim.why.partition('; ')[0]})."
+        for claim in found
+        if claim.verdict == NOT_COMPARABLE
+    ]
     return "\n".join(lines)
+
+
+def measured(records: Records) -> list[str]:
+    """In sentences, what this profile measured on this machine, whatever the report claims."""
+    lines = []
+    if found := records.benchmark:
+        environment = found["environment"]
+        place = f"{environment['cores']} cores" if environment["device"] == "cpu" else ""
+        depth = max(row["layers"] for row in found["rows"])
+        where = f"a model of {depth} layers on {place or environment['device']}"
+        lines += [f"Speed, {where}:", *speed.headline(found).splitlines()]
+    if found := records.learning:
+        name = next(iter(found.runs.values()))[0].model["name"].partition("-instruct")[0]
+        lines += [f"Learning, {name}:"]
+        lines += curves.answer(found.runs, found.controls, found.reference).splitlines()
+        runs = [run for own in found.runs.values() for run in own]
+        n_steps = sum(run.steps[-1].step for run in runs)
+        n_bad = sum(step.nonfinite for run in runs for step in run.steps)
+        lines.append(f"NaN or Inf in {n_steps} optimizer steps of {len(runs)} runs: {n_bad}.")
+    if found := records.stability:
+        ends = {True: "learns", False: "does not learn"}
+        broken = "stays finite" if found["broken"].adapter_finite else "becomes NaN"
+        lines.append(
+            f"Stability, float16: without the four fixes the adapter {broken}, with them the "
+            f"model {ends[found['sound'].learned]}."
+        )
+    if (found := records.sweep) and found.alone:
+        lines.append(f"Sweep: {sweep.cost(found)}")
+    return lines
 
 
 def settings_table(records: Records) -> pd.DataFrame:
@@ -145,7 +181,7 @@ def write_comparison(records: Records, path: str | Path) -> None:
         sections["Learning"] = [
             *(pages.paragraph(study.RULE), pages.table(verdicts)),
             pages.picture(picture, "learning curves"),
-            pages.table(curves.layout_table(found.layouts)),
+            *([pages.table(curves.layout_table(found.layouts))] if found.layouts else []),
         ]
     if records.stability:
         sections["Stability"] = [pages.table(stability_report.outcome_table(records.stability))]
@@ -171,7 +207,7 @@ def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
         return rows
     own, other = pair["own"], pair["other"]
     other_model = own["layers"] != PHI4_LAYERS or own.get("trainable") != PHI4_TRAINED
-    of_phi4 = [f"{own['layers']} layers of another model or depth"] if other_model else []
+    of_phi4 = [f"measured on {own['layers']} layers, not on phi-4's 40"] if other_model else []
     here = (
         f"{pair['times']:.1f} times less: {own['ms_per_sample']:,.0f} ms at batch "
         f"{own['batch_size']}, {other['ms_per_sample']:,.0f} ms at batch {other['batch_size']}"
@@ -184,7 +220,7 @@ def _speed_claims(benchmark: dict[str, Any] | None) -> list[Claim]:
     spread = f"{pair['least']:.1f} to {pair['most']:.1f} over the steps"
     cheaper.judge(pair["least"] > 1, here, spread, missing)
     ratio.judge(pair["times"] >= 7, here, ", ".join(percents), missing + of_phi4)
-    machine = f"the report's machine is a {REPORT_DEVICE}"
+    machine = f"measured on another machine than the report's {REPORT_DEVICE}"
     elsewhere = [] if REPORT_DEVICE in benchmark["environment"]["device"] else [machine]
     fast = f"{own['samples_per_s']:.2f} (batch {own['batch_size']})"
     rate.judge(own["samples_per_s"] >= 0.86, fast, "", missing + of_phi4 + elsewhere)
