@@ -93,7 +93,9 @@ class Notebook:
     def open(self, title):
         """Show a panel."""
         tabs = self.all(".jupyter-widgets .lm-TabBar-tab")
-        next(tab for tab in tabs if tab.text.strip() == title).click()
+        tab = next(tab for tab in tabs if tab.text.strip() == title)
+        self.page.execute_script("arguments[0].scrollIntoView({block: 'center'})", tab)
+        tab.click()  # nothing else lies over it there
 
     def enter(self, label, value):
         """Type into the field with this label, and leave it with Tab."""
@@ -217,6 +219,7 @@ def test_runs_are_drawn_together_continued_and_merged(lab):
 
 def test_a_sweep_is_started_interrupted_and_in_the_table(lab, smollm2_dir):
     notebook, folder = lab
+    notebook.enter("Trained layers", "last:1")
     notebook.enter("Steps", "1000")
     notebook.open("Sweep")
     notebook.enter("Vary", "rank: [4, 8]")

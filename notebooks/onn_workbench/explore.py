@@ -101,7 +101,7 @@ class Explorer:
             self.buttons[name] = w.Button(description=text, icon=icon, layout={"width": "130px"})
             self.buttons[name].on_click(lambda _, name=name: self._guarded(getattr(self, name)))
         self.buttons["start"].button_style = "primary"
-        self.save_to = w.Text(description="Save to", tooltip="Folder of the saved adapter", **WIDE)
+        self.save_to = self._field("Text", "Save to", "Folder of the saved adapter")
         self.save_to.value = str(Path(settings["output_dir"]) / "adapter")
         self.data, self.runs = panels.Data(self), panels.Runs(self)
         self.ask, self.tokens = panels.Ask(self), panels.Tokens(self)

@@ -22,7 +22,9 @@ THIS = "this run"
 BY_COMMAND = (
     "by_command"  # the folder of a run that is started elsewhere, next to the numbered ones
 )
-WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
+# A text is told when it is left: told at each key, it would be late for a button behind it.
+WIDE = {"style": {"description_width": "110px"}, "continuous_update": False}
+WIDE["layout"] = {"width": "700px"}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
 WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
 N_STATIC = 20  # runs of the table for readers without widgets
@@ -231,7 +233,8 @@ class Ask(OfARun):
     def __init__(self, explorer: Any):
         self.prompt = w.Textarea(description="Prompt", rows=2, **WIDE)
         self.prompt.value = "What is AI?"
-        self.n_tokens = w.Text(value="24", description="New tokens", layout={"width": "180px"})
+        self.n_tokens = w.Text(value="24", description="New tokens", **WIDE)
+        self.n_tokens.layout.width = "180px"
         button = self.button("Ask", self.act, "comment")
         said = "A paused run answers at once, one that goes on after its step."
         super().__init__(explorer, "Ask", said, self.prompt, self.n_tokens, button)
