@@ -21,7 +21,7 @@ COLUMNS = {  # of the table -> format of its values
     "steps": "{}",
     "held-out before": "{:.3f}",
     "after": "{:.3f}",
-    "s a step": "{:.3g}",
+    "s a step": "{:.2f}",
     "minutes": "{:.1f}",
     "peak MiB": "{:,.0f}",
     "% of limit": "{:.0f}",
