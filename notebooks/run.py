@@ -68,8 +68,12 @@ def execute(path: Path, parameters: dict, folder: Path) -> None:
 def self_contained(notebook: nbformat.NotebookNode, title: str) -> str:
     """The notebook as a page without scripts, which would be fetched from other hosts.
 
-    Its code is folded away: a reader of the page wants what came of it.
+    Its code is folded away, and its headline follows its title: a reader of the page wants what
+    came of it.
     """
+    title_cell, *cells = notebook.cells
+    cells.sort(key=lambda cell: "headline" not in cell.metadata.get("tags", []))
+    notebook = nbformat.from_dict(notebook | {"cells": [title_cell, *cells]})
     resources = {"metadata": {"name": title}}
     exporter = HTMLExporter(extra_loaders=[DictLoader({"folded": FOLDED})], template_file="folded")
     page = exporter.from_notebook_node(notebook, resources=resources)[0]

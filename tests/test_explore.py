@@ -326,7 +326,7 @@ def test_token_losses_are_those_of_the_perplexity(small, explorer):
 
 
 def test_a_run_is_merged_and_written_as_yaml_and_python(explorer, tmp_path):
-    do(explorer.export, "stop the run first", 'role="alert"')
+    do(explorer.export, "no run has begun", 'role="alert"')
     finish(explorer)
     explorer.export.into.value = str(tmp_path / "merged")
     do(explorer.export, "merged into")
@@ -346,17 +346,35 @@ def test_a_run_is_merged_and_written_as_yaml_and_python(explorer, tmp_path):
 
 def test_a_sweep_is_started_watched_and_in_the_table(explorer):
     explorer.sweep.grid.value = "rank: 4"
-    do(explorer.sweep, "lists of values", 'role="alert"')
-    explorer.sweep.grid.value = "lora_rank: [2, 4]"
+    do(explorer.sweep, "rank is no setting", 'role="alert"')
+    explorer.sweep.grid.value = "learning_rate: [1e-3, 2e-3]"  # which YAML takes for text
     do(explorer.sweep, "2 runs")
+    do(explorer.ask, "choose one of them", 'role="alert"')
+    assert explorer.run.record is None or "2 runs" in explorer.status.value
     explorer.wait()
     assert explorer.run.state == "finished", explorer.run.error
-    assert list(explorer.run.records) == ["lora_rank=2", "lora_rank=4"]
-    assert [row["run"] for row in explorer.runs.shown] == ["1/lora_rank=2", "1/lora_rank=4"]
-    assert "run lora_rank=4: loss" in explorer.figure.value
+    assert list(explorer.run.records) == ["learning_rate=0.001", "learning_rate=0.002"]
+    names = ["runs/1/learning_rate=0.001", "runs/1/learning_rate=0.002"]
+    assert [row["run"] for row in explorer.runs.shown] == names
+    assert "run learning_rate=0.002: loss" in explorer.figure.value
     explorer.ask.refresh()
-    explorer.ask.of.value = "1/lora_rank=4"
+    explorer.ask.of.value = names[1]
     do(explorer.ask, "answers to")
+
+
+def test_runs_of_a_sweep_that_cannot_begin_are_told_and_leave_nothing(explorer):
+    explorer.sweep.grid.value = "sparse_layers: ['last:2', 'ends:9']"
+    do(explorer.sweep, "sparse_layers must be", 'role="alert"')
+    explorer.sweep.grid.value = "max_length: [600, 700]"  # the model's context is 512
+    do(explorer.sweep, "2 runs")
+    until(lambda: "context" in explorer.status.value and explorer.run is None)
+    until(lambda: not list(Path(explorer.settings["output_dir"]).iterdir()))
+    explorer.sweep.grid.value = "max_length: [8, 600]"
+    do(explorer.sweep, "2 runs")
+    explorer.wait()
+    assert explorer.run.state == "finished" and list(explorer.run.records) == ["max_length=8"]
+    assert "finished: 2 runs" in explorer.status.value
+    assert "max_length=600 stopped: max_length of 600" in explorer.status.value
 
 
 def test_an_interrupted_cell_says_a_sentence(explorer, capsys):

@@ -93,7 +93,9 @@ class Notebook:
     def open(self, title):
         """Show a panel."""
         tabs = self.all(".jupyter-widgets .lm-TabBar-tab")
-        next(tab for tab in tabs if tab.text.strip() == title).click()
+        tab = next(tab for tab in tabs if tab.text.strip() == title)
+        self.page.execute_script("arguments[0].scrollIntoView({block: 'center'})", tab)
+        tab.click()  # nothing else lies over it there
 
     def enter(self, label, value):
         """Type into the field with this label, and leave it with Tab."""
@@ -213,3 +215,28 @@ def test_runs_are_drawn_together_continued_and_merged(lab):
     notebook.until_status(f"merged into {folder.resolve()}/runs/explore/merged")
     assert (folder / "runs" / "explore" / "merged" / "config.json").exists()
     screenshot(notebook, "export")
+
+
+def test_a_sweep_is_started_interrupted_and_in_the_table(lab, smollm2_dir):
+    notebook, folder = lab
+    notebook.enter("Trained layers", "last:1")
+    notebook.enter("Steps", "1000")
+    notebook.open("Sweep")
+    notebook.enter("Vary", "rank: [4, 8]")
+    notebook.press("Start sweep")
+    notebook.until_status("rank is no setting of a run")
+    notebook.enter("Vary", "learning_rate: [1e-3, 4e-3]")
+    notebook.press("Start sweep")
+    notebook.until_status(": learning_rate=0.001, learning_rate=0.004")
+    notebook.until_status("running: 2 runs, the first: step 1 of 1000")
+    wait_for(lambda: notebook.all("img[alt*='run learning_rate=0.004: loss']"), "both runs")
+    screenshot(notebook, "sweep")
+    notebook.menu("Kernel", "kernelmenu:interrupt")  # no cell runs
+    notebook.until_status("stopped: 2 runs")
+    notebook.open("Runs")
+    (sweep,) = (folder / "runs" / "explore").glob("*/learning_rate=0.004")
+    name = f"explore/{sweep.parent.name}/{sweep.name}"
+    wait_for(lambda: name in text(notebook.page), "the table")
+    screenshot(notebook, "sweep_runs")
+    for adapter in sweep.parent.glob("*/adapter"):
+        assert loads_in_memory(smollm2_dir, adapter)

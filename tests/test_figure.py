@@ -90,6 +90,15 @@ def test_a_logarithmic_axis_has_no_half_steps():
     assert Plotly(Figure([[one]], "").plotly()).layout.xaxis.ticktext == ("1",)
 
 
+def test_steps_have_whole_ticks_and_decades_plain_numbers():
+    few, many = ([Line("", [0, n], [0.2, 0.04])] for n in (2, 500))
+    panels = [Panel(few, "steps", log_y=True), Panel(many, "steps")]
+    layout = Plotly(Figure([panels], "").plotly()).layout
+    assert (layout.xaxis.dtick, layout.xaxis2.dtick) == (1, None)
+    assert layout.yaxis.ticktext == ("0.05", "0.1", "0.2")
+    assert layout.yaxis2.ticktext is None
+
+
 def test_a_colour_bar_says_what_the_colours_of_lines_mean():
     scale = Scale("decoder layer", 0, 29)
     assert (scale.colour(0), scale.colour(29)) == ("#440154", "#fde725")

@@ -46,6 +46,8 @@ def test_notebook_is_executed_and_small(path):
     assert not any(o.output_type == "error" for cell in code for o in cell.outputs)
     assert any("NBVAL_CHECK_OUTPUT" in cell.source and cell.outputs for cell in code)
     assert path.stat().st_size < 1_000_000
+    # JupyterLab shows a widget without its state as an error, and else the page that is stored
+    assert "widget-view+json" not in path.read_text()
 
 
 def test_nbval_notices_a_number_changed_in_a_checked_table(tmp_path):

@@ -28,8 +28,9 @@ class BackgroundRun:
     `state`, mostly in the run's thread.
 
     state: "ready", "running", "pausing", "paused", "stopping", then "finished", "stopped" or
-    "failed". records: folder's name -> the record so far. events: (phase or "read", unit, start,
-    stop) of the last step of a single run, in seconds.
+    "failed". error: why, or which of several runs ended early. records: folder's name -> the record
+    so far. events: (phase or "read", unit, start, stop) of the last step of a single run, in
+    seconds.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class BackgroundRun:
             if self.trainer is not None:
                 self.trainer.train(resume=self.resume)
             else:
-                train_many(self.configs, resume=self.resume, on_step=self._on_step)
+                records = train_many(self.configs, resume=self.resume, on_step=self._on_step)
+                ended = (f"{r.config['output_dir']} {r.status}" for r in records)
+                self.error = "; ".join(text for text in ended if not text.endswith(" finished"))
             state = "finished"
         except KeyboardInterrupt:
             state = "stopped"

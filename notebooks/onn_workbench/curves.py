@@ -170,7 +170,7 @@ def study_figure(runs: Runs, controls: Runs) -> Figure:
             y_title = f"{y} (nats/token)"
             panels.append(Panel(lines, x_title, y_title, title, log_x=against == "steps"))
         rows.append(panels)
-    return Figure(rows, "learning curves", width=10.5)
+    return Figure(rows, "learning curves")
 
 
 def norm_figure(runs: Runs) -> Figure:
@@ -183,7 +183,7 @@ def norm_figure(runs: Runs) -> Figure:
         y = "gradient norm of a layer"
         panels.append(Panel(lines, "optimizer steps", y, label, log_y=True, scale=scale))
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
-    return Figure(rows, "gradient norms by layer", width=10.5)
+    return Figure(rows, "gradient norms by layer")
 
 
 def answer(runs: Runs, controls: Runs, reference: Sequence[RunRecord]) -> str:

@@ -75,6 +75,10 @@ class Explorer:
         self.drawn: Figure | None = None
         self._outlines: dict[str, Outline] = {}
         self._quiet, self._draw_after, self._drawing = False, 0.0, threading.Lock()
+        try:
+            self._loop = asyncio.get_running_loop()  # of the kernel
+        except RuntimeError:  # a script, whose interrupt ends it
+            self._loop = None
         self.models = dict(models)
         self.model = self._field("Combobox", "Model", "A name, or a folder", options=tuple(models))
         self.fields = {}
@@ -97,7 +101,7 @@ class Explorer:
             self.buttons[name] = w.Button(description=text, icon=icon, layout={"width": "130px"})
             self.buttons[name].on_click(lambda _, name=name: self._guarded(getattr(self, name)))
         self.buttons["start"].button_style = "primary"
-        self.save_to = w.Text(description="Save to", tooltip="Folder of the saved adapter", **WIDE)
+        self.save_to = self._field("Text", "Save to", "Folder of the saved adapter")
         self.save_to.value = str(Path(settings["output_dir"]) / "adapter")
         self.data, self.runs = panels.Data(self), panels.Runs(self)
         self.ask, self.tokens = panels.Ask(self), panels.Tokens(self)
@@ -183,18 +187,14 @@ class Explorer:
         try:
             self._draw_picture(self.outline, self.config)
             alive = self.run is not None and self.run.alive  # it would disturb what is measured
-            config, found = self.config, self._check(measured=not alive)
-            self.predicted = found
+            config = self.config
+            self.require_data(config)
+            self.predicted = found = self.outline.predict(config, measured=not alive)
             self.trained_layers = select_layers(config.sparse_layers, self.outline.n_layers)
             self.prediction.value = self._describe(self.outline, config, found)
             self.export.describe(config)
         except (OnnError, OSError) as error:
             self.prediction.value = panels.alert(str(error))
-
-    def _check(self, measured: bool = False) -> dict[str, Any]:
-        """What is predicted; OnnError if what is chosen cannot be run."""
-        self.require_data(self.config)
-        return self.outline.predict(self.config, measured)
 
     def _describe(self, outline: Outline, config: TrainConfig, found: dict[str, Any]) -> str:
         sure = found["measured"]
@@ -260,16 +260,19 @@ class Explorer:
 
     def start(self) -> None:
         """Begin a run in its own folder; returns at once."""
-        self._check()
         settings = self.config.to_dict() | {"output_dir": str(self.new_folder())}
         self.begin([TrainConfig(**settings)])
 
     def begin(self, configs: Sequence[TrainConfig], resume: bool = False) -> None:
-        """Begin a run, or several in one pass, unless one goes on."""
+        """Begin a run, or several in one pass; OnnError if one goes on, or cannot be run."""
         if self.run is not None and self.run.alive:
             raise OnnError("a run goes on: stop it first.")
-        for config in configs if not resume else ():
-            runs.save_settings(config)
+        if not resume:
+            for config in configs:
+                self.require_data(config)
+                self.outline.predict(config)
+            for config in configs:
+                runs.save_settings(config)
         self._before, self.adopted = self.run, False
         self.run = BackgroundRun(configs, self._changed, resume)
         self.run.start()
@@ -287,6 +290,14 @@ class Explorer:
         while self.drawn is None and self.run.alive:  # one that goes on has a step soon
             time.sleep(0.1)
         return self.drawn
+
+    def begun(self) -> BackgroundRun:
+        """The present run, which has a model and a record; OnnError if it is none, or several."""
+        if self.run is not None and len(self.run.configs) > 1:
+            raise OnnError("these are several runs: once they have ended, choose one of them.")
+        if self.run is None or self.run.record is None:
+            raise OnnError("no run has begun here: start one, or choose a past one.")
+        return self.run
 
     def pause(self) -> None:
         """Stand still after the current step, or go on."""
@@ -324,12 +335,7 @@ class Explorer:
 
         ipykernel has a handler of its own while a cell runs and sets the old one back after it.
         """
-        run = self.run
-        in_kernel = threading.current_thread() is threading.main_thread()
-        try:
-            loop = asyncio.get_running_loop() if in_kernel else None
-        except RuntimeError:  # a script, whose interrupt ends it
-            loop = None
+        run, loop = self.run, self._loop
 
         def look() -> None:
             if not run.alive:
@@ -341,8 +347,8 @@ class Explorer:
         def stop(number: int, frame: Any) -> None:
             run.stop()
 
-        if loop is not None:
-            loop.call_later(INTERRUPT_S, look)
+        if loop is not None:  # a sweep begins in another thread than the loop's
+            loop.call_soon_threadsafe(loop.call_later, INTERRUPT_S, look)
 
     def _changed(self, run: BackgroundRun) -> None:
         """After a step or a change of state, in the run's thread."""
@@ -363,6 +369,9 @@ class Explorer:
             folder = Path(config.output_dir)
             if not run.resume and {x.name for x in folder.glob("*")} <= {runs.SETTINGS}:
                 shutil.rmtree(folder, ignore_errors=True)
+                if folder.parent != Path(self.settings["output_dir"]):  # of a sweep
+                    with contextlib.suppress(OSError):  # another run of it is there
+                        folder.parent.rmdir()
 
     def _show_state(self, of: BackgroundRun | None = None) -> None:
         """The state in the badge, the buttons that fit it, and how far the run is."""
@@ -385,13 +394,14 @@ class Explorer:
             self._say("opening the model and the text" if alive else state)
         else:
             self._say(self._progress(run, record))
+            self.status.value += panels.alert(run.error) if run.error else ""
 
     @staticmethod
     def _progress(run: BackgroundRun, record: RunRecord) -> str:
-        last, n_runs = record.steps[-1], len(run.records)
+        last, n_runs = record.steps[-1], len(run.configs)
         step_s = statistics.median(step.step_s for step in record.steps[-9:])
         n_left = (record.config["max_steps"] or last.step) - last.step
-        before = f"{n_runs} runs, the first: " if len(run.configs) > 1 else ""
+        before = f"{n_runs} runs, the first: " if n_runs > 1 else ""
         text = (
             f"{run.state}: {before}step {last.step} of {last.step + n_left}, loss {last.loss:.3f}, "
             f"{two_digits(last.step_s)} s a step, "

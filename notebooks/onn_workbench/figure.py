@@ -12,6 +12,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure as Drawing
 
+WIDTH = 8.3  # inches, at 100 pixels each: of a notebook's cell in a window of 1280 pixels
+WHOLE_TICKS = 10  # whole numbers on an axis up to which each has a tick
 # colours of Okabe and Ito, told apart by the colour-blind; dashes and markers of both libraries
 LOOKS = (
     ("#0072B2", "solid", "-", "circle", "o"),
@@ -95,8 +97,8 @@ class Drawn:
 class Figure(Drawn):
     """Rows of panels, shown by a notebook."""
 
-    def __init__(self, rows: Sequence[Sequence[Panel]], text: str, width: float = 9):
-        self.rows, self.text, self.width = rows, text, width
+    def __init__(self, rows: Sequence[Sequence[Panel]], text: str):
+        self.rows, self.text = rows, text
         self.heights = [max(panel.height for panel in row) for row in rows]
 
     def plotly(self) -> dict[str, Any]:
@@ -111,8 +113,8 @@ class Figure(Drawn):
             for column, panel in enumerate(row):
                 n_panels += 1
                 number = "" if n_panels == 1 else str(n_panels)  # of its axes, as plotly has it
-                left = 0.8 / self.width if column else 0.0  # room for the y axis's title
-                bar = 1.0 / self.width if panel.scale else 0.0  # room for the colour bar
+                left = 0.8 / WIDTH if column else 0.0  # room for the y axis's title
+                bar = 1.0 / WIDTH if panel.scale else 0.0  # room for the colour bar
                 domains = (
                     [column / len(row) + left, (column + 1) / len(row) - bar],
                     [bottom + 0.7 / sum(self.heights) * (bottom > 0), top - 0.02],
@@ -127,7 +129,7 @@ class Figure(Drawn):
         return {"data": traces, "layout": layout}
 
     def png(self) -> bytes:
-        drawing = Drawing(figsize=(self.width, sum(self.heights) + 0.4), layout="constrained")
+        drawing = Drawing(figsize=(WIDTH, sum(self.heights) + 0.4), layout="constrained")
         n_columns = math.lcm(*map(len, self.rows))
         grid = drawing.add_gridspec(len(self.rows), n_columns, height_ratios=self.heights)
         handles: dict[str, Any] = {}
@@ -142,7 +144,7 @@ class Figure(Drawn):
                 for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                     handles.setdefault(label, handle)
         widest = max(map(len, handles), default=0)
-        n_columns = max(1, min(len(handles), int(self.width * 11 / (widest + 8))))
+        n_columns = max(1, min(len(handles), int(WIDTH * 11 / (widest + 8))))
         drawing.legend(
             handles.values(),
             handles.keys(),
@@ -161,11 +163,11 @@ class Parallel(Drawn):
     values stand at even distances, in order.
     """
 
-    def __init__(self, axes: dict[str, Sequence[Any]], text: str, width: float = 9):
+    def __init__(self, axes: dict[str, Sequence[Any]], text: str):
         *settings, (self.title, values) = axes.items()
         self.values = [float(value) for value in values]
         self.settings = {title: _places(values) for title, values in settings}
-        self.text, self.width = text, width
+        self.text = text
         low, high = min(self.values), max(self.values)
         margin = 0.05 * (high - low) or 0.05
         self.low, self.high = low - margin, high + margin
@@ -184,7 +186,7 @@ class Parallel(Drawn):
         return {"data": [trace], "layout": {"height": 400, "margin": margin}}
 
     def png(self) -> bytes:
-        drawing = Drawing(figsize=(self.width, 4), layout="constrained")
+        drawing = Drawing(figsize=(WIDTH, 4), layout="constrained")
         axes = drawing.add_subplot()
         scale = Scale(self.title, min(self.values), max(self.values))
         columns = [
@@ -261,11 +263,13 @@ def _plotly_panel(panel: Panel, number: str, domains: tuple, layout: dict[str, A
     x["zeroline"] = y["zeroline"] = False
     for axis, is_log in ((x, panel.log_x), (y, panel.log_y)):
         axis |= {"type": "log", "exponentformat": "power"} if is_log else {"type": "linear"}
-    if ticks := _log_ticks(panel):
+    if ticks := _log_ticks(panel, "y"):
+        y |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    if ticks := _log_ticks(panel, "x"):
         x |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     elif alone := _only_count(panel):
         x |= {"range": [alone - 1, alone + 1], "tickvals": [alone]}
-    elif _few_counts(panel):
+    elif _is_whole(panel) and max(_xs(panel)) - min(_xs(panel)) <= WHOLE_TICKS:
         x["dtick"] = 1
     if panel.from_zero:
         y["rangemode"] = "tozero"
@@ -316,6 +320,11 @@ def _xs(panel: Panel) -> list[float]:
     return [x for part in panel.parts if isinstance(part, Line) for x in part.x]
 
 
+def _is_whole(panel: Panel) -> bool:
+    """Whether all x are whole numbers, so that half of one means nothing."""
+    return not panel.rows and bool(_xs(panel)) and all(float(x).is_integer() for x in _xs(panel))
+
+
 def _only_count(panel: Panel) -> int:
     """The one x of a panel whose points all have it, if it is a whole number; else 0."""
     found = {float(x) for x in _xs(panel)}
@@ -323,21 +332,22 @@ def _only_count(panel: Panel) -> int:
     return int(alone) if alone.is_integer() else 0
 
 
-def _few_counts(panel: Panel) -> bool:
-    """Whether x holds whole numbers so close that plotly would draw halves between them."""
-    found = [] if panel.log_x or panel.rows else _xs(panel)
-    whole = len(found) > 0 and all(float(x).is_integer() for x in found)
-    return whole and max(found) - min(found) < 10
+def _log_ticks(panel: Panel, axis: str) -> list[float]:
+    """The ticks of a logarithmic axis: 1, 2, 5, 10 ... between its points, so no half of a step.
 
-
-def _log_ticks(panel: Panel) -> list[float]:
-    """The ticks of a logarithmic axis: 1, 2, 5, 10 ... between its points, so no half of a step."""
-    points = _xs(panel)
-    if not panel.log_x or not points:
+    Empty for an axis that is none, and for a y axis of many decades, which has powers.
+    """
+    lines = [part for part in panel.parts if isinstance(part, Line)]
+    points = [value for line in lines for value in getattr(line, axis) if value > 0]
+    points += panel.levels.values() if axis == "y" else ()
+    if not getattr(panel, f"log_{axis}") or not points:
         return []
     low, high = min(points), max(points)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    if axis == "y" and len(decades) > 5:
+        return []
     factors = (1, 2, 5) if len(decades) < 4 else (1, 3) if len(decades) < 6 else (1,)
+    factors = range(1, 10) if high < 5 * low else factors
     ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
     return [tick for tick in ticks if low <= tick <= high] or [low]
 
@@ -370,19 +380,22 @@ def _draw_panel(panel: Panel, axes: Any) -> None:
         axes.set_xscale("log")
     if panel.log_y:
         axes.set_yscale("log")
+    if ticks := _log_ticks(panel, "y"):
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.minorticks_off()
     if panel.from_zero:
         axes.set_ylim(0, 1.08 * axes.dataLim.y1)
     if panel.rows:
         axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         axes.set_ylim(len(panel.rows) - 0.5, -0.5)
-    if ticks := _log_ticks(panel):
+    if ticks := _log_ticks(panel, "x"):
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.minorticks_off()
         if len(ticks) == 1:
             axes.set_xlim(ticks[0] / 2, 2 * ticks[0])
     elif alone := _only_count(panel):
         axes.set(xlim=(alone - 1, alone + 1), xticks=[alone])
-    elif not panel.rows and all(float(x).is_integer() for x in _xs(panel)):
+    elif _is_whole(panel):
         axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

@@ -36,7 +36,7 @@ def figure(records: dict[str, RunRecord], events: Sequence[Event] = ()) -> Figur
     timeline = Panel(bars, "time in the last step (s)", rows=PHASES, height=2)
     pairs = [*top, norms]
     rows = [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
-    return Figure([*rows, [timeline]] if events else rows, title, width=10)
+    return Figure([*rows, [timeline]] if events else rows, title)
 
 
 def phase_bars(

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
-import yaml
 from IPython.display import HTML
 
 import onn_core
-from onn_core.config import expand_grid
 from onn_core.data.corpus import prepare, tokenize_once
 from onn_core.errors import ConfigError, OnnError
 from onn_core.evaluate import token_losses
-from onn_workbench import preview, runs, tables
+from onn_workbench import preview, runs, sweep, tables
 
 THIS = "this run"
 BY_COMMAND = (
     "by_command"  # the folder of a run that is started elsewhere, next to the numbered ones
 )
-WIDE = {"style": {"description_width": "110px"}, "layout": {"width": "700px"}}
+# A text is told when it is left: told at each key, it would be late for a button behind it.
+WIDE = {"style": {"description_width": "110px"}, "continuous_update": False}
+WIDE["layout"] = {"width": "700px"}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
 WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
 N_STATIC = 20  # runs of the table for readers without widgets
@@ -70,7 +70,7 @@ class Panel:
         """Show what a user can fix, in place of what was shown."""
         try:
             act()
-        except (OnnError, OSError, yaml.YAMLError) as error:
+        except (OnnError, OSError) as error:
             self.out.value = alert(str(error))
 
     def with_model(self, label: str, act: Callable[..., None]) -> None:
@@ -87,9 +87,7 @@ class Panel:
             tokenizer = preview.tokenizer_of(config)
             act(model, tokenizer, config, lambda: prepare(config, tokenizer).held_out)
             return
-        run = self.explorer.run
-        if run is None or run.trainer is None or run.record is None:
-            raise OnnError("no run has begun here: start one, or choose a past one.")
+        run = self.explorer.begun()
 
         def between(trainer: Any) -> None:
             held_out = trainer.held_out
@@ -235,7 +233,8 @@ class Ask(OfARun):
     def __init__(self, explorer: Any):
         self.prompt = w.Textarea(description="Prompt", rows=2, **WIDE)
         self.prompt.value = "What is AI?"
-        self.n_tokens = w.Text(value="24", description="New tokens", layout={"width": "180px"})
+        self.n_tokens = w.Text(value="24", description="New tokens", **WIDE)
+        self.n_tokens.layout.width = "180px"
         button = self.button("Ask", self.act, "comment")
         said = "A paused run answers at once, one that goes on after its step."
         super().__init__(explorer, "Ask", said, self.prompt, self.n_tokens, button)
@@ -293,9 +292,10 @@ class Export(OfARun):
         self.view.children = [*self.view.children, self.texts]
 
     def act(self) -> None:
-        run, label = self.explorer.run, self.of.value
+        label = self.of.value
         if label == THIS:
-            if run is None or run.trainer is None or run.record is None or run.alive:
+            run = self.explorer.begun()
+            if run.alive:
                 raise OnnError("stop the run first, or choose a past one: its adapter is merged.")
             config = run.config
         else:
@@ -336,14 +336,9 @@ class Sweep(Panel):
         super().__init__(explorer, "Sweep", said, self.grid, button)
 
     def act(self) -> None:
-        grid = yaml.safe_load(self.grid.value)
-        known = onn_core.TrainConfig.__dataclass_fields__
-        if not isinstance(grid, dict) or not grid or not known.keys() >= grid.keys():
-            raise ConfigError('write settings and lists of values, such as "lora_rank: [4, 8]".')
         folder = str(self.explorer.new_folder())
-        settings = self.explorer.config.to_dict() | {"output_dir": folder, "grid": grid}
-        configs = [onn_core.TrainConfig(**own) for own in expand_grid(settings)]
-        self.explorer.begin(configs)
-        names = ", ".join(Path(config.output_dir).name for config in configs)
-        text = f"{len(configs)} runs in {folder}: {names}"
+        settings = self.explorer.config.to_dict() | {"output_dir": folder}
+        chosen = sweep.configs(self.grid.value, **settings)
+        self.explorer.begin(list(chosen.values()))
+        text = f"{len(chosen)} runs in {folder}: {', '.join(chosen)}"
         self.out.value = f'<div role="status">{html.escape(text)}</div>'

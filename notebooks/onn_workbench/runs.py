@@ -21,7 +21,7 @@ COLUMNS = {  # of the table -> format of its values
     "steps": "{}",
     "held-out before": "{:.3f}",
     "after": "{:.3f}",
-    "s a step": "{:.3g}",
+    "s a step": "{:.2f}",
     "minutes": "{:.1f}",
     "peak MiB": "{:,.0f}",
     "% of limit": "{:.0f}",
@@ -98,9 +98,10 @@ def find_runs(folders: Sequence[str]) -> list[PastRun]:
     """Every record under each of `folders` that can be read, by name and number."""
     found: dict[str, PastRun] = {}
     for folder in folders:
-        own = {}
+        own, outside = {}, Path(folder).resolve().parent
         for path in find_records(folder):
-            label = "/".join(path.with_suffix("").parts[-3:]).removesuffix("/record")
+            label = path.resolve().relative_to(outside).with_suffix("").as_posix()
+            label = label.removesuffix("/record")
             try:
                 own[label] = PastRun(label, path, RunRecord.load(path))
             except OnnError:  # of another version

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import shutil
@@ -195,7 +196,8 @@ def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[floa
     """
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     tokenizer = data.load_tokenizer(config.model_dir)
-    examples = prepare(config, tokenizer).train
+    with contextlib.redirect_stderr(io.StringIO()):  # the streamed run said it of the data
+        examples = prepare(config, tokenizer).train
     model = AutoModelForCausalLM.from_pretrained(config.model_dir, dtype=getattr(torch, dtype))
     model = add_adapter(model.to(device), config)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -190,12 +190,12 @@ def answer(sweep: Sweep) -> str:
     said = f"Best of {len(sweep.runs)} runs: {name}, {LOSS} {run.evals[0].loss:.3f} to "
     said += f"{run.evals[-1].loss:.3f} ({-100 * fall(run):+.1f} %)."
     if fall(run) <= 0:
-        said += " Not even that one learned."
+        said += "\nNot even that one learned."
     if len(groups) == 1:
         return said
     first, second = ([sweep.runs[name] for name in names] for names in groups[:2])
     gap = _mean_loss(sweep, groups[1]) - _mean_loss(sweep, groups[0])
-    said += f" The next settings ({groups[1][0]}) end {gap:.3f} higher"
+    said += f"\nThe next settings ({groups[1][0]}) end {gap:.3f} higher"
     if not len(first) == len(second) > 1:
         return f"{said}; one seed cannot tell whether that is more than chance."
     _, noise, words = compare(first, second)
