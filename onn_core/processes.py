@@ -43,6 +43,11 @@ def n_local() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def chooses_gather() -> bool:
+    """Whether the user wants GPUs to exchange parts of the weights."""
+    return os.environ.get("ONN_GATHER") == "1"
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside, no other process of this host is inside with the same folder."""
@@ -106,9 +111,10 @@ class Processes:
 
         They are on one host then, whose GPUs reach each other's memory; else None.
         """
-        if self.size == 1 or os.environ.get("ONN_GATHER") != "1":
+        if self.size == 1 or not chooses_gather():
             return None
-        if self._gradients is self._meeting or self.size != n_local():
+        on_gpus = self._gradients is not self._meeting
+        if not on_gpus or not self.size == n_local() <= torch.cuda.device_count():
             return None
         pairs = itertools.permutations(range(self.size), 2)
         reach = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)

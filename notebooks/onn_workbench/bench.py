@@ -191,7 +191,8 @@ def benchmark(
         with first_layers(model_dir, run.layers) as folder, memory_cap(of_host) as group:
             capped &= group is not None or of_host is None
             settings |= dataclasses.asdict(run) | {"model_dir": str(folder), "n_steps": n_steps}
-            settings |= {"device": device, "room_bytes": budget if run.system in OWN else room}
+            own_room = None if run.system in UNCAPPED else room
+            settings |= {"device": device, "room_bytes": budget if run.system in OWN else own_room}
             row, why = _measure(settings, group)
         if row is None:
             failed[str(run)] = why

@@ -98,9 +98,9 @@ def find_runs(folders: Sequence[str]) -> list[PastRun]:
     """Every record under each of `folders` that can be read, by name and number."""
     found: dict[str, PastRun] = {}
     for folder in folders:
-        own, outside = {}, Path(folder).resolve().parent
+        own, outside = {}, Path(Path(folder).resolve().name)
         for path in find_records(folder):
-            label = path.resolve().relative_to(outside).with_suffix("").as_posix()
+            label = (outside / path.relative_to(folder)).with_suffix("").as_posix()
             label = label.removesuffix("/record")
             try:
                 own[label] = PastRun(label, path, RunRecord.load(path))

@@ -123,7 +123,6 @@ def train_alone(config: TrainConfig, n_steps: int) -> Alone:
     with tempfile.TemporaryDirectory() as folder:
         whole = {"max_steps": config.max_steps, "eval_every": config.eval_every}
         changes = {"max_steps": n_steps, "eval_every": n_steps, "output_dir": folder}
-        changes["eval_samples"] = 1  # each batch of an evaluation reads the same weights
         short = dataclasses.replace(config, **changes, progress=False)
         before = engine.process_bytes("rchar")
         with contextlib.redirect_stderr(io.StringIO()):  # what it says of the data was said before
@@ -132,7 +131,6 @@ def train_alone(config: TrainConfig, n_steps: int) -> Alone:
     last = record.steps[-1]
     of_evals = (n_bytes - sum(step.bytes_read for step in record.steps)) / len(record.evals)
     n_evals = 1 + -(-whole["max_steps"] // whole["eval_every"])
-    n_evals *= -(-config.eval_samples // (config.eval_batch_size or config.batch_size))
     return Alone(
         [step.loss for step in record.steps],
         round(whole["max_steps"] * last.bytes_read + n_evals * of_evals),

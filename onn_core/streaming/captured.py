@@ -81,6 +81,11 @@ class Captures:
             self.layers[weights.number] = captured
         return captured if captured.can_run_forward(call) else None
 
+    @property
+    def state(self) -> str:
+        """What decides whether the next visits are replayed."""
+        return f"{self.impossible} {self._shape} {sorted(self.layers)}"
+
     def note_random_numbers(self, before: tuple, after: tuple) -> None:
         """Nothing is captured where a visit has drawn some; see `passes.random_state`."""
         if not all(map(torch.equal, before, after)):

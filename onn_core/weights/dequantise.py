@@ -245,13 +245,10 @@ class FloatFour(Quantised):
         as_stored = [part.flatten(0, 1) for part in parts]  # (E * out, ...)
         shape = self.shape[0] * self.shape[2], self.shape[1]
         flat = dataclasses.replace(self, shape=shape, turned=False)
-        if out is not None and out.mT.is_contiguous():
-            flat.dense(as_stored, dtype, out.mT.flatten(0, 1))
-            return out
-        made = self.laid_out(flat.dense(as_stored, dtype).flatten())
-        for expert, values in () if out is None else zip(out, made, strict=True):
-            expert.copy_(values)  # one by one: torch turns a matrix faster than a stack of them
-        return made if out is None else out
+        if out is None:
+            return self.laid_out(flat.dense(as_stored, dtype).flatten())
+        flat.dense(as_stored, dtype, out.mT.view(shape))  # of memory that is laid out for it
+        return out
 
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *divisor = parts

@@ -14,7 +14,7 @@ from onn_core.weights.slots import DEVICE_ALIGNMENT, StreamedWeight
 
 NOT_EXCHANGED = (
     "the GPUs of this host could not exchange the parts of the weights: start all processes "
-    'again; with host_budget="0" each reads the weights for itself.'
+    "again, without ONN_GATHER=1, so that each copies all weights."
 )
 SMALLEST_BYTES = 1 << 20  # a smaller weight is copied sooner than it is exchanged
 

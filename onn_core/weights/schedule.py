@@ -114,11 +114,12 @@ class Schedule:
         self._planned = False
 
     def state(self) -> str:
-        """A checksum of what is resident and of what is laid down to be fetched."""
+        """A checksum of the order of use, what is resident, and what is laid down to be fetched."""
         weights = [slot.weight for slots in self._made.values() for slot in slots]
         queued = [one for size in self._sizes.values() for one in size.queue]
         said = [
             sorted(self.slots.items()),
+            [weight.name for unit in self.units for weight in unit],
             sorted(weight.name for weight in weights),
             sorted((one.weight.name, one.visit - self.visit) for one in queued),
         ]
