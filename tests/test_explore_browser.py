@@ -90,6 +90,14 @@ class Notebook:
         enabled = wait_for(lambda: (b := self.button(label)) and b.is_enabled() and b, label)
         enabled.send_keys(self.keys().SPACE)
 
+    def check_first(self):
+        """Space on the first check box that is shown, if there is one; the table may be redrawn."""
+        boxes = self.all("input[type=checkbox]")
+        box = next((b for b in boxes if b.is_displayed()), None)
+        if box is not None:
+            box.send_keys(self.keys().SPACE)
+        return box
+
     def open(self, title):
         """Show a panel."""
         tabs = self.all(".jupyter-widgets .lm-TabBar-tab")
@@ -201,8 +209,7 @@ def test_runs_are_drawn_together_continued_and_merged(lab):
     notebook.open("Runs")
     wait_for(lambda: "explore/2" in text(notebook.page), "the table")
     done = steps_of(folder, "2")
-    box = next(b for b in notebook.all("input[type=checkbox]") if b.is_displayed())
-    box.send_keys(notebook.keys().SPACE)
+    wait_for(notebook.check_first, "a box to check")
     wait_for(lambda: notebook.all("img[alt*='explore/1: loss']"), "the first run")
     screenshot(notebook, "runs")
     notebook.press("Continue")
