@@ -106,7 +106,7 @@ class Processes:
         return self.rank == 0
 
     @functools.cached_property
-    def gpus(self) -> Any:
+    def gather_group(self) -> Any:
         """The NCCL group of all, if they shall exchange weights: ONN_GATHER=1 says so.
 
         They are on one host then, whose GPUs reach each other's memory; else None.

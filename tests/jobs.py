@@ -146,8 +146,7 @@ def launched(n: int, each: str, **arguments: object) -> None:
 def run_gathering(small: list[str], output_dir: str, share: float, **changes: object) -> None:
     """A run that exchanges parts of weights, of any size, where a copy takes `share` of a step."""
     gathering.COPIED_SHARE, gather.SMALLEST_BYTES = share, 1
-    changes.setdefault("how", "finish")
-    run_until(small, output_dir, **changes)
+    (run_until if "how" in changes else run)(small, output_dir, **changes)
 
 
 def run_each(small: list[str], output_dir: str, runs: dict, resume: bool = False) -> None:
@@ -167,8 +166,6 @@ def run_until(
         if made.processes.rank == rank and len(made.record.steps) == after:
             if how == "stop":
                 made.stop.request()
-            elif how == "finish":
-                pass
             elif how == "error":
                 raise OSError("planted")
             else:

@@ -43,7 +43,7 @@ def launch(wide, folder, **given):
 
 def test_parts_that_are_exchanged_make_the_same_run(wide, tmp_path):
     for name, share in (("exchanged", ALWAYS), ("alone", NEVER)):
-        code, errors = launch(wide, tmp_path / name, **WIDE, share=share, rank=0, after=0)
+        code, errors = launch(wide, tmp_path / name, **WIDE, share=share)
         assert code == 0, errors
         steps = onn_core.RunRecord.load(tmp_path / name / "record.json").steps
         # The first fills the host store, and what follows an evaluation begins otherwise.

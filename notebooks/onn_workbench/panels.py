@@ -19,9 +19,7 @@ from onn_core.evaluate import token_losses
 from onn_workbench import preview, runs, sweep, tables
 
 THIS = "this run"
-BY_COMMAND = (
-    "by_command"  # the folder of a run that is started elsewhere, next to the numbered ones
-)
+BY_COMMAND = "by_command"  # the folder of a run that is started elsewhere; others are numbered
 # A text is told when it is left: told at each key, it would be late for a button behind it.
 WIDE = {"style": {"description_width": "110px"}, "continuous_update": False}
 WIDE["layout"] = {"width": "700px"}

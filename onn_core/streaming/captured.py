@@ -126,8 +126,7 @@ class Captures:
             number = taken[size] = taken.get(size, -1) + 1
             like = torch.empty(size, dtype=torch.uint8, device="meta")
             memory = self.fixed(("weight", number), like)
-            values = memory[: weight.dense_bytes].view(weight.dtype)
-            found.append(weight.source.laid_out(values).view(weight.shape))
+            found.append(weight.values_in(memory))
         return found
 
     def capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:

@@ -36,14 +36,15 @@ class Gathering:
         self._base, self._processes = base, processes
         self._gather: Gather | None = None
         self.in_step = False  # whether parts were exchanged in the latest step
-        if chooses_gather() and processes.gpus is None and processes.is_first:
+        if chooses_gather() and processes.gather_group is None and processes.is_first:
             warnings.warn(
                 "ONN_GATHER=1 does nothing here: it takes a process for each of several GPUs of "
                 "one host, which reach each other's memory.",
                 stacklevel=2,
             )
-        if processes.gpus is not None:
-            measured = processes.share(lambda: json.dumps(_measured(base)).encode())
+        if processes.gather_group is not None:
+            costs = dataclasses.asdict(measure_costs(base.device, base.dtype))
+            measured = processes.share(lambda: json.dumps(costs).encode())
             self._costs = Costs(**json.loads(measured))
             planner = base.streaming.planner
             planner.sizes = dataclasses.replace(planner.sizes, step_s=self._costs.step_s)
@@ -56,10 +57,11 @@ class Gathering:
         the passes of a step. shapes: rows, tokens of a row, and counted tokens, of each of its
         batches. before_s: seconds of the step before. OnnError if an exchange fails.
         """
-        group = self._processes.gpus
-        alike = self._fetches(shapes, before_s) if group else ""
-        heard = set(self._processes.meet(alike)) if group else {""}
-        self.in_step = heard == {alike} and alike != ""
+        group = self._processes.gather_group
+        if group is not None:
+            alike = self._fetches(shapes, before_s)
+            heard = set(self._processes.meet(alike))  # all meet, also those that will not gain
+            self.in_step = heard == {alike} and alike != ""
         if not self.in_step:
             yield
             return
@@ -92,7 +94,3 @@ class Gathering:
         visits = [(*size, math.ceil(n_counted / at_once)) for *size, n_counted in shapes]
         said = [lowest, visits, plan.n_resident, plan.n_reserved, streaming.captures.state]
         return state and f"{state} {zlib.crc32(repr(said).encode()):x}"
-
-
-def _measured(base: Any) -> dict[str, float]:
-    return dataclasses.asdict(measure_costs(base.device, base.dtype))

@@ -137,6 +137,11 @@ class StreamedWeight:
         begin = entry.offset - _first_page(entry) if in_page else 0
         return memory[begin : begin + self.n_bytes].view(self.dtype).view(self.shape)
 
+    def values_in(self, memory: torch.Tensor) -> torch.Tensor:
+        """(dense_bytes or more,) -> (shape), memory that its values fill, packed or not."""
+        values = memory[: self.dense_bytes].view(self.dtype)
+        return (self.source.laid_out(values) if self.packed else values).view(self.shape)
+
     def stored_tensors(self) -> list[torch.Tensor]:
         """Of a packed weight that is resident: what its source is made of, in the slot."""
         found, begin = [], 0
@@ -203,8 +208,7 @@ class Scratch:
         """
         memory, evicted = self._take(weight.dense_bytes, busy)
         self._held[weight] = memory
-        values = memory[: weight.dense_bytes].view(weight.dtype)
-        weight.dense = weight.source.laid_out(values).view(weight.shape)
+        weight.dense = weight.values_in(memory)
         with torch.no_grad():
             weight.fill_dense()
         return evicted
