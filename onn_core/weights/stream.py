@@ -245,13 +245,13 @@ class WeightStream:
         if self.copy_stream is None:
             weight.tensor = weight.host
             return
-        weight.tensor = weight.view(slot.memory)
-        if self.gather is not None and self.gather.copy(weight):
-            return
-        self.copy_stream.wait_event(slot.used)
-        with torch.cuda.stream(self.copy_stream):
-            weight.tensor.copy_(weight.host, non_blocking=True)
-        slot.filled.record(self.copy_stream)
+        tensor = weight.view(slot.memory)
+        if self.gather is None or not self.gather.copy(weight):
+            self.copy_stream.wait_event(slot.used)
+            with torch.cuda.stream(self.copy_stream):
+                tensor.copy_(weight.host, non_blocking=True)
+            slot.filled.record(self.copy_stream)
+        weight.tensor = tensor  # last: who sees it without the lock waits for `filled`
 
     def _fail(self, error: Exception) -> None:
         self._error = self._error or error
