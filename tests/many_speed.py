@@ -4,7 +4,7 @@ phi-4's geometry at random (8 layers), in a control group of 4 GiB, one sample o
 and run, rows of real text. Each number of runs is trained in a process of its own, with other
 learning rates and seeds. The ratio is n steps of the run alone over one step of n runs together;
 its limit is the same ratio of the machine's ceilings, T_io = bytes read / bandwidth and T_c = 6 P
-tokens / FLOP/s, each the larger of both.
+tokens / FLOP/s, each the larger of both. The FLOP/s are those at the rows of a shared product.
 """
 
 import json
@@ -16,13 +16,14 @@ import tempfile
 from pathlib import Path
 
 import onn_core
+from onn_core.memory.together import SHARED_ROWS
 from onn_core.record import describe_environment, write_json
 from onn_core.run.estimate import geometry_of
 from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import prepare
 from onn_workbench.bench import evict, measure_ceilings, memory_cap
 
-N_RUNS = (1, 8)
+N_RUNS = (1, 2, 4, 8, 16, 32)  # or as in ONN_RUNS=1,8
 N_TOKENS = 16
 N_STEPS = 4  # the first is not timed
 CAP_BYTES, BUDGET_BYTES = 4 << 30, 3 << 30
@@ -80,18 +81,21 @@ def main() -> None:
             Path(group).write_text(str(os.getpid()))
         print(json.dumps(train(folder, int(n_runs))))
         return
+    all_n = [int(n) for n in os.environ.get("ONN_RUNS", "").split(",") if n] or N_RUNS
     n_layers = int(sys.argv[2]) if len(sys.argv) > 2 else 8
     # FOLDER: of the same geometry with a tokenizer, where the default model is not installed.
     folder = Path(sys.argv[3]) if len(sys.argv) > 3 else prepare("phi-4", n_layers)
     sizes = geometry_of(geometry("phi-4", n_layers))
     # forward, recompute and dL/dh of the layers; the head has no recompute
     run_flops = N_TOKENS * (6 * sizes.layer_parameters * n_layers + 4 * sizes.head_parameters)
-    before = measure_ceilings(folder, [N_TOKENS], "cpu")
+    shared = {n: min(n * N_TOKENS, SHARED_ROWS) for n in all_n}  # rows of a product
+    counts = sorted(set(shared.values()))
+    before = measure_ceilings(folder, counts, "cpu")
     rows = []
-    for n_runs in N_RUNS:
+    for n_runs in all_n:
         rows.append(measure(folder, n_runs))
         print(json.dumps(rows[-1]), flush=True)
-    after = measure_ceilings(folder, [N_TOKENS], "cpu")
+    after = measure_ceilings(folder, counts, "cpu")
     ceilings = before.mean(after)
     alone, limits_s = rows[0], {}
     for row in rows:
@@ -99,7 +103,7 @@ def main() -> None:
             continue
         n = row["runs"]
         read_s = row["bytes_read"] / ceilings.read_bytes_per_s
-        limits_s[n] = max(read_s, n * run_flops / ceilings.flops_per_s[N_TOKENS])
+        limits_s[n] = max(read_s, n * run_flops / ceilings.flops_per_s[shared[n]])
         row["ratio"] = n * alone["step_s"] / row["step_s"]
         row["limit_of_ratio"] = n * limits_s[1] / limits_s[n]
         row["percent_of_limit"] = 100 * limits_s[n] / row["step_s"]
@@ -111,8 +115,8 @@ def main() -> None:
         "cap_bytes": CAP_BYTES,
         "budget_bytes": BUDGET_BYTES,
         "read_bytes_per_s": ceilings.read_bytes_per_s,
-        "flops_per_s": ceilings.flops_per_s[N_TOKENS],
-        "disturbed": before.disturbed(after, ("read", N_TOKENS)),
+        "flops_per_s": ceilings.flops_per_s,
+        "disturbed": before.disturbed(after, ("read", *counts)),
         "rows": rows,
     }
     write_json(sys.argv[1], record)

@@ -16,6 +16,7 @@ import onn_core
 from onn_core import many
 from onn_core.__main__ import main
 from onn_core.errors import ConfigError, NonFiniteError, TooManyRunsError
+from onn_core.ops import matmul
 from onn_core.run.checkpoints import Checkpoints
 from onn_core.streaming.together import Together
 from onn_core.weights.reader import DirectFiles
@@ -86,6 +87,82 @@ def test_families(family, own, tmp_path):
     alone(model, tmp_path / "alone", runs)
     for name in runs:
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def count_rows(monkeypatch):
+    """A list of the rows of every product of a frozen weight that is made."""
+    rows, multiply = [], matmul._matmul
+
+    def counted(x, *given):
+        rows.append(x.numel() // x.shape[-1])
+        return multiply(x, *given)
+
+    monkeypatch.setattr(matmul, "_matmul", counted)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_runs_share_their_products_and_keep_their_bits(dtype, small, tmp_path, monkeypatch):
+    """Rows of three runs, each at most 4 x 13, are one matrix, forward and in every recompute."""
+    same = {
+        "batch_size": 4,
+        "max_length": 16,
+        "packing": True,
+        "completion_only": False,
+        "micro_batch_size": None,
+    }
+    same |= {"max_steps": 4, "eval_every": 0, "dtype": dtype, "lora_dropout": 0.0}
+    runs = {str(seed): same | {"seed": seed, "learning_rate": 0.01 * seed} for seed in (1, 2, 3)}
+    alone(small, tmp_path / "alone", runs)
+    rows = count_rows(monkeypatch)
+    together(small, tmp_path / "many", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+    if dtype != "bfloat16":  # whose toy matrices may be multiplied in another order
+        assert max(rows) > 2 * 52
+        monkeypatch.setattr("onn_core.streaming.together.SHARED_ROWS", 110)
+        rows.clear()
+        together(small, tmp_path / "two", runs)
+        assert 52 < max(rows) <= 128
+
+
+def test_products_whose_bits_would_change_are_made_apart(small, tmp_path, monkeypatch):
+    """A product that depends on the number of its rows, as libraries' do for very few."""
+    multiply = matmul._matmul
+
+    def uneven(x, weight, bias=None):
+        n_rows = x.numel() // x.shape[-1]
+        return multiply(x, weight, bias) * (1 + n_rows / 1e4)
+
+    monkeypatch.setattr(matmul, "_matmul", uneven)
+    same = {"batch_size": 4, "max_length": 16, "packing": True, "completion_only": False}
+    same |= {"max_steps": 3, "dtype": "float16"}  # which a run alone multiplies by it, too
+    runs = {str(seed): same | {"seed": seed} for seed in (1, 2)}
+    alone(small, tmp_path / "alone", runs)
+    together(small, tmp_path / "many", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def test_an_error_in_a_shared_product_ends_every_run(small, tmp_path, monkeypatch):
+    multiply = matmul._matmul
+
+    def fails(x, *given):
+        if x.numel() // x.shape[-1] > 64:
+            raise MemoryError("no room for the rows")
+        return multiply(x, *given)
+
+    monkeypatch.setattr(matmul, "_matmul", fails)
+    same = {
+        "batch_size": 4,
+        "max_length": 16,
+        "packing": True,
+        "completion_only": False,
+        "max_steps": 3,
+        "eval_every": 0,
+    }
+    with pytest.raises(MemoryError, match="no room"):
+        together(small, tmp_path, {str(seed): same | {"seed": seed} for seed in (1, 2)})
 
 
 def test_the_order_of_runs_and_their_neighbours_change_nothing(small, tmp_path):

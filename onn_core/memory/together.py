@@ -5,8 +5,9 @@
 
 import dataclasses
 import functools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from onn_core.errors import ConfigError, TooManyRunsError
 from onn_core.memory.plan import Plan, make_plan
@@ -15,6 +16,9 @@ from onn_core.memory.planner import Planner
 # What a model holds while it waits for another between two layers, in boundary activations: its
 # present one with its gradient, and at a head of several blocks two float32 sums.
 WAITING = 6
+# Rows in one product on a CPU, at most: more are not faster, and the activations of the models that
+# share it are in memory at once.
+SHARED_ROWS = 256
 
 
 @dataclasses.dataclass
@@ -28,6 +32,11 @@ class Part:
     micro_batch_size: int = 1
     n_trained: int = 0  # parameters
     activations: int = 0  # bytes, of its largest visit
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.n_tokens
 
     def batch_bytes(self) -> int:
         """A boundary activation of the whole batch."""
@@ -100,10 +109,15 @@ def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
     others = [part for part in parts if part is not largest]
     saved = sum(n_layers * part.batch_bytes() for part in others) if place == "memory" else 0
     held = sum(part.planner.sizes.held_bytes + WAITING * part.batch_bytes() for part in others)
-    if not largest.planner.sizes.on_cpu:  # its head has the sums of all tokens, in one round
+    visit_bytes = largest.planner.sizes.visit_bytes
+    if largest.planner.sizes.on_cpu:  # models that share products are in a visit at once
+        at_once = min(SHARED_ROWS, sum(part.n_rows for part in parts)) / largest.n_rows
+        visit_bytes = _scaled(visit_bytes, max(1, math.ceil(at_once)))
+    else:  # its head has the sums of all tokens, in one round
         held += WAITING * largest.batch_bytes()
     sizes = dataclasses.replace(
         largest.planner.sizes,
+        visit_bytes=visit_bytes,
         held_bytes=largest.planner.sizes.held_bytes + held + saved,
         n_trained=sum(part.n_trained for part in parts),
         n_back=0,
@@ -119,3 +133,10 @@ def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
     terms = plan.terms
     there, boundaries = terms.always_there - saved, terms.boundaries + saved
     return plan.with_terms(dataclasses.replace(terms, always_there=there, boundaries=boundaries))
+
+
+def _scaled(
+    visit_bytes: Callable[[int, int], tuple[int, int, int]], factor: int
+) -> Callable[[int, int], tuple[int, int, int]]:
+    """What so many visits of (B, T) take at once."""
+    return lambda batch_size, n_tokens: visit_bytes(factor * batch_size, n_tokens)

@@ -10,8 +10,10 @@ float16 on a CPU goes the same way, because its own matmul runs at a few GFLOP/s
 every result is rounded to float16, as tensor cores do.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,26 @@ from onn_core.ops.blocks import blocks_of
 
 BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
 FEW_TOKENS = 64  # up to here the block is the better left operand
+
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def products_by(multiply: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, in this thread, products of frozen weights are made by `multiply`.
+
+    It is given a function of activations (..., C), weight and perhaps bias, and these: it returns
+    what the function would.
+    """
+    _of_thread.multiply = multiply
+    try:
+        yield
+    finally:
+        del _of_thread.multiply
+
+
+def _by_others() -> Callable[..., torch.Tensor] | None:
+    return getattr(_of_thread, "multiply", None)
 
 
 def has_fast_matmul(dtype: torch.dtype) -> bool:
@@ -49,8 +71,14 @@ def prepare_linear(
     narrow = cast_in_cache(stored, wanted, device)
     if type(module) is not nn.Linear or not (narrow or in_float32(wanted, device)):
         return wanted
-    module.forward = functools.partial(_linear_forward, module)
+    use_matmul(module)
     return stored if narrow else wanted
+
+
+def use_matmul(module: nn.Module) -> None:
+    """Let a plain linear layer multiply by `linear`."""
+    if type(module) is nn.Linear and "forward" not in module.__dict__:
+        module.forward = functools.partial(_linear_forward, module)
 
 
 def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -59,8 +87,13 @@ def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., C) times weight (V, C) transposed, plus bias (V,) -> (..., V), in the dtype of x."""
+    multiply = _by_others()
+    return _matmul(x, weight, bias) if multiply is None else multiply(_matmul, x, weight, bias)
+
+
+def _matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if in_float32(x.dtype, x.device):
-        return matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        return _matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     parts = _row_blocks(weight)
     if weight.dtype == x.dtype or len(parts) == 1:
         return F.linear(x, weight.to(x.dtype), bias)
@@ -81,8 +114,13 @@ def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """grad (..., V) times weight (V, C) -> (..., C), in the dtype of grad."""
+    multiply = _by_others()
+    return _matmul_grad(grad, weight) if multiply is None else multiply(_matmul_grad, grad, weight)
+
+
+def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if in_float32(grad.dtype, grad.device):
-        return matmul_grad(grad.float(), weight).to(grad.dtype)
+        return _matmul_grad(grad.float(), weight).to(grad.dtype)
     parts = _row_blocks(weight)
     if weight.dtype == grad.dtype or len(parts) == 1:
         return grad @ weight.to(grad.dtype)
@@ -98,8 +136,10 @@ def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` for a frozen weight (V, C) of any dtype: x (..., C), bias (V,) -> (..., V)."""
     if weight.dtype == x.dtype and not in_float32(x.dtype, x.device):
-        return F.linear(x, weight, bias)
-    if bias is not None and bias.requires_grad:
+        trained = bias is not None and bias.requires_grad
+        if _by_others() is None or trained or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, bias)
+    elif bias is not None and bias.requires_grad:
         return _Matmul.apply(x, weight, None) + bias
     return _Matmul.apply(x, weight, bias)
 

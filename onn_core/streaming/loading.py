@@ -30,6 +30,7 @@ from onn_core.ops.matmul import (
     in_one_block,
     linear,
     prepare_linear,
+    use_matmul,
 )
 from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import n_local
@@ -236,6 +237,9 @@ def open_streamed(
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)
+        for binding in own if member is not None and device.type == "cpu" else ():
+            if not binding.weight.packed:  # its products may be those of all members
+                use_matmul(binding.module)
         streamed_layers.append(StreamedLayer(layer, weights))
         layer.forward = streamed_layers[-1]
     rows = None

@@ -2,24 +2,73 @@
 
 Each model runs in a thread of its own, and one thread runs at a time. They meet at the beginning of
 every visit, where the one goes on whose visit comes first in the order of a step: all of them visit
-a layer, one after another, before any visits the next, and the stream sees one visit. What a model
-computes, and in which order, is what it would compute alone, with its own random numbers; so its
-results are equal bit for bit, whatever the others do, end or fail.
+a layer before any visits the next, and the stream sees one visit. What a model computes, and in
+which order, is what it would compute alone, with its own random numbers; so its results are equal
+bit for bit, whatever the others do, end or fail.
+
+On a CPU they meet at products of frozen weights, too: a few rows of each model are one matrix,
+which is multiplied several times as fast. A row's sums do not depend on the rows beside it unless
+its model has very few; that is not taken on trust but seen, for each shape and number of rows.
 """
 
 import copy
+import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from onn_core.memory.process import memory_bytes
-from onn_core.memory.together import Part, plan_together
+from onn_core.memory.together import SHARED_ROWS, Part, plan_together
+from onn_core.ops.matmul import products_by
 from onn_core.streaming.passes import random_state, set_random_state
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import CLOSE_S, WeightStream
+
+# Products at once have one of these numbers of rows, with zeros below: few, so that it is soon seen
+# for each of them whether it changes a bit.
+ROWS_AT_ONCE = (32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclasses.dataclass(eq=False)
+class Product:
+    """Rows (..., C) of a member that wait to be multiplied by a frozen weight."""
+
+    multiply: Callable[..., torch.Tensor]
+    rows: torch.Tensor
+    given: tuple[torch.Tensor | None, ...]  # weight, perhaps bias
+    result: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.numel() // max(1, self.rows.shape[-1])
+
+    @property
+    def waits(self) -> bool:
+        return self.result is None and self.error is None
+
+    @property
+    def kind(self) -> tuple:
+        """Products of one kind are made at once."""
+        weight, rows = self.given[0], self.rows
+        return self.multiply, weight.data_ptr(), weight.shape, rows.dtype, rows.shape[-1]
+
+    def size(self, n_all: int) -> tuple:
+        """On what the order of a row's sums may depend in a product of `n_all` rows."""
+        weight = self.given[0]
+        return self.multiply, weight.shape, weight.dtype, self.rows.dtype, self.n_rows, n_all
+
+    def alone(self) -> torch.Tensor:
+        return self.multiply(self.rows, *self.given)
+
+
+def _tells(result: torch.Tensor) -> bool:
+    """Whether another order of the sums would show: not in zeros, nor beside a NaN."""
+    return bool(8 * result.count_nonzero() > result.numel() and result.isfinite().all())
 
 
 class Together:
@@ -27,6 +76,7 @@ class Together:
 
     def __init__(self) -> None:
         self.members: list[Member] = []
+        self._is_same: dict[tuple, bool] = {}  # `Product.size` -> equal to the product alone
         self.stream: WeightStream | None = None
         self.memory_before = memory_bytes()  # of the process
         self.entered: tuple[int, int] | None = None  # the place of the visit that the stream is in
@@ -66,9 +116,63 @@ class Together:
         self._first = []
 
     def next(self) -> None:
-        """Wake the member whose visit comes first."""
+        """Wake the member that goes on."""
         if self.members:
-            min(self.members, key=lambda member: member.place).turn.release()
+            self.first().turn.release()
+
+    def first(self) -> "Member":
+        """The member whose visit comes first, among those that wait for no product.
+
+        Where none of a visit is left that may go on, the products are made for which they wait.
+        """
+        while True:
+            waiting = [m for m in self.members if m.product is not None and m.product.waits]
+            ready = [m for m in self.members if m not in waiting]
+            first = min(ready, key=lambda member: member.place, default=None)
+            if not waiting or (first is not None and self._may_visit(first, waiting[0])):
+                return first
+            self._multiply([member.product for member in waiting])
+
+    def _may_visit(self, member: "Member", waiting: "Member") -> bool:
+        """Whether a member goes on, or begins its visit, while others wait in theirs."""
+        if member.place[:2] != waiting.place[:2]:
+            return member.place < waiting.place
+        n_rows = sum(one.n_rows for one in self.members if one.visiting)
+        return member.visiting or n_rows + member.n_rows <= SHARED_ROWS
+
+    @torch.no_grad()
+    def _multiply(self, products: Sequence[Product]) -> None:
+        """Make the products of one kind: at once, as far as that is known to change no bit."""
+        products = [one for one in products if one.kind == products[0].kind]
+        try:
+            if len(products) > 1:
+                self._multiply_at_once(products)
+            for one in products:
+                if one.waits:
+                    one.result = one.alone()
+        except Exception as error:  # raised in the threads that wait
+            for one in products:
+                one.error = error
+
+    def _multiply_at_once(self, products: Sequence[Product]) -> None:
+        """Give each the result that equals its own; the first time its own is made, too."""
+        n_rows = sum(one.n_rows for one in products)
+        n_all = next((n for n in ROWS_AT_ONCE if n >= n_rows), n_rows)
+        if not any(self._is_same.get(one.size(n_all), True) for one in products):
+            return
+        first, start = products[0], 0
+        rows = first.rows.new_zeros(n_all, first.rows.shape[-1])
+        torch.cat([one.rows.reshape(-1, rows.shape[1]) for one in products], out=rows[:n_rows])
+        every = first.multiply(rows, *first.given)
+        for one in products:
+            result = every[start : start + one.n_rows].reshape(*one.rows.shape[:-1], -1)
+            start, size = start + one.n_rows, one.size(n_all)
+            if self._is_same.get(size):
+                one.result = result.clone()  # of its own: a layer changes it in place
+            elif size not in self._is_same:
+                one.result = one.alone()
+                if _tells(one.result):
+                    self._is_same[size] = torch.equal(one.result, result)
 
 
 class Member:
@@ -87,12 +191,18 @@ class Member:
         self.n_passes = 0
         self.turn = threading.Semaphore(0)
         self.check: Callable[[], None] = lambda: None
-        self._is_last = True  # of those that visit a unit
+        self.visiting = False  # it has begun the visit of its place
+        self.n_rows = 0  # of a micro-batch, in tokens
+        self.product: Product | None = None
+        self.away_s = 0.0  # in which others ran while it waited for a product
+        self._by_request = False  # matrix by matrix
+        self._shares = False  # whether products are shared in this visit
+        self._released: set[StreamedWeight] = set()  # in this visit
 
     def __getattr__(self, name: str) -> Any:
         """All that is not defined here is the stream's own: units, counts, wait, request ...
 
-        Here are `enter`, `release` and `close`, which depend on the other members.
+        Here is what depends on the other members.
         """
         return getattr(self.together.stream, name)
 
@@ -106,7 +216,7 @@ class Member:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             # CUDA's one backward thread would wait here for one model while another needs it.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), products_by(self.multiply):
                 work()
         finally:
             self.leave()
@@ -119,19 +229,40 @@ class Member:
             together.members.append(self)
         visit = 2 * n_units - unit if phase == "backward" else unit
         n_passes, last, number = self.place
+        self.visiting, self._released = False, set()
         self.place = (n_passes + (visit <= last), visit, number)
         self.lowest = lowest
         self._wait_for_turn()
         while visit == 0 and self._gives_way():
             self.place = (self.place[0] + 1, visit, number)
             self._wait_for_turn()
+        self.visiting = True
         trained = [m.lowest for m in together.members if m.lowest is not None]
         return min(trained, default=None)
 
+    def multiply(
+        self, multiply: Callable[..., torch.Tensor], rows: torch.Tensor, *given: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The product of rows (..., C) with a frozen weight, made with those of other members."""
+        product = Product(multiply, rows, given)
+        here = (m.place[:2] == self.place[:2] for m in self.together.members if m is not self)
+        is_plain = not (torch.is_grad_enabled() and rows.requires_grad)
+        shares = self._shares and self.visiting and is_plain
+        if not (shares and product.n_rows < SHARED_ROWS and any(here)):
+            return product.alone()
+        self.product, started = product, time.perf_counter()
+        self._wait_for_turn()
+        self.product = None
+        self.away_s += time.perf_counter() - started
+        if product.error is not None:
+            raise product.error
+        return product.result
+
     def _wait_for_turn(self) -> None:
-        if min(member.place for member in self.together.members) != self.place:
+        first = self.together.first()
+        if first is not self:
             before = random_state(self.device)
-            self.together.next()
+            first.turn.release()
             self.turn.acquire()
             set_random_state(before, self.device)
 
@@ -152,17 +283,31 @@ class Member:
         Where a layer is streamed matrix by matrix (without `request`), nothing is shared.
         """
         together, here = self.together, self.place[:2]
-        others = [member.place[:2] for member in together.members if member is not self]
-        self._is_last = not request or here not in others
+        self._by_request = not request
+        weights = self.units[future[0].unit]
+        in_scratch = any(weight.packed and not weight.in_blocks for weight in weights)
+        self._shares = request and self.device.type == "cpu" and not in_scratch
         together.stream.check = self.check
         if request and together.entered == here:
             self.check()
-            return self.units[future[0].unit]
+            return weights
         together.entered = here if request else None
         return together.stream.enter(future, request)
 
+    def request(self, weight: StreamedWeight) -> None:
+        self._released.discard(weight)
+        self.together.stream.request(weight)
+
+    def wait(self, weight: StreamedWeight) -> torch.Tensor:
+        self._released.discard(weight)
+        return self.together.stream.wait(weight)
+
     def release(self, weight: StreamedWeight) -> None:
-        if self._is_last:
+        """As the stream's, once no other member needs the weight in this visit."""
+        self._released.add(weight)
+        here = self.place[:2]
+        others = [m for m in self.together.members if m is not self and m.place[:2] == here]
+        if self._by_request or all(weight in member._released for member in others):
             self.together.stream.release(weight)
 
     def fit(self, batch_size: int, n_tokens: int, n_trained: int, n_back: int) -> None:
@@ -170,6 +315,7 @@ class Member:
         planner = self.part.planner
         before = planner.plan
         planner.fit(batch_size, n_tokens, n_trained, n_back)
+        self.n_rows = min(batch_size, planner.micro_batch_size or batch_size) * n_tokens
         if planner.plan is not before or not self.part.n_trained:
             self.part.ask(batch_size, n_tokens, n_trained, planner.plan)
             self.together.plan()
@@ -183,6 +329,7 @@ class Member:
 
     def leave(self) -> None:
         """The others go on without this one."""
+        self.visiting = False
         if self in self.together.members:
             self.together.members.remove(self)
 

@@ -101,14 +101,19 @@ class Streaming:
         weights = self.stream.enter(future, request=wait or not by_matrix)
         for weight in weights if wait else ():
             self.stream.wait(weight)
-        started, waited_s = time.perf_counter(), counts.wait_s
+        started, before_s = time.perf_counter(), counts.wait_s + self._away_s
         try:
             yield
         finally:
             stopped = time.perf_counter()
-            self.seconds[phase] += stopped - started - (counts.wait_s - waited_s)
+            waited_s = counts.wait_s + self._away_s - before_s
+            self.seconds[phase] += max(0.0, stopped - started - waited_s)
             if self.trace is not None:
                 self.trace.append((phase, unit, started, stopped))
+
+    @property
+    def _away_s(self) -> float:
+        return 0.0 if self.member is None else self.member.away_s
 
     def step_uses(self, lowest: int | None) -> list[Use]:
         """The visits of a whole step: forward, head, and backward down to layer `lowest`."""
