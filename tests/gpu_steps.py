@@ -18,13 +18,13 @@ from pathlib import Path
 
 import peft
 import torch
-from gpu_peers import MODULES, is_installed
 from transformers import AutoModelForCausalLM
 
 import onn_core
 from onn_core.record import describe_environment, write_json
 from onn_core.weights.geometry import geometry
 from onn_core.weights.random_model import write_random_model
+from onn_workbench import streamers
 
 CASES = ((1, 512), (8, 128), (32, 128), (32, 512), (128, 128))
 # (memory_budget, quantize); no budget: PEFT, all resident
@@ -106,7 +106,7 @@ def main() -> None:
 
         for setting in SETTINGS[:2]:  # peers in the middle: a machine's speed may drift
             run(setting)
-        for system in filter(is_installed, MODULES):
+        for system in filter(streamers.is_installed, streamers.PACKAGES):
             command = [sys.executable, Path(__file__).with_name("gpu_peers.py"), system, folder]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
             found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]

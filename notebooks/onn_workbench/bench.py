@@ -30,7 +30,7 @@ from onn_core.streaming.loading import from_pretrained
 from onn_core.streaming.skeleton import resolve_device
 from onn_core.weights.folder import ModelFolder
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
-from onn_workbench.peers import SYSTEMS, UNCAPPED, run_steps
+from onn_workbench.peers import REPORTS_LAYERS, SYSTEMS, UNCAPPED, run_steps
 from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 
 RUNS = (
@@ -165,14 +165,17 @@ def benchmark(
     budget: int | None = None,
     n_steps: int = 3,
     device: str = "auto",
+    sparse_layers: str = REPORTS_LAYERS,
+    quantize: str | None = None,
     on_row: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """Each of `runs` in a process of its own, inside one cap: the record.
 
     cap: bytes of a process, on CUDA of the device's allocator. host_cap: on CUDA, bytes of the
     process, its files' pages included, except for "cached". budget: what this project may fill
-    of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. on_row: called with the rows
-    so far, without limits, after each run.
+    of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. sparse_layers: with LoRA.
+    quantize: of this project's runs, see `from_pretrained`. on_row: called with the rows so far,
+    without limits, after each run.
     """
     where = resolve_device(device)
     token_counts = sorted({run.batch_size * run.sequence for run in runs})
@@ -192,7 +195,9 @@ def benchmark(
             capped &= group is not None or of_host is None
             settings |= dataclasses.asdict(run) | {"model_dir": str(folder), "n_steps": n_steps}
             own_room = None if run.system in UNCAPPED else room
-            settings |= {"device": device, "room_bytes": budget if run.system in OWN else own_room}
+            own = {"room_bytes": budget} | ({"quantize": quantize} if quantize else {})
+            settings |= {"device": device, "sparse_layers": sparse_layers}
+            settings |= own if run.system in OWN else {"room_bytes": own_room}
             row, why = _measure(settings, group)
         if row is None:
             failed[str(run)] = why
@@ -211,6 +216,7 @@ def benchmark(
         "host_cap_bytes": host_cap,
         "capped": capped,
         "budget_bytes": budget,
+        "quantize": quantize,
         "ceilings": {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},
         "disturbed": before.disturbed(after, limits),
         "failed": failed,
@@ -264,6 +270,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one more")
     parser.add_argument("--cap", default="4GiB", help="memory of each process; none for no cap")
     parser.add_argument("--budget", help="memory_budget of this project; the cap less 1 GiB")
+    parser.add_argument("--host-cap", help="on a GPU, memory of each process in the host")
+    parser.add_argument("--sparse-layers", default=REPORTS_LAYERS, help="those with LoRA, or all")
+    parser.add_argument("--quantize", help="int8 or nf4, of this project's runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--group", help=argparse.SUPPRESS)
@@ -278,8 +287,12 @@ def main() -> None:
             parse_runs(arguments.runs, arguments.sequence),
             cap=None if arguments.cap == "none" else parse_bytes(arguments.cap),
             budget=None if arguments.budget is None else parse_bytes(arguments.budget),
+            host_cap=None if arguments.host_cap is None else parse_bytes(arguments.host_cap),
+            sparse_layers=arguments.sparse_layers,
+            quantize=arguments.quantize,
             n_steps=arguments.steps,
             device=arguments.device,
+            on_row=lambda rows: write_json(arguments.out, {"rows": rows}),
         )
     except OnnError as error:
         parser.exit(1, f"{error}\n")

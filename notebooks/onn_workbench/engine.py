@@ -24,6 +24,19 @@ def count_reserved_graphs(model: Any) -> int:
     return model.count_reserved_graphs() if isinstance(model, StreamedModel) else 0
 
 
+def plan(model: Any) -> dict[str, Any]:
+    """What a step was planned as; nothing for a peer's."""
+    if not isinstance(model, StreamedModel):
+        return {}
+    taken = model.plan
+    return {
+        "resident_layers": taken.n_resident,
+        "boundaries": taken.boundaries,
+        "captured": taken.captured,
+        "planned_peak_bytes": taken.peak_bytes,
+    }
+
+
 def micro_batch_size(model: Any, batch_size: int) -> int:
     """Samples that go through a layer together; a peer's are all of them."""
     own = model.micro_batch_size if isinstance(model, StreamedModel) else None

@@ -6,11 +6,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from onn_core.adapters.lora import linear_names, select_layers
 from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_memory
@@ -20,11 +21,12 @@ from onn_core.streaming.loading import open_streamed
 from onn_core.streaming.skeleton import decoder_layers, resolve_device
 from onn_core.streaming.visits import Event
 from onn_core.weights.folder import ModelFolder
+from onn_core.weights.geometry import empty_model
 from onn_core.weights.host import Staging
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
-from onn_workbench import engine
+from onn_workbench import engine, streamers
 
 SYSTEMS = {
     "onn": "this project",
@@ -33,10 +35,13 @@ SYSTEMS = {
     "mapped": "transformers + PEFT, activation checkpointing, weights mapped from their files, or "
     "cast when they are loaded where a CPU needs float32 and has room for it",
     "offload": "accelerate's disk offload of what does not fit, activation checkpointing",
+    "soup": "soup-cli's streaming, weights in pinned host memory, no cap (where it is installed)",
+    "trainstream": "TrainStream, weights in host memory, no cap (where it is installed)",
     "in_memory": "transformers + PEFT, activation checkpointing, all weights in memory, no cap",
     "unbounded": "transformers + PEFT, all weights and activations in memory, no cap",
 }
-UNCAPPED = ("in_memory", "unbounded")
+REPORTS_LAYERS = "ends:4"  # those that have LoRA in the report: the first four and the last
+UNCAPPED = ("soup", "trainstream", "in_memory", "unbounded")
 
 
 class NothingResident(WeightStream):
@@ -71,21 +76,28 @@ def run_steps(
     n_steps: int,
     device: str = "auto",
     room_bytes: int | None = None,
+    sparse_layers: str = REPORTS_LAYERS,
     **settings: Any,
 ) -> dict[str, Any]:
     """`n_steps` timed training steps, after one more, of one system: a row of the table.
 
-    room_bytes: what the system may fill; settings: those of `from_pretrained`. Peak memory counts
-    from before the model was opened. The row's `timeline` is the last step's.
+    room_bytes: what the system may fill; sparse_layers: those with LoRA, see `TrainConfig`;
+    settings: those of `from_pretrained`. Peak memory counts from before the model was opened. The
+    row's `timeline` is the last step's.
     """
     torch.manual_seed(0)
     where = resolve_device(device)
     memory_before = memory_bytes()
     reset_peak_memory(where)
-    base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
-    model, trained = add_adapters(base, where)
+    if system in streamers.OPENERS:
+        lora, trained = lora_config(AutoConfig.from_pretrained(model_dir), sparse_layers)
+        base = model = streamers.OPENERS[system](Path(model_dir), lora)
+        read_so_far = functools.partial(engine.process_bytes, "read_bytes")
+    else:
+        base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
+        model, trained = add_adapters(base, where, sparse_layers)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(parameters, lr=1e-4)
     n_resident, update_started = 0, 0.0
 
     def forward_is_done(*_: Any) -> None:
@@ -123,9 +135,10 @@ def run_steps(
         "trained_layers": trained,
         "kept_layers": n_layers if system == "unbounded" else n_resident,
         "trainable": sum(p.numel() for p in parameters),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(getattr(model, "dtype", base.config.dtype)).removeprefix("torch."),
         "batch_size": batch_size,
         "micro_batch_size": engine.micro_batch_size(base, batch_size),
+        **engine.plan(base),
         "sequence": sequence,
         **middle,
         "step_s_all": [step["step_s"] for step in steps[1:]],
@@ -134,6 +147,7 @@ def run_steps(
         "samples_per_s": batch_size / step_s,
         "tokens_per_s": batch_size * sequence / step_s,
         "peak_memory_bytes": peak_memory_bytes(where, memory_before),
+        "reserved_bytes": torch.cuda.max_memory_reserved(where) if where.type == "cuda" else None,
         "losses": losses,
         "timeline": merge_reads(events, started),
     }
@@ -197,17 +211,28 @@ def peer_dtype(model_dir: str, device: torch.device, room_bytes: int | None) -> 
     return torch.float32 if slow and fits else "auto"
 
 
-def add_adapters(model: PreTrainedModel, device: torch.device) -> tuple[Any, list[int]]:
-    """The report's LoRA on its layers (first and last four), and which those are."""
-    n_layers = model.config.num_hidden_layers
-    trained = select_layers("all" if n_layers <= 8 else "ends:4", n_layers)
+def lora_config(config: PreTrainedConfig, sparse_layers: str) -> tuple[peft.LoraConfig, list[int]]:
+    """The report's LoRA on the linear layers of `sparse_layers`, and which those are.
+
+    A model of 8 layers or fewer has it in all of them.
+    """
+    n_layers = config.num_hidden_layers
+    trained = select_layers(sparse_layers if n_layers > 8 else "all", n_layers)
     lora = peft.LoraConfig(
         r=8,
         lora_alpha=16,
-        target_modules=linear_names(decoder_layers(model)),
+        target_modules=linear_names(decoder_layers(empty_model(config, torch.float32))),
         layers_to_transform=None if len(trained) == n_layers else trained,
         task_type="CAUSAL_LM",
     )
+    return lora, trained
+
+
+def add_adapters(
+    model: PreTrainedModel, device: torch.device, sparse_layers: str = REPORTS_LAYERS
+) -> tuple[Any, list[int]]:
+    """The model with `lora_config`, and which layers have it."""
+    lora, trained = lora_config(model.config, sparse_layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(model, lora).train()
