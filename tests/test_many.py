@@ -144,7 +144,8 @@ def test_products_whose_bits_would_change_are_made_apart(small, tmp_path, monkey
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
-def test_an_error_in_a_shared_product_ends_every_run(small, tmp_path, monkeypatch):
+def test_a_shared_product_that_fails_is_made_apart(small, tmp_path, monkeypatch):
+    """As where there is no memory for the rows of all."""
     multiply = matmul._matmul
 
     def fails(x, *given):
@@ -153,16 +154,26 @@ def test_an_error_in_a_shared_product_ends_every_run(small, tmp_path, monkeypatc
         return multiply(x, *given)
 
     monkeypatch.setattr(matmul, "_matmul", fails)
-    same = {
-        "batch_size": 4,
-        "max_length": 16,
-        "packing": True,
-        "completion_only": False,
-        "max_steps": 3,
-        "eval_every": 0,
+    same = {"batch_size": 4, "max_length": 16, "packing": True, "completion_only": False}
+    runs = {str(seed): same | {"seed": seed, "max_steps": 3} for seed in (1, 2)}
+    alone(small, tmp_path / "alone", runs)
+    together(small, tmp_path / "many", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
+def test_runs_in_a_budget_whose_micro_batches_and_evaluations_differ(small, tmp_path):
+    same = {"batch_size": 2, "max_steps": 3, "memory_budget": "70MB", "eval_every": 1}
+    same |= {"micro_batch_size": None}
+    runs = {
+        "wide": same | {"eval_batch_size": 12, "eval_samples": 12},
+        "narrow": same | {"batch_size": 8, "micro_batch_size": 1, "eval_every": 0, "seed": 1},
+        "third": same | {"batch_size": 8, "eval_every": 0, "seed": 2},
     }
-    with pytest.raises(MemoryError, match="no room"):
-        together(small, tmp_path, {str(seed): same | {"seed": seed} for seed in (1, 2)})
+    together(small, tmp_path / "many", runs)
+    alone(small, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
 def test_the_order_of_runs_and_their_neighbours_change_nothing(small, tmp_path):

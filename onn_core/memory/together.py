@@ -111,8 +111,8 @@ def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
     held = sum(part.planner.sizes.held_bytes + WAITING * part.batch_bytes() for part in others)
     visit_bytes = largest.planner.sizes.visit_bytes
     if largest.planner.sizes.on_cpu:  # models that share products are in a visit at once
-        at_once = min(SHARED_ROWS, sum(part.n_rows for part in parts)) / largest.n_rows
-        visit_bytes = _scaled(visit_bytes, max(1, math.ceil(at_once)))
+        at_once = min(SHARED_ROWS, sum(part.n_rows for part in parts))
+        visit_bytes = _scaled(visit_bytes, max(1, at_once / largest.n_rows))
     else:  # its head has the sums of all tokens, in one round
         held += WAITING * largest.batch_bytes()
     sizes = dataclasses.replace(
@@ -136,7 +136,7 @@ def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
 
 
 def _scaled(
-    visit_bytes: Callable[[int, int], tuple[int, int, int]], factor: int
+    visit_bytes: Callable[[int, int], tuple[int, int, int]], factor: float
 ) -> Callable[[int, int], tuple[int, int, int]]:
     """What so many visits of (B, T) take at once."""
-    return lambda batch_size, n_tokens: visit_bytes(factor * batch_size, n_tokens)
+    return lambda batch_size, n_tokens: visit_bytes(math.ceil(factor * batch_size), n_tokens)

@@ -122,9 +122,9 @@ def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if in_float32(grad.dtype, grad.device):
         return _matmul_grad(grad.float(), weight).to(grad.dtype)
     parts = _row_blocks(weight)
-    if weight.dtype == grad.dtype or len(parts) == 1:
-        return grad @ weight.to(grad.dtype)
     flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
+    if weight.dtype == grad.dtype or len(parts) == 1:
+        return (flat @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
     total = flat.new_zeros(weight.shape[1], len(flat))  # (C, n)
     buffer = flat.new_empty(parts[0].stop, weight.shape[1])
     for rows in parts:  # the block as the left operand took up to a third less time

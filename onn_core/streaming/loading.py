@@ -237,9 +237,10 @@ def open_streamed(
     streamed_layers = []
     for number, (layer, own) in enumerate(zip(layers, bindings, strict=True)):
         weights = LayerWeights(layer, number, own, streaming)
-        for binding in own if member is not None and device.type == "cpu" else ():
-            if not binding.weight.packed:  # its products may be those of all members
-                use_matmul(binding.module)
+        if member is not None and device.type == "cpu":  # products may be those of all members
+            for binding in own:
+                if not binding.weight.packed:
+                    use_matmul(binding.module)
         streamed_layers.append(StreamedLayer(layer, weights))
         layer.forward = streamed_layers[-1]
     rows = None

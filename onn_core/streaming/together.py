@@ -11,8 +11,10 @@ which is multiplied several times as fast. A row's sums do not depend on the row
 its model has very few; that is not taken on trust but seen, for each shape and number of rows.
 """
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ import torch
 from onn_core.memory.process import memory_bytes
 from onn_core.memory.together import SHARED_ROWS, Part, plan_together
 from onn_core.ops.matmul import products_by
+from onn_core.processes import n_local
 from onn_core.streaming.passes import random_state, set_random_state
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
@@ -31,6 +34,11 @@ from onn_core.weights.stream import CLOSE_S, WeightStream
 # Products at once have one of these numbers of rows, with zeros below: few, so that it is soon seen
 # for each of them whether it changes a bit.
 ROWS_AT_ONCE = (32, 48, 64, 96, 128, 192, 256)
+# Elements that must have been equal before a product at once is taken for that of a run alone.
+# Another order of sums shows in most float32 numbers, but in few that are rounded to a narrow one.
+ENOUGH = {torch.float32: 1 << 10, torch.float64: 1 << 10}
+ENOUGH_NARROW = 1 << 22
+MOST_SIZES = 64  # of a weight's shape that are tried; where lengths vary each would be a new one
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,6 +50,7 @@ class Product:
     given: tuple[torch.Tensor | None, ...]  # weight, perhaps bias
     result: torch.Tensor | None = None
     error: Exception | None = None
+    seconds: float = 0.0  # that it took, or its part of those that it was made with
 
     @property
     def n_rows(self) -> int:
@@ -53,22 +62,46 @@ class Product:
 
     @property
     def kind(self) -> tuple:
-        """Products of one kind are made at once."""
-        weight, rows = self.given[0], self.rows
-        return self.multiply, weight.data_ptr(), weight.shape, rows.dtype, rows.shape[-1]
+        """Products of one kind may be made at once."""
+        weight, has_bias = self.given[0], any(one is not None for one in self.given[1:])
+        shape = tuple(weight.shape), weight.dtype, self.rows.dtype, self.rows.shape[-1]
+        return weight.data_ptr(), (self.multiply, has_bias, *shape)
 
-    def size(self, n_all: int) -> tuple:
-        """On what the order of a row's sums may depend in a product of `n_all` rows."""
-        weight = self.given[0]
-        return self.multiply, weight.shape, weight.dtype, self.rows.dtype, self.n_rows, n_all
+    def make(self) -> None:
+        """As a run alone does."""
+        started = time.perf_counter()
+        try:
+            self.result = self.multiply(self.rows, *self.given)
+        except Exception as error:  # raised in the thread that waits
+            self.error = error
+        self.seconds += time.perf_counter() - started
 
-    def alone(self) -> torch.Tensor:
-        return self.multiply(self.rows, *self.given)
 
+class Sameness:
+    """Where products at once have the bits of those of each run alone, as far as that was seen.
 
-def _tells(result: torch.Tensor) -> bool:
-    """Whether another order of the sums would show: not in zeros, nor beside a NaN."""
-    return bool(8 * result.count_nonzero() > result.numel() and result.isfinite().all())
+    The order of a row's sums is a matter of the library's, which chooses it by the sizes.
+    """
+
+    def __init__(self) -> None:
+        # Shape -> size -> elements that were equal; None where one was not.
+        self._equal: dict[tuple, dict[tuple, int | None]] = {}
+
+    def may_be(self, shape: tuple, size: tuple) -> bool:
+        """Whether a product at once is the same, or it is worth to look."""
+        sizes = self._equal.setdefault(shape, {})
+        return sizes.get(size, 0 if len(sizes) < MOST_SIZES else None) is not None
+
+    def is_known(self, shape: tuple, size: tuple, dtype: torch.dtype) -> bool:
+        return (self._equal[shape].get(size) or 0) >= ENOUGH.get(dtype, ENOUGH_NARROW)
+
+    def note(self, shape: tuple, size: tuple, alone: torch.Tensor, at_once: torch.Tensor) -> None:
+        """Compare both; zeros and what is beside a NaN tell nothing."""
+        n = int(alone.count_nonzero())
+        if 8 * n > alone.numel() and alone.isfinite().all():
+            before = self._equal[shape].get(size, 0)
+            equal = before is not None and torch.equal(alone, at_once)
+            self._equal[shape][size] = before + n if equal else None
 
 
 class Together:
@@ -76,7 +109,7 @@ class Together:
 
     def __init__(self) -> None:
         self.members: list[Member] = []
-        self._is_same: dict[tuple, bool] = {}  # `Product.size` -> equal to the product alone
+        self._sameness = Sameness()
         self.stream: WeightStream | None = None
         self.memory_before = memory_bytes()  # of the process
         self.entered: tuple[int, int] | None = None  # the place of the visit that the stream is in
@@ -118,10 +151,10 @@ class Together:
     def next(self) -> None:
         """Wake the member that goes on."""
         if self.members:
-            self.first().turn.release()
+            self.choose().turn.release()
 
-    def first(self) -> "Member":
-        """The member whose visit comes first, among those that wait for no product.
+    def choose(self) -> "Member":
+        """The member that goes on: whose visit comes first, of those that wait for no product.
 
         Where none of a visit is left that may go on, the products are made for which they wait.
         """
@@ -129,50 +162,54 @@ class Together:
             waiting = [m for m in self.members if m.product is not None and m.product.waits]
             ready = [m for m in self.members if m not in waiting]
             first = min(ready, key=lambda member: member.place, default=None)
-            if not waiting or (first is not None and self._may_visit(first, waiting[0])):
+            if not waiting or (first is not None and self._has_room(first, waiting[0])):
                 return first
             self._multiply([member.product for member in waiting])
 
-    def _may_visit(self, member: "Member", waiting: "Member") -> bool:
-        """Whether a member goes on, or begins its visit, while others wait in theirs."""
+    def _has_room(self, member: "Member", waiting: "Member") -> bool:
+        """Whether a member is, or may be, in the visit in which others wait."""
         if member.place[:2] != waiting.place[:2]:
-            return member.place < waiting.place
-        n_rows = sum(one.n_rows for one in self.members if one.visiting)
-        return member.visiting or n_rows + member.n_rows <= SHARED_ROWS
+            return False
+        n_rows = sum(one.visit_rows for one in self.members if one.visiting)
+        return member.visiting or n_rows + member.visit_rows <= SHARED_ROWS
 
     @torch.no_grad()
     def _multiply(self, products: Sequence[Product]) -> None:
         """Make the products of one kind: at once, as far as that is known to change no bit."""
         products = [one for one in products if one.kind == products[0].kind]
-        try:
-            if len(products) > 1:
+        if len(products) > 1:
+            with contextlib.suppress(Exception):  # such as no memory for all at once
                 self._multiply_at_once(products)
-            for one in products:
-                if one.waits:
-                    one.result = one.alone()
-        except Exception as error:  # raised in the threads that wait
-            for one in products:
-                one.error = error
+        for one in products:
+            if one.waits:
+                one.make()
 
     def _multiply_at_once(self, products: Sequence[Product]) -> None:
-        """Give each the result that equals its own; the first time its own is made, too."""
-        n_rows = sum(one.n_rows for one in products)
+        """Give each its result, where that is known to be the same; else make it, and look."""
+        started, first, shape = time.perf_counter(), products[0], products[0].kind[1]
+        starts = [0, *itertools.accumulate(one.n_rows for one in products)]
+        n_rows = starts.pop()
         n_all = next((n for n in ROWS_AT_ONCE if n >= n_rows), n_rows)
-        if not any(self._is_same.get(one.size(n_all), True) for one in products):
+        sizes = [
+            (start, one.n_rows, n_all, one.rows.is_contiguous())
+            for start, one in zip(starts, products, strict=True)
+        ]
+        if not any(self._sameness.may_be(shape, size) for size in sizes):
             return
-        first, start = products[0], 0
         rows = first.rows.new_zeros(n_all, first.rows.shape[-1])
         torch.cat([one.rows.reshape(-1, rows.shape[1]) for one in products], out=rows[:n_rows])
         every = first.multiply(rows, *first.given)
-        for one in products:
-            result = every[start : start + one.n_rows].reshape(*one.rows.shape[:-1], -1)
-            start, size = start + one.n_rows, one.size(n_all)
-            if self._is_same.get(size):
-                one.result = result.clone()  # of its own: a layer changes it in place
-            elif size not in self._is_same:
-                one.result = one.alone()
-                if _tells(one.result):
-                    self._is_same[size] = torch.equal(one.result, result)
+        known = [self._sameness.is_known(shape, size, rows.dtype) for size in sizes]
+        seconds = (time.perf_counter() - started) / len(products)
+        for one, size, is_known in zip(products, sizes, known, strict=True):
+            at_once = every[size[0] : size[0] + one.n_rows].reshape(*one.rows.shape[:-1], -1)
+            one.seconds += seconds
+            if is_known:
+                one.result = at_once.clone()  # of its own: a layer changes it in place
+                continue
+            one.make()
+            if one.error is None and self._sameness.may_be(shape, size):
+                self._sameness.note(shape, size, one.result, at_once)
 
 
 class Member:
@@ -192,9 +229,10 @@ class Member:
         self.turn = threading.Semaphore(0)
         self.check: Callable[[], None] = lambda: None
         self.visiting = False  # it has begun the visit of its place
-        self.n_rows = 0  # of a micro-batch, in tokens
+        self.visit_rows = 0  # of a micro-batch, in tokens
         self.product: Product | None = None
-        self.away_s = 0.0  # in which others ran while it waited for a product
+        self.away_s = 0.0  # in which others computed while it waited for a product
+        self._phase = ""  # of this visit
         self._by_request = False  # matrix by matrix
         self._shares = False  # whether products are shared in this visit
         self._released: set[StreamedWeight] = set()  # in this visit
@@ -229,7 +267,7 @@ class Member:
             together.members.append(self)
         visit = 2 * n_units - unit if phase == "backward" else unit
         n_passes, last, number = self.place
-        self.visiting, self._released = False, set()
+        self.visiting, self._released, self._phase = False, set(), phase
         self.place = (n_passes + (visit <= last), visit, number)
         self.lowest = lowest
         self._wait_for_turn()
@@ -248,23 +286,34 @@ class Member:
         here = (m.place[:2] == self.place[:2] for m in self.together.members if m is not self)
         is_plain = not (torch.is_grad_enabled() and rows.requires_grad)
         shares = self._shares and self.visiting and is_plain
-        if not (shares and product.n_rows < SHARED_ROWS and any(here)):
-            return product.alone()
-        self.product, started = product, time.perf_counter()
+        if not (shares and 0 < product.n_rows < SHARED_ROWS and any(here)):
+            return multiply(rows, *given)
+        counts = self.together.stream.counts
+        self.product, started, wait_s = product, time.perf_counter(), counts.wait_s
         self._wait_for_turn()
         self.product = None
-        self.away_s += time.perf_counter() - started
+        waited_s = counts.wait_s - wait_s  # for weights, which a visit knows of
+        self.away_s += time.perf_counter() - started - product.seconds - waited_s
         if product.error is not None:
             raise product.error
         return product.result
 
     def _wait_for_turn(self) -> None:
-        first = self.together.first()
+        first = self.together.choose()
         if first is not self:
             before = random_state(self.device)
             first.turn.release()
             self.turn.acquire()
             set_random_state(before, self.device)
+
+    def _let_others_finish(self) -> None:
+        """Wait until no other member is within the visit that this one has ended."""
+        if all(member.product is None for member in self.together.members):
+            return
+        self.visiting, place = False, self.place
+        self.place = (place[0], place[1] + 0.5, place[2])  # between two visits
+        self._wait_for_turn()
+        self.place = place
 
     def _gives_way(self) -> bool:
         """Whether to train in the next pass: in this one the run with most passes evaluates.
@@ -285,8 +334,11 @@ class Member:
         together, here = self.together, self.place[:2]
         self._by_request = not request
         weights = self.units[future[0].unit]
-        in_scratch = any(weight.packed and not weight.in_blocks for weight in weights)
-        self._shares = request and self.device.type == "cpu" and not in_scratch
+        is_plain = not any(weight.packed for weight in weights)  # else a scratch is in between
+        # Processes meet in the order in which runs end their visits, which must be the same in all.
+        alone = n_local() == 1
+        self._shares = request and is_plain and alone and self.device.type == "cpu"
+        self._shares &= self._phase != "head"  # where all rows of a batch are multiplied at once
         together.stream.check = self.check
         if request and together.entered == here:
             self.check()
@@ -315,8 +367,9 @@ class Member:
         planner = self.part.planner
         before = planner.plan
         planner.fit(batch_size, n_tokens, n_trained, n_back)
-        self.n_rows = min(batch_size, planner.micro_batch_size or batch_size) * n_tokens
+        self.visit_rows = min(batch_size, planner.micro_batch_size or batch_size) * n_tokens
         if planner.plan is not before or not self.part.n_trained:
+            self._let_others_finish()  # their visit: other slots evict what is resident
             self.part.ask(batch_size, n_tokens, n_trained, planner.plan)
             self.together.plan()
 
