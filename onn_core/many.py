@@ -33,7 +33,8 @@ def train_many(
 
     The runs share model_dir, dtype, device, memory_budget and quantize, and may differ in all
     else. Each run's adapter, losses and evaluations are equal bit for bit to those of the run
-    alone, and so are its files; its times and bytes are those of the passes that it shares. More
+    alone, and so are its files; its times and bytes are those of the passes that it shares. On a
+    CPU, micro-batches of fewer than 256 tokens are multiplied together, best of one length. More
     runs than the budget has room for go one group after another.
 
     resume: continue each run from its newest checkpoint, and begin those that have none. on_step:

@@ -136,7 +136,7 @@ def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` for a frozen weight (V, C) of any dtype: x (..., C), bias (V,) -> (..., V)."""
     if weight.dtype == x.dtype and not in_float32(x.dtype, x.device):
-        trained = bias is not None and bias.requires_grad
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if _by_others() is None or trained or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, weight, bias)
     elif bias is not None and bias.requires_grad:

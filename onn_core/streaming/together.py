@@ -178,7 +178,7 @@ class Together:
         """Make the products of one kind: at once, as far as that is known to change no bit."""
         products = [one for one in products if one.kind == products[0].kind]
         if len(products) > 1:
-            with contextlib.suppress(Exception):  # such as no memory for all at once
+            with contextlib.suppress(MemoryError, RuntimeError):  # no room for all at once
                 self._multiply_at_once(products)
         for one in products:
             if one.waits:
