@@ -22,7 +22,7 @@ def is_installed(system: str) -> bool:
 
 
 def open_soup(folder: Path, lora: peft.LoraConfig) -> nn.Module:
-    """Its layers wait in pinned host memory, cut into shards of its own beside the folder."""
+    """Its layers wait in pinned host memory, cut into shards of its own next to the folder."""
     from soup_cli.utils.layer_shard import read_shard_index, shard_checkpoint
     from soup_cli.utils.layer_stream import stream_arch_of
     from soup_cli.utils.layer_stream_runtime import build_streamed_model

@@ -107,7 +107,7 @@ class Streaming:
         finally:
             stopped = time.perf_counter()
             waited_s = counts.wait_s + self._away_s - before_s
-            self.seconds[phase] += max(0.0, stopped - started - waited_s)
+            self.seconds[phase] += stopped - started - waited_s
             if self.trace is not None:
                 self.trace.append((phase, unit, started, stopped))
 
