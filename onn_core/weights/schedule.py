@@ -108,6 +108,11 @@ class Schedule:
             return weight
         return None
 
+    def coming(self) -> list[StreamedWeight]:
+        """What is laid down to be fetched and has no slot yet, soonest first."""
+        queued = [fetch for one in self._sizes.values() for fetch in one.queue]
+        return [fetch.weight for fetch in sorted(queued, key=lambda fetch: fetch[2:])]
+
     def reorder(self, unit: int, weights: list[StreamedWeight]) -> None:
         """The weights of a unit are used in this order from now on."""
         self.units[unit][:] = weights
@@ -136,7 +141,7 @@ class Schedule:
         for unit in self.units:
             for weight in unit:
                 weight.evict()
-                weight.in_use = False
+                weight.in_use, weight.reads_left = False, 0
 
     def no_memory(self, error: Exception) -> str:
         """What to say when memory ends before all slots are made: with the plan that would fit."""

@@ -51,13 +51,13 @@ class StreamedWeight:
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
-    host: torch.Tensor | None = None  # the same in the host store, once it has been read
+    host: torch.Tensor | None = None  # the same in host memory, of what is copied from there
     dense: torch.Tensor | None = None  # (shape) in a scratch, if it is packed
     # What a small matrix is cast to at each use, unless the plan has room for a copy.
     wide_dtype: torch.dtype | None = None
     wide: torch.Tensor | None = None  # (shape) that copy, for as long as it is resident
     in_use: bool = False
-    reads_left: int = 0
+    reads_left: int = 0  # until it can be used, or copied from the host
 
     @property
     def name(self) -> str:

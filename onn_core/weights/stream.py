@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.weights.ahead import ReadAhead
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
@@ -38,7 +39,8 @@ class StreamCounts:
     """What a stream has done since it was made."""
 
     wait_s: float = 0.0  # the compute stood still for weights
-    bytes_read: int = 0
+    bytes_read: int = 0  # of files
+    bytes_fetched: int = 0  # into slots, from files or from host memory
     weight_loads: Counter = dataclasses.field(default_factory=Counter)  # unit -> weights
 
 
@@ -78,6 +80,7 @@ class WeightStream:
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._compute_stream = self.copy_stream and torch.cuda.current_stream(device)
         self.store = HostStore(device, every, host_budget, model_folder.fingerprint())
+        self.ahead = ReadAhead(device, units, self.store) if self.copy_stream else None
         self.gather: Gather | None = None  # with the other processes of this host
         self._entered: list[StreamedWeight] = []  # of the unit that is visited now
         self._reads: deque[tuple[StreamedWeight, int, Read]] = deque()
@@ -178,7 +181,8 @@ class WeightStream:
     def state(self) -> str:
         """What decides which weights are copied next; "" while some have yet to be read."""
         with self._ready:
-            if any(weight.host is None for unit in self.units for weight in unit):
+            weights = [weight for unit in self.units for weight in unit]
+            if not all(self.store.holds(weight) and weight.host is not None for weight in weights):
                 return ""
             return self.schedule.state()
 
@@ -210,6 +214,8 @@ class WeightStream:
             return False
         self._readers.clear()
         self._reads.clear()
+        if self.ahead is not None:
+            self.ahead.close()
         self.schedule.clear()
         self.scratch.clear()
         self._error = None
@@ -219,7 +225,7 @@ class WeightStream:
     # --- who fetches ----------------------------------------------------------------------
 
     def _fetch(self) -> None:
-        """Copy from the host store, or give to the readers, all that has a slot; under the lock."""
+        """Copy from the host, or give to the readers, all that has a slot; under the lock."""
         while self._error is None:
             try:
                 weight = self.schedule.next_fetch()
@@ -229,18 +235,26 @@ class WeightStream:
                 self._fail(ConfigError(self.schedule.no_memory(error)))
                 return
             if weight is None:
-                return
+                break
             self.counts.weight_loads[weight.unit] += 1
+            self.counts.bytes_fetched += weight.n_bytes
             if weight.host is not None:
-                self.copy_from_store(weight)
-                continue
-            reads = self.store.reads(weight)
-            weight.reads_left = len(reads)
-            self._reads.extend((weight, *read) for read in reads)
-            self._work.notify(len(reads))
+                self.copy_from_host(weight)
+            elif not weight.reads_left:  # it is not being read ahead
+                self._begin_reads(weight)
+        for weight in self.schedule.coming() if self.ahead is not None else ():
+            is_coming = weight.slot is None and weight.host is None and not weight.reads_left
+            if is_coming and not self.store.holds(weight) and self.ahead.take(weight):
+                self._begin_reads(weight)
 
-    def copy_from_store(self, weight: StreamedWeight) -> None:
-        """Queue the copy of a weight of the host store into its slot; a CPU takes it as it is."""
+    def _begin_reads(self, weight: StreamedWeight) -> None:
+        reads = self.store.reads(weight)
+        weight.reads_left = len(reads)
+        self._reads.extend((weight, *read) for read in reads)
+        self._work.notify(len(reads))
+
+    def copy_from_host(self, weight: StreamedWeight) -> None:
+        """Queue the copy of a weight in host memory into its slot; a CPU takes it as it is."""
         slot = weight.slot
         if self.copy_stream is None:
             weight.tensor = weight.host
@@ -251,6 +265,7 @@ class WeightStream:
             with torch.cuda.stream(self.copy_stream):
                 tensor.copy_(weight.host, non_blocking=True)
             slot.filled.record(self.copy_stream)
+        self.ahead.give_back(weight, self.copy_stream)
         weight.tensor = tensor  # last: who sees it without the lock waits for `filled`
 
     def _fail(self, error: Exception) -> None:
@@ -297,8 +312,9 @@ class WeightStream:
                 if self.trace is not None:
                     self.trace.append(("read", weight.unit, started, time.perf_counter()))
                 self.counts.bytes_read += n_read
-                weight.reads_left -= 1
-                is_last = error is None and weight.reads_left == 0
+                is_last = error is None and weight.reads_left == 1
+                if not is_last:  # else it counts as read when it can be used
+                    weight.reads_left -= 1
                 if error is not None:
                     self._fail(error)
             if is_last:
@@ -306,25 +322,27 @@ class WeightStream:
 
     def _finish(self, weight: StreamedWeight) -> None:
         """The last of a weight's bytes has been read."""
-        in_store = self.store.holds(weight)
-        if in_store:
+        if self.store.holds(weight):
             self.store.pin(weight)
         with self._ready:
-            if in_store:
-                weight.host = weight.view(self.store.memory[weight])
-                self.copy_from_store(weight)
-            else:
+            weight.reads_left = 0
+            memory = self._host_memory(weight)
+            if memory is None:
                 if self.copy_stream is not None:
                     weight.slot.filled.record(self.copy_stream)
                 weight.tensor = weight.view(weight.slot.memory)
+            else:
+                weight.host = weight.view(memory)
+                if weight.slot is not None:
+                    self.copy_from_host(weight)
             self._ready.notify_all()
             self._fetch()  # what evicts this weight may have waited for it
 
     def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> int:
         """Read a part of the weight's files to where it goes; returns the bytes read."""
-        source, in_store = weight.source, self.store.holds(weight)
-        memory = self.store.memory[weight] if in_store else weight.slot.memory
-        used = None if in_store else weight.slot.used
+        source, memory, used = weight.source, self._host_memory(weight), None
+        if memory is None:
+            memory, used = weight.slot.memory, weight.slot.used
         if not weight.packed and not source.direct:
             values = self.model_folder.read_source(source, weight.dtype)
             self._verify(source.entry, 0, values)
@@ -347,6 +365,12 @@ class WeightStream:
             target = weight.view(memory).view(-1)[first : first + len(values)]
         staging.copy(target, values, used)
         return n_read
+
+    def _host_memory(self, weight: StreamedWeight) -> torch.Tensor | None:
+        """(host_bytes,) uint8 that a weight is read into; None: its reads go to its slot."""
+        if self.store.holds(weight):
+            return self.store.memory[weight]
+        return None if self.ahead is None else self.ahead.memory(weight)
 
     def _verify(self, entry: TensorEntry, start: int, values: torch.Tensor) -> None:
         """ModelFolderError if a read's bytes are not what they were when first read."""
