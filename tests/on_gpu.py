@@ -79,7 +79,7 @@ def overlap(
 
     step()
     counts = base.streaming.stream.counts
-    wait_s, n_bytes, n_streamed = counts.wait_s, read_so_far(), counts.bytes_read
+    wait_s, n_bytes, n_streamed = counts.wait_s, read_so_far(), counts.bytes_fetched
     activities = [torch.profiler.ProfilerActivity.CUDA]  # the CPU's would slow the step
     with torch.profiler.profile(activities=activities) as profiler:
         started = time.perf_counter()
@@ -106,7 +106,7 @@ def overlap(
         "budget_bytes": budget,
         "dtype": dtype,
         "bytes_read": read_so_far() - n_bytes,
-        "bytes_streamed": counts.bytes_read - n_streamed,
+        "bytes_streamed": counts.bytes_fetched - n_streamed,
         "step_s": step_s,
         "copies_s": length(copies),
         "kernels_s": length(kernels),
@@ -149,7 +149,7 @@ def main() -> None:
         budget=BUDGET,
         n_steps=arguments.steps,
         device="cuda",
-        on_row=lambda rows: write_json(arguments.out / "rows.json", rows),
+        on_row=lambda record: write_json(arguments.out / "rows.json", record),
     )
     write_json(arguments.out / "training_benchmark.json", record)
     print(bench.speed_table(record).to_string(), record["failed"], flush=True)

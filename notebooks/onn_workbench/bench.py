@@ -167,22 +167,34 @@ def benchmark(
     device: str = "auto",
     sparse_layers: str = REPORTS_LAYERS,
     quantize: str | None = None,
-    on_row: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Each of `runs` in a process of its own, inside one cap: the record.
 
     cap: bytes of a process, on CUDA of the device's allocator. host_cap: on CUDA, bytes of the
     process, its files' pages included, except for "cached". budget: what this project may fill
     of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. sparse_layers: with LoRA.
-    quantize: of this project's runs, see `from_pretrained`. on_row: called with the rows so far,
-    without limits, after each run.
+    quantize: of this project's runs, see `from_pretrained`. on_row: called with the record so
+    far, without limits, after each run.
     """
     where = resolve_device(device)
     token_counts = sorted({run.batch_size * run.sequence for run in runs})
     before = measure_ceilings(model_dir, token_counts, device)
     room = None if cap is None else cap - LIBRARIES_BYTES
     budget = room if budget is None else budget
-    rows, failed, capped = [], {}, True
+    rows, failed = [], {}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "environment": describe_environment(where),
+        "cap_bytes": cap,
+        "host_cap_bytes": host_cap,
+        "capped": True,
+        "budget_bytes": budget,
+        "quantize": quantize,
+        "ceilings": {"before": dataclasses.asdict(before)},
+        "failed": failed,
+        "rows": rows,
+    }
     for run in runs:
         print(run, flush=True)
         evict(model_dir)
@@ -192,7 +204,7 @@ def benchmark(
             of_host = None if run.system in ("cached", *UNCAPPED) else host_cap
             settings = {"device_cap": own_cap}
         with first_layers(model_dir, run.layers) as folder, memory_cap(of_host) as group:
-            capped &= group is not None or of_host is None
+            record["capped"] &= group is not None or of_host is None
             settings |= dataclasses.asdict(run) | {"model_dir": str(folder), "n_steps": n_steps}
             own_room = None if run.system in UNCAPPED else room
             own = {"room_bytes": budget} | ({"quantize": quantize} if quantize else {})
@@ -204,24 +216,13 @@ def benchmark(
             print(f"    failed: {why}", flush=True)
         else:
             rows.append(row)
-            on_row(rows)
+            on_row(record)
     after = measure_ceilings(model_dir, token_counts, device)
     add_limits(rows, before.mean(after), str(model_dir))
     computing = {r["batch_size"] * r["sequence"] for r in rows if r["limited_by"] == "compute"}
     limits = computing | {r["limited_by"] for r in rows} - {"compute", "unknown"}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "environment": describe_environment(where),
-        "cap_bytes": cap,
-        "host_cap_bytes": host_cap,
-        "capped": capped,
-        "budget_bytes": budget,
-        "quantize": quantize,
-        "ceilings": {"before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},
-        "disturbed": before.disturbed(after, limits),
-        "failed": failed,
-        "rows": rows,
-    }
+    record["ceilings"]["after"] = dataclasses.asdict(after)
+    return record | {"disturbed": before.disturbed(after, limits)}
 
 
 def _measure(settings: dict[str, Any], group: Path | None) -> tuple[dict[str, Any] | None, str]:
@@ -292,7 +293,7 @@ def main() -> None:
             quantize=arguments.quantize,
             n_steps=arguments.steps,
             device=arguments.device,
-            on_row=lambda rows: write_json(arguments.out, {"rows": rows}),
+            on_row=lambda record: write_json(arguments.out, record),
         )
     except OnnError as error:
         parser.exit(1, f"{error}\n")

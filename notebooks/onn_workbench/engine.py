@@ -16,7 +16,7 @@ def counts(model: Any) -> dict[str, float]:
         return {}
     done = model.counts()
     found = {f"{phase}_s": done.seconds[phase] for phase in PHASES}
-    return found | {"wait_s": done.wait_s, "bytes_streamed": done.bytes_read}
+    return found | {"wait_s": done.wait_s, "bytes_streamed": done.bytes_fetched}
 
 
 def count_reserved_graphs(model: Any) -> int:

@@ -55,6 +55,7 @@ class NothingResident(WeightStream):
         weights, started = self.units[future[0].unit], time.perf_counter()
         for weight in weights:
             weight.slot = self.new_slot(weight.slot_bytes)
+            self.counts.bytes_fetched += weight.n_bytes
             for read in weight.reads():
                 self.counts.bytes_read += self.fetch(weight, read, self.staging)
             if self.copy_stream is not None:

@@ -22,12 +22,12 @@ def is_installed(system: str) -> bool:
 
 
 def open_soup(folder: Path, lora: peft.LoraConfig) -> nn.Module:
-    """Its layers wait in pinned host memory, cut into shards of its own next to the folder."""
+    """Its layers wait in pinned host memory, cut into shards of its own where TMPDIR says."""
     from soup_cli.utils.layer_shard import read_shard_index, shard_checkpoint
     from soup_cli.utils.layer_stream import stream_arch_of
     from soup_cli.utils.layer_stream_runtime import build_streamed_model
 
-    shards = tempfile.TemporaryDirectory(dir=folder.resolve().parent)
+    shards = tempfile.TemporaryDirectory()  # it writes only there, or in the home folder
     shard_checkpoint(
         str(folder),
         shards.name,

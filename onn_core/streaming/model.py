@@ -60,7 +60,8 @@ class StreamedModel:
     def counts(self) -> Counts:
         """What was waited, read and computed since the model was loaded."""
         done, seconds = self.streaming.stream.counts, Counter(self.streaming.seconds)
-        return Counts(done.wait_s, done.bytes_read, done.weight_loads.total(), seconds)
+        n_bytes, n_loads = (done.bytes_read, done.bytes_fetched), done.weight_loads.total()
+        return Counts(done.wait_s, *n_bytes, n_loads, seconds)
 
     def count_reserved_graphs(self) -> int:
         """Layers whose graph is reserved at the moment."""

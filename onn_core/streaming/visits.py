@@ -31,7 +31,8 @@ class Counts:
     """
 
     wait_s: float
-    bytes_read: int
+    bytes_read: int  # of files
+    bytes_fetched: int  # into slots, from files or from host memory
     weight_loads: int
     seconds: Counter
 
@@ -39,6 +40,7 @@ class Counts:
         return Counts(
             self.wait_s - before.wait_s,
             self.bytes_read - before.bytes_read,
+            self.bytes_fetched - before.bytes_fetched,
             self.weight_loads - before.weight_loads,
             self.seconds - before.seconds,
         )
