@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1
 BASELINE = "baseline"  # the report's, among the systems
 CLAIMED_BATCHES = range(32, 129)
 OWN = ("onn", "cached")  # of the systems, those that are this project
+IN_MEMORY = ("in_memory", "unbounded")  # those that have no cap, and hold all weights
 
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def overlap_table(record: dict[str, Any]) -> pd.DataFrame | str:
         for step in record.get("overlap", [])
     ]
     if not rows:
-        return "no trace: this run was on a CPU"
+        return "no trace was taken in this run"
     return pd.DataFrame(rows).set_index(["layers", "batch", "tokens"])
 
 
@@ -145,22 +146,25 @@ def headline(record: dict[str, Any]) -> str:
     """A sample's time against the best peer at equal batch, then against the report's baseline.
 
     The pairs are those of the deepest model with a peer; where this project is slower, it says so.
+    Beside a peer that works within the cap the best of those with all in memory is named, too.
     """
     found, lines = pairs(record), []
     equal = [pair for pair in found if pair["equal"]]
     depth = max((pair["own"]["layers"] for pair in equal), default=0)
-    best: dict[tuple[int, int], dict[str, Any]] = {}
+    best: dict[tuple[int, int, bool], dict[str, Any]] = {}
     for pair in equal:
         if pair["own"]["layers"] == depth:
-            place = pair["own"]["batch_size"], pair["own"]["sequence"]
+            in_memory = pair["other"]["system"] in IN_MEMORY
+            place = pair["own"]["batch_size"], pair["own"]["sequence"], in_memory
             best[place] = min(best.get(place, pair), pair, key=lambda one: one["times"])
-    for (batch_size, sequence), pair in sorted(best.items()):
+    for (batch_size, sequence, in_memory), pair in sorted(best.items()):
         own, other = (pair[name]["ms_per_sample"] / 1e3 for name in ("own", "other"))
         slower = " (slower)" if pair["times"] < 1 else ""
+        is_second = in_memory and (batch_size, sequence, False) in best
         lines.append(
             f"Batch {batch_size} x {sequence} tokens, {depth} layers: {pair['times']:.2f} times as "
-            f"fast as the best peer{slower}, {pair['other']['system']}: {own:.3g} against "
-            f"{other:.3g} s a sample."
+            f"fast as {'all in memory' if is_second else 'the best peer'}{slower}, "
+            f"{pair['other']['system']}: {own:.3g} against {other:.3g} s a sample."
         )
     if not lines:
         lines = ["No peer was measured at an equal batch."]
@@ -279,13 +283,19 @@ def reading(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def own_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """This project's, from a disk if there are such, else those with memory for the files."""
+    rows = {name: [row for row in record["rows"] if row["system"] == name] for name in OWN}
+    return next(filter(None, rows.values()), [])
+
+
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
 def smallest_and_largest(record: dict[str, Any]) -> list[dict[str, Any]]:
     """This project's rows of the smallest and the largest batch, of the whole model."""
-    own = [row for row in record["rows"] if row["system"] == "onn"]
+    own = own_rows(record)
     own = [row for row in own if row["layers"] == _depth(record) and row["timeline"]]
     own.sort(key=lambda row: row["batch_size"] * row["sequence"])
     return own[:1] + own[1:][-1:]
@@ -297,7 +307,7 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
     One row of panels for each of them with three measured points or more, all else being equal.
     config: of the measured model, by transformers; with it the predictions are drawn in.
     """
-    own = [row for row in record["rows"] if row["system"] == "onn"]
+    own = own_rows(record)
     titles = {"layers": "decoder layers", "batch_size": "batch size", "sequence": "tokens a sample"}
     short = {"layers": "{} layers", "batch_size": "batch {}", "sequence": "{} tokens"}
     panels = []
