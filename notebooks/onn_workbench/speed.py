@@ -72,30 +72,6 @@ def ledger_table(record: dict[str, Any]) -> pd.DataFrame:
     return frame(rows, list(index))
 
 
-def overlap_table(record: dict[str, Any]) -> pd.DataFrame | str:
-    """Of a profiled step on a GPU: seconds of the weights' copies, of kernels, and of both."""
-    rows = [
-        {
-            "layers": step["layers"],
-            "batch": step["batch_size"],
-            "tokens": step["sequence"],
-            "dtype": step.get("dtype", "bfloat16"),
-            "budget (GiB)": f"{step['budget_bytes'] / 2**30:.2f}",
-            "GiB to the device": f"{step['bytes_streamed'] / 2**30:.1f}",
-            "of them from disk": f"{step['bytes_read'] / 2**30:.1f}",
-            "step (s)": f"{step['step_s']:.2f}",
-            "copies (s)": f"{step['copies_s']:.3f}",
-            "kernels (s)": f"{step['kernels_s']:.3f}",
-            "both at once (s)": f"{step['both_s']:.3f}",
-            "waiting for weights (s)": f"{step['waiting_for_weights_s']:.2f}",
-        }
-        for step in record.get("overlap", [])
-    ]
-    if not rows:
-        return "no trace was taken in this run"
-    return pd.DataFrame(rows).set_index(["layers", "batch", "tokens"])
-
-
 def pairs(record: dict[str, Any]) -> list[dict[str, Any]]:
     """This project against each other system: at equal batch first, the baseline at batch 1 last.
 
