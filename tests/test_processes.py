@@ -182,7 +182,10 @@ def test_what_ends_one_process_ends_all_with_the_last_step_saved(
     assert all(said in sentence for sentence in sentences), sentences
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+QUANTIZED = [pytest.param(name, marks=pytest.mark.heavy) for name in ("int8", "nf4")]
+
+
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 def test_processes_of_a_host_read_the_model_once(quantize, forks, small, tmp_path):
     """Together, and never again: in five steps of twice two passes, and evaluations."""
     changes = RUNS["uneven"] | {"host_budget": "1GB", "quantize": quantize}
