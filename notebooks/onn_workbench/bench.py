@@ -175,7 +175,7 @@ def benchmark(
     process, its files' pages included, except for "cached". budget: what this project may fill
     of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. sparse_layers: with LoRA.
     quantize: of this project's runs, see `from_pretrained`. on_row: called with the record so
-    far, without limits, after each run.
+    far, without limits, before the first run and after each.
     """
     where = resolve_device(device)
     token_counts = sorted({run.batch_size * run.sequence for run in runs})
@@ -195,6 +195,7 @@ def benchmark(
         "failed": failed,
         "rows": rows,
     }
+    on_row(record)
     for run in runs:
         print(run, flush=True)
         evict(model_dir)
@@ -216,7 +217,7 @@ def benchmark(
             print(f"    failed: {why}", flush=True)
         else:
             rows.append(row)
-            on_row(record)
+        on_row(record)
     after = measure_ceilings(model_dir, token_counts, device)
     add_limits(rows, before.mean(after), str(model_dir))
     computing = {r["batch_size"] * r["sequence"] for r in rows if r["limited_by"] == "compute"}

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 BASELINE = "baseline"  # the report's, among the systems
 CLAIMED_BATCHES = range(32, 129)
 OWN = ("onn", "cached")  # of the systems, those that are this project
-IN_MEMORY = ("in_memory", "unbounded")  # those that have no cap, and hold all weights
+IN_MEMORY = ("in_memory", "unbounded")  # those that hold all weights, without a cap
 
 
 def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def headline(record: dict[str, Any]) -> str:
     """A sample's time against the best peer at equal batch, then against the report's baseline.
 
     The pairs are those of the deepest model with a peer; where this project is slower, it says so.
-    Beside a peer that works within the cap the best of those with all in memory is named, too.
+    Beside a peer that streams or maps, the best of those with all in memory is named, too.
     """
     found, lines = pairs(record), []
     equal = [pair for pair in found if pair["equal"]]
@@ -324,6 +324,8 @@ def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict
     config.num_hidden_layers = row["layers"]
     both = [Ceilings(**record["ceilings"][when]) for when in ("before", "after")]
     ceilings = both[0].mean(both[1])
+    if row["system"] == "cached":  # its weights are copied from the host, which is not predicted
+        return {}
     flops_per_s = {int(n): rate for n, rate in ceilings.flops_per_s.items()}  # JSON: text
     geometry = geometry_of(
         config,

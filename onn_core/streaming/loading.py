@@ -94,7 +94,8 @@ def from_pretrained(
         timed for some seconds when a model is first opened with a budget; the cache remembers it.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
         are copied instead of read; "auto" is what is free, less an eighth. The processes of a host
-        share it, also on a CPU, which needs none for one.
+        share it, also on a CPU, which needs none for one. Beside it each process pins as much as
+        its largest layer takes, for what is read of a disk ahead.
     quantize: "int8" or "nf4": the matrices of linear layers in decoder layers are quantised once,
         into a folder in the cache, and streamed from there. quantization_config: a
         BitsAndBytesConfig that says the same.
@@ -205,7 +206,8 @@ def open_streamed(
     planner = Planner(sizes, budget, chunk_size, micro_batch_size)
     if device.type == "cpu":
         hold_freed_memory(budget is not None)  # whose plan says when to trim
-    host_bytes = _host_bytes(host_budget, device, budget)
+    largest = max(sum(weight.host_bytes for weight in unit) for unit in units)
+    host_bytes = _host_bytes(host_budget, device, budget, largest)
     member = None
     make_stream = functools.partial(
         stream_class,
@@ -313,19 +315,22 @@ def _quantised(model_folder: ModelFolder, kind: str, progress: bool) -> ModelFol
 
 
 def _host_bytes(
-    host_budget: int | str | None, device: torch.device, memory_budget: int | None
+    host_budget: int | str | None, device: torch.device, memory_budget: int | None, unit_bytes: int
 ) -> int:
     """Bytes of the host store; "auto" leaves an eighth of what is free to the rest.
 
-    On a CPU only several processes have one, and "auto" leaves each its own memory as well.
+    On a CPU only several processes have one, and "auto" leaves each its own memory as well; on a
+    device what each reads ahead, `unit_bytes`.
     """
     on_cpu = device.type == "cpu"
     if on_cpu and not is_shared():
         return 0
     if host_budget == "auto":
         free = host_memory_bytes()
-        own = n_local() * memory_budget if memory_budget is not None else free // 2
-        return max(0, free - own * on_cpu) * 7 // 8
+        own = n_local() * unit_bytes
+        if on_cpu:
+            own = n_local() * memory_budget if memory_budget is not None else free // 2
+        return max(0, free - own) * 7 // 8
     return parse_bytes(host_budget or None) or 0
 
 

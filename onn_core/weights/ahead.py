@@ -28,16 +28,21 @@ class ReadAhead:
         self, device: torch.device, units: Sequence[Sequence[StreamedWeight]], store: HostStore
     ):
         self._device = device
+        self._store = store
         self._not_made: Counter = Counter()  # size in bytes -> buffers that may yet be made
         for unit in units:
-            read = [w for w in unit if (w.packed or w.in_place) and not store.holds(w)]
-            self._not_made |= Counter(weight.host_bytes for weight in read)
+            self._not_made |= Counter(weight.host_bytes for weight in unit if self._reads(weight))
         self._free: dict[int, list[_Buffer]] = defaultdict(list)
         self._taken: dict[StreamedWeight, _Buffer] = {}
+
+    def _reads(self, weight: StreamedWeight) -> bool:
+        return (weight.packed or weight.in_place) and not self._store.holds(weight)
 
     def take(self, weight: StreamedWeight) -> bool:
         """Whether there is a buffer for a weight, which then is its own."""
         size = weight.host_bytes
+        if not self._reads(weight):
+            return False
         if not self._free[size]:
             if not self._not_made[size]:
                 return False
@@ -69,15 +74,19 @@ class ReadAhead:
             buffer.copied = copy_stream.record_event()
             self._free[buffer.memory.nbytes].append(buffer)
 
-    def close(self) -> None:
-        """Give the memory back; no read or copy may be under way."""
-        for weight in self._taken:
+    def clear(self) -> None:
+        """Forget what was read; no read may be under way."""
+        for weight, buffer in self._taken.items():
             weight.host = None
-        every = [*self._taken.values(), *(one for free in self._free.values() for one in free)]
-        if every:
-            torch.cuda.synchronize(self._device)
-        for buffer in every:
-            self._not_made[buffer.memory.nbytes] += 1
-            unpin(buffer.memory)
+            self._free[buffer.memory.nbytes].append(buffer)
         self._taken.clear()
-        self._free.clear()
+
+    def close(self) -> None:
+        """Give the memory back; no read may be under way."""
+        self.clear()
+        if any(self._free.values()):
+            torch.cuda.synchronize(self._device)
+        for size, free in self._free.items():
+            while free:
+                self._not_made[size] += 1
+                unpin(free.pop().memory)

@@ -1,5 +1,6 @@
 """Host memory on the way to a device: pinned buffers, the host store, a reader's staging."""
 
+import contextlib
 import functools
 import types
 import warnings
@@ -22,7 +23,12 @@ def pin(memory: torch.Tensor, device: torch.device) -> None:
     """Pin host memory (n,) uint8 for copies to any device; RuntimeError if it is refused."""
     register = torch.cuda.cudart().cudaHostRegister
     with torch.cuda.device(device):  # a new thread is on the first
-        torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, PORTABLE))
+        try:
+            torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, PORTABLE))
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # CUDA says it again at the next launch: here
+                torch.ones(1, device=device)
+            raise
 
 
 def unpin(memory: torch.Tensor) -> None:

@@ -193,6 +193,8 @@ class WeightStream:
         """
         if self._stop(timeout_s):
             self.store.close()
+            if self.ahead is not None:
+                self.ahead.close()
 
     def _stop(self, timeout_s: float) -> bool:
         """Whether all readers have ended and the slots are given back; the host store stays."""
@@ -215,7 +217,7 @@ class WeightStream:
         self._readers.clear()
         self._reads.clear()
         if self.ahead is not None:
-            self.ahead.close()
+            self.ahead.clear()
         self.schedule.clear()
         self.scratch.clear()
         self._error = None
@@ -242,9 +244,11 @@ class WeightStream:
                 self.copy_from_host(weight)
             elif not weight.reads_left:  # it is not being read ahead
                 self._begin_reads(weight)
-        for weight in self.schedule.coming() if self.ahead is not None else ():
-            is_coming = weight.slot is None and weight.host is None and not weight.reads_left
-            if is_coming and not self.store.holds(weight) and self.ahead.take(weight):
+        if self.ahead is None or self._error is not None:
+            return
+        for weight in self.schedule.coming():
+            is_absent = weight.slot is None and weight.host is None and not weight.reads_left
+            if is_absent and self.ahead.take(weight):
                 self._begin_reads(weight)
 
     def _begin_reads(self, weight: StreamedWeight) -> None:
