@@ -26,8 +26,9 @@ def pin(memory: torch.Tensor, device: torch.device) -> None:
         try:
             torch.cuda.check_error(register(memory.data_ptr(), memory.nbytes, PORTABLE))
         except RuntimeError:
-            with contextlib.suppress(RuntimeError):  # CUDA says it again at the next launch: here
-                torch.ones(1, device=device)
+            if torch.cuda.is_available():
+                with contextlib.suppress(RuntimeError):  # CUDA says it again at the next launch
+                    torch.ones(1, device=device)
             raise
 
 
