@@ -90,7 +90,7 @@ class TrainConfig:
     memory_budget: bytes or "4GB"; plans what is not given. None makes `chunk_size` layers resident.
     host_budget: bytes or "4GB" of host memory that may hold weights for a device; "auto" is what is
         free, less an eighth. The processes of a host share it, also on a CPU, which needs none for
-        one process. Beside it each process pins what its largest layer takes, to read ahead.
+        one process. In addition each process pins what its largest layer takes, to read ahead.
     quantize: "int8" or "nf4": quantise a dense folder once, into the cache; None streams it as it
         is stored.
     objective: "sft" learns answers; "dpo" prefers chosen answers to rejected ones (rows of prompt,

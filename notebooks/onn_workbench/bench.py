@@ -167,14 +167,14 @@ def benchmark(
     device: str = "auto",
     sparse_layers: str = REPORTS_LAYERS,
     quantize: str | None = None,
-    on_row: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Each of `runs` in a process of its own, inside one cap: the record.
 
     cap: bytes of a process, on CUDA of the device's allocator. host_cap: on CUDA, bytes of the
     process, its files' pages included, except for "cached". budget: what this project may fill
     of them; None leaves LIBRARIES_BYTES of the cap, as for the peers. sparse_layers: with LoRA.
-    quantize: of this project's runs, see `from_pretrained`. on_row: called with the record so
+    quantize: of this project's runs, see `from_pretrained`. on_record: called with the record so
     far, without limits, before the first run and after each.
     """
     where = resolve_device(device)
@@ -195,7 +195,7 @@ def benchmark(
         "failed": failed,
         "rows": rows,
     }
-    on_row(record)
+    on_record(record)
     for run in runs:
         print(run, flush=True)
         evict(model_dir)
@@ -217,7 +217,7 @@ def benchmark(
             print(f"    failed: {why}", flush=True)
         else:
             rows.append(row)
-        on_row(record)
+        on_record(record)
     after = measure_ceilings(model_dir, token_counts, device)
     add_limits(rows, before.mean(after), str(model_dir))
     computing = {r["batch_size"] * r["sequence"] for r in rows if r["limited_by"] == "compute"}
@@ -294,7 +294,7 @@ def main() -> None:
             quantize=arguments.quantize,
             n_steps=arguments.steps,
             device=arguments.device,
-            on_row=lambda record: write_json(arguments.out, record),
+            on_record=lambda record: write_json(arguments.out, record),
         )
     except OnnError as error:
         parser.exit(1, f"{error}\n")

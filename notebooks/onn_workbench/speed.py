@@ -122,7 +122,7 @@ def headline(record: dict[str, Any]) -> str:
     """A sample's time against the best peer at equal batch, then against the report's baseline.
 
     The pairs are those of the deepest model with a peer; where this project is slower, it says so.
-    Beside a peer that streams or maps, the best of those with all in memory is named, too.
+    Where a peer streams or maps, the best of those with all in memory follows it.
     """
     found, lines = pairs(record), []
     equal = [pair for pair in found if pair["equal"]]
@@ -320,12 +320,12 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
 
 def _predicted(record: dict[str, Any], row: dict[str, Any], config: Any) -> dict[str, Any]:
     """What is predicted of a measured row from the ceilings; empty for another model."""
+    if row["system"] == "cached":  # its weights are copied from the host, which is not predicted
+        return {}
     config = copy.deepcopy(config)
     config.num_hidden_layers = row["layers"]
     both = [Ceilings(**record["ceilings"][when]) for when in ("before", "after")]
     ceilings = both[0].mean(both[1])
-    if row["system"] == "cached":  # its weights are copied from the host, which is not predicted
-        return {}
     flops_per_s = {int(n): rate for n, rate in ceilings.flops_per_s.items()}  # JSON: text
     geometry = geometry_of(
         config,

@@ -94,7 +94,7 @@ def from_pretrained(
         timed for some seconds when a model is first opened with a budget; the cache remembers it.
     host_budget: bytes or text, of host memory that may hold weights for a device, from where they
         are copied instead of read; "auto" is what is free, less an eighth. The processes of a host
-        share it, also on a CPU, which needs none for one. Beside it each process pins as much as
+        share it, also on a CPU, which needs none for one. In addition each process pins as much as
         its largest layer takes, for what is read of a disk ahead.
     quantize: "int8" or "nf4": the matrices of linear layers in decoder layers are quantised once,
         into a folder in the cache, and streamed from there. quantization_config: a
