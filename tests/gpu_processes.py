@@ -37,6 +37,7 @@ from onn_core.weights.geometry import geometry  # noqa: E402
 from onn_core.weights.random_model import write_random_model  # noqa: E402
 
 CASES = (("each", 1), ("each", 32), ("total", 4), ("total", 32))
+SAME_SUMS = (("total", 4),)
 N_TOKENS = 512
 N_STEPS = 4  # timed, after two more
 BUDGET = "4GB"
@@ -115,16 +116,24 @@ def measure(
     return row
 
 
-def work(folder: Path, out: Path, gathers: bool) -> None:
-    """What each process does: every case, whose rows the first adds to `out`."""
+def work(folder: Path, out: Path, gathers: bool, same_sums: bool) -> None:
+    """What each process does: every case, whose rows the first adds to `out`.
+
+    same_sums: the sums of every kernel have a fixed order, so that losses may be compared.
+    """
     device = resolve_device("cuda")
     processes = Processes.of_run(device)
     ways = (False, True) if gathers and processes.size > 1 else (False,)
-    for (kind, size), way in itertools.product(CASES, ways):
+    if same_sums:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        ways = [way for way in ways for _ in range(2)]  # twice, to see that they are
+    for (kind, size), way in itertools.product(SAME_SUMS if same_sums else CASES, ways):
         n_rows = size if kind == "each" else size // processes.size
         if not n_rows:
             continue
-        row = {"kind": kind} | measure(folder, processes, device, n_rows, way)
+        row = {"kind": kind, "same_sums": same_sums}
+        row |= measure(folder, processes, device, n_rows, way)
         if processes.is_first:
             record = json.loads(out.read_text())
             record["rows"].append(row)
@@ -141,10 +150,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder layers (default: all of them)")
     parser.add_argument("--folder", type=Path, help="the model, once it is written")
     parser.add_argument("--gather", action="store_true", help="also with parts that GPUs exchange")
+    parser.add_argument(
+        "--same-sums", action="store_true", help="compare losses: deterministic algorithms, slower"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.folder, arguments.out, arguments.gather)
+        work(arguments.folder, arguments.out, arguments.gather, arguments.same_sums)
         return
     record = {"date": datetime.date.today().isoformat(), "rows": []}
     record["environment"] = describe_environment(torch.device("cuda"))
@@ -157,9 +169,11 @@ def main() -> None:
             if n > torch.cuda.device_count():
                 continue
             os.environ["ONN_GATHER"] = str(int(arguments.gather))
+            if arguments.same_sums:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
             own = [__file__, str(arguments.out), "--work", "--folder", str(folder)]
-            own += ["--gather"] * arguments.gather
+            own += ["--gather"] * arguments.gather + ["--same-sums"] * arguments.same_sums
             subprocess.run([sys.executable, *launch, *own], check=False)
 
 

@@ -64,7 +64,7 @@ class SlowStream(WeightStream):
         if self.n_reads == self.fails_at:
             raise ModelFolderError("it cannot be read")
         time.sleep(random.choice([0.0, 0.0, 5e-4]))
-        return super().fetch(weight, read, staging)
+        super().fetch(weight, read, staging)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from toy import (
 )
 
 from onn_core.errors import ModelFolderError
-from onn_core.weights.reader import SLICE_NS, run_at_once
+from onn_core.weights.reader import SLICE_NS, ReaderCount, run_at_once
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import count_slots
 from onn_core.weights.stream import WeightStream
@@ -656,3 +656,24 @@ def test_a_reader_has_a_short_slice_and_the_niceness_that_it_had():
     thread.join()
     policy, _, slice_ns = attributes()  # this thread is as it was
     assert seen == [(policy, 3, SLICE_NS)] and slice_ns > SLICE_NS
+
+
+@pytest.mark.parametrize(
+    "gb_s, best",
+    [
+        ({1: 2.8, 2: 2.8, 4: 2.7, 8: 2.6}, 1),
+        ({1: 1.5, 2: 2.0, 4: 2.2, 8: 2.25}, 4),
+        ({1: 1.5, 2: 2.0, 4: 2.2, 8: 2.9}, 8),
+        ({1: 4.0, 2: 3.0, 4: 5.0, 8: 2.0}, 4),
+    ],
+)
+def test_as_many_readers_as_the_disk_is_fastest_with(gb_s, best):
+    count, now, n_bytes = ReaderCount(tuple(gb_s)), 0.0, 8 << 20
+    for number in range(1000):
+        if number % 50 == 0:  # no read is under way
+            now += 10 / count.now
+        each = n_bytes / (1e9 * gb_s[count.now])  # seconds between the ends of two reads
+        count.add(n_bytes, now - (count.now - 1) * each, now + each)
+        now += each
+    assert count.now == best
+    assert ReaderCount((2,)).now == 2

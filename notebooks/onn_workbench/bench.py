@@ -55,8 +55,11 @@ def measure_ceilings(
     paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
     on_cuda = where.type == "cuda"
     into_bytes = {"into_bytes": 0} if on_cuda else {}  # on its way to the device
+    rates = {n: measure_read(paths, n_readers=n, **into_bytes) for n in READERS}
+    shown = ", ".join(f"{rate / 1e9:.2f} ({n})" for n, rate in rates.items())
+    print(f"GB/s that the disk gives (readers): {shown}", flush=True)
     return Ceilings(
-        max(measure_read(paths, n_readers=n, **into_bytes) for n in READERS),
+        max(rates.values()),
         {n: measure_flops(shapes, n, dtype, where, stored=stored) for n in token_counts},
         measure_copy(where) if on_cuda else None,
     )

@@ -34,6 +34,7 @@ def plan(model: Any) -> dict[str, Any]:
         "boundaries": taken.boundaries,
         "captured": taken.captured,
         "planned_peak_bytes": taken.peak_bytes,
+        "readers": model.streaming.stream.reader_count.now,
     }
 
 

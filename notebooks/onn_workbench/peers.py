@@ -57,7 +57,7 @@ class NothingResident(WeightStream):
             weight.slot = self.new_slot(weight.slot_bytes)
             self.counts.bytes_fetched += weight.n_bytes
             for read in weight.reads():
-                self.counts.bytes_read += self.fetch(weight, read, self.staging)
+                self.fetch(weight, read, self.staging)
             if self.copy_stream is not None:
                 self.copy_stream.synchronize()
             weight.tensor, weight.in_use = weight.view(weight.slot.memory), True

@@ -21,14 +21,20 @@ from onn_core.weights.ahead import ReadAhead
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.gather import Gather
 from onn_core.weights.host import HostStore, Staging
-from onn_core.weights.reader import DirectFiles, host_buffer, host_memory_bytes, run_at_once
+from onn_core.weights.reader import (
+    DirectFiles,
+    ReaderCount,
+    host_buffer,
+    host_memory_bytes,
+    run_at_once,
+)
 from onn_core.weights.schedule import Schedule, Use
 from onn_core.weights.shards import TensorEntry
 from onn_core.weights.slots import Read, Scratch, Slot, StreamedWeight
 
-# Of a disk. Two on a CPU: one reads while the other is between two reads. On a host with a GPU one
-# alone read 2.8 GB/s, as fast as two.
-N_READERS = {"cpu": 2, "cuda": 1}
+# Of a disk. Two on a CPU: one reads while the other is between two reads. Before a device it is
+# tried which number is fastest.
+N_READERS = {"cpu": (2,), "cuda": (1, 2, 4, 8)}
 N_CACHE_READERS = max(2, min(8, (os.cpu_count() or 2) // 2))  # of the page cache
 CHECK_S = 0.2  # between two looks, while the compute waits, at whether to stop
 CLOSE_S = 10.0  # until a reader whose read does not return is left behind
@@ -90,6 +96,8 @@ class WeightStream:
         self._work = threading.Condition(lock)  # a read, or the end
         self._closed = self._hangs = False
         self._readers: list[threading.Thread] = []
+        choices = (N_CACHE_READERS,) if cached else N_READERS[device.type]
+        self._most_readers, self.reader_count = max(choices), ReaderCount(choices)
 
     # --- the compute's side ---------------------------------------------------------------
 
@@ -255,7 +263,7 @@ class WeightStream:
         reads = self.store.reads(weight)
         weight.reads_left = len(reads)
         self._reads.extend((weight, *read) for read in reads)
-        self._work.notify(len(reads))
+        self._work.notify_all()
 
     def copy_from_host(self, weight: StreamedWeight) -> None:
         """Queue the copy of a weight in host memory into its slot; a CPU takes it as it is."""
@@ -288,34 +296,35 @@ class WeightStream:
 
     def _start_readers(self) -> None:
         self._closed = False
-        n_readers = N_CACHE_READERS if self.files.cached else N_READERS[self.device.type]
-        for number in range(n_readers):
-            reader = threading.Thread(target=self._run, name=f"onn-reader-{number}", daemon=True)
+        for number in range(self._most_readers):
+            name = f"onn-reader-{number}"
+            reader = threading.Thread(target=self._run, args=[number], name=name, daemon=True)
             reader.start()
             self._readers.append(reader)
 
-    def _run(self) -> None:
-        """A reader: one read after the other, until the stream is closed."""
+    def _run(self, number: int) -> None:
+        """A reader: one read after the other, until the stream is closed; while it is one of few.
+
+        number: from 0; those from `reader_count.now` on rest.
+        """
         run_at_once()
         staging = Staging(self.copy_stream)
         while True:
             with self._work:
-                while not self._reads and not self._closed:
+                while not self._closed and (not self._reads or number >= self.reader_count.now):
                     self._work.wait()
                 if self._closed:
                     return
-                weight, number, read = self._reads.popleft()
-            n_read, error, started = 0, self._error, time.perf_counter()
+                weight, piece, read = self._reads.popleft()
+            error = self._error
             try:
                 if error is None:
-                    with self.store.piece(weight, number) as absent:
-                        n_read = self.fetch(weight, read, staging) if absent else 0
+                    with self.store.piece(weight, piece) as absent:
+                        if absent:
+                            self.fetch(weight, read, staging)
             except Exception as problem:  # raised in the compute's thread, by wait
                 error = problem
             with self._ready:
-                if self.trace is not None:
-                    self.trace.append(("read", weight.unit, started, time.perf_counter()))
-                self.counts.bytes_read += n_read
                 is_last = error is None and weight.reads_left == 1
                 if not is_last:  # else it counts as read when it can be used
                     weight.reads_left -= 1
@@ -342,24 +351,27 @@ class WeightStream:
             self._ready.notify_all()
             self._fetch()  # what evicts this weight may have waited for it
 
-    def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> int:
-        """Read a part of the weight's files to where it goes; returns the bytes read."""
+    def fetch(self, weight: StreamedWeight, read: Read, staging: Staging) -> None:
+        """Read a part of the weight's files to where it goes."""
         source, memory, used = weight.source, self._host_memory(weight), None
         if memory is None:
             memory, used = weight.slot.memory, weight.slot.used
         if not weight.packed and not source.direct:
+            started = time.perf_counter()
             values = self.model_folder.read_source(source, weight.dtype)
+            self._count_read(weight, source.n_bytes, started)
             self._verify(source.entry, 0, values)
             staging.copy(weight.view(memory), values, used)
-            return source.n_bytes
+            return
         entry, start, stop, at = read
         is_direct = (weight.packed or weight.in_place) and memory.device.type == "cpu"
         buffer = memory[at:] if is_direct else staging.buffer()
-        n_read = self.files.read(entry.path, start, stop, buffer)
+        started = time.perf_counter()
+        self._count_read(weight, self.files.read(entry.path, start, stop, buffer), started)
         values = buffer[: stop - start]
         self._verify(entry, start, values)
         if is_direct:
-            return n_read
+            return
         if weight.packed:
             target = memory[at : at + len(values)]
         else:
@@ -368,7 +380,18 @@ class WeightStream:
             first = (begin - entry.offset) // entry.dtype.itemsize
             target = weight.view(memory).view(-1)[first : first + len(values)]
         staging.copy(target, values, used)
-        return n_read
+
+    def _count_read(self, weight: StreamedWeight, n_bytes: int, started: float) -> None:
+        """A read that began at `started` has just ended."""
+        with self._work:
+            stopped = time.perf_counter()
+            self.counts.bytes_read += n_bytes
+            if self.trace is not None:
+                self.trace.append(("read", weight.unit, started, stopped))
+            n_before = self.reader_count.now
+            self.reader_count.add(n_bytes, started, stopped)
+            if self.reader_count.now > n_before:
+                self._work.notify_all()
 
     def _host_memory(self, weight: StreamedWeight) -> torch.Tensor | None:
         """(host_bytes,) uint8 that a weight is read into; None: its reads go to its slot."""
