@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -99,19 +99,24 @@ class Footprint:
     """`visit_bytes` of a model for any batch, traced at few sizes of each length.
 
     A peak is the largest of several moments, each about linear in the samples, so it lies below
-    the line between two sizes; above the largest one moment has long been the peak.
+    the line between two sizes; above the largest one moment has long been the peak. What was traced
+    is known to every model of the same config in this process: many runs open one folder.
     """
+
+    _traced: ClassVar[dict[tuple, tuple[int, ...]]] = {}
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced: dict[tuple[int, int], tuple[int, ...]] = {}  # (B, T)
+        attention = config._attn_implementation  # which the JSON leaves out
+        self._model = (config.to_json_string(use_diff=False), attention, dtype)
 
     def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         few, many = (1, 32) if batch_size <= 32 else (32, 64)
-        for size in (few, many):
-            if (size, n_tokens) not in self._traced:
-                self._traced[size, n_tokens] = self._trace(size, n_tokens)
-        ends = zip(self._traced[few, n_tokens], self._traced[many, n_tokens], strict=True)
+        keys = [(self._model, size, n_tokens) for size in (few, many)]
+        for key in keys:
+            if key not in self._traced:
+                self._traced[key] = self._trace(*key[1:])
+        ends = zip(*(self._traced[key] for key in keys), strict=True)
         part = (batch_size - few) / (many - few)
         return tuple(round(one + part * (other - one)) for one, other in ends)
 
