@@ -669,11 +669,44 @@ def test_a_reader_has_a_short_slice_and_the_niceness_that_it_had():
 )
 def test_as_many_readers_as_the_disk_is_fastest_with(gb_s, best):
     count, now, n_bytes = ReaderCount(tuple(gb_s)), 0.0, 8 << 20
+    n_under_way = 0
     for number in range(1000):
-        if number % 50 == 0:  # no read is under way
+        while n_under_way < count.now:
+            count.begin(now)
+            n_under_way += 1
+        now += n_bytes / (1e9 * gb_s[count.now])  # seconds between the ends of two reads
+        count.end(now, n_bytes)
+        n_under_way -= 1
+        if number % 50 == 0:  # no read is under way for a while
+            for _ in range(n_under_way):
+                count.end(now, 0)
+            n_under_way = 0
             now += 10 / count.now
-        each = n_bytes / (1e9 * gb_s[count.now])  # seconds between the ends of two reads
-        count.add(n_bytes, now - (count.now - 1) * each, now + each)
-        now += each
     assert count.now == best
     assert ReaderCount((2,)).now == 2
+
+
+def test_reads_that_end_out_of_order_count_as_long_as_any_was_under_way(monkeypatch):
+    monkeypatch.setattr("onn_core.weights.reader.TRIAL_BYTES", 2)
+    count = ReaderCount((1, 2))
+    for now in (0.0, 10.0, 20.0, 30.0):  # the first trial is made twice
+        count.begin(now)
+        count.end(now + 10, 1)
+    assert count.now == 2
+    count.begin(40.0)
+    count.begin(41.0)
+    count.end(43.0, 1)
+    count.end(61.0, 1)
+    assert count.now == 1  # two readers took 21 s, not the 20 of one
+
+
+@pytest.mark.parametrize("trial_bytes", [1, 1 << 12, 1 << 15, 1 << 40])
+def test_a_changing_number_of_readers_changes_no_number(monkeypatch, trial_bytes):
+    monkeypatch.setattr("onn_core.weights.reader.TRIAL_BYTES", trial_bytes)
+    monkeypatch.setattr("onn_core.weights.stream.N_READERS", {"cpu": (1, 4, 2)})
+    expected = step(with_lora(in_memory(toy_dir("llama"))), toy_batch())
+    base = streamed(toy_dir("llama"))
+    model = with_lora(base)
+    for _ in range(3):
+        assert_same(step(model, toy_batch()), expected)
+        base.close()

@@ -23,6 +23,7 @@ from onn_core.streaming.visits import Event
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.geometry import empty_model
 from onn_core.weights.host import Staging
+from onn_core.weights.reader import ReaderCount
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
@@ -46,6 +47,10 @@ UNCAPPED = ("soup", "trainstream", "in_memory", "unbounded")
 
 class NothingResident(WeightStream):
     """The report's baseline: a layer is read when it is entered, and dropped when it is left."""
+
+    def __init__(self, *given: Any, **settings: Any):
+        super().__init__(*given, **settings)
+        self.reader_count = ReaderCount((1,))  # the thread that computes
 
     @functools.cached_property
     def staging(self) -> Staging:

@@ -103,28 +103,33 @@ class Footprint:
     is known to every model of the same config in this process: many runs open one folder.
     """
 
-    _traced: ClassVar[dict[tuple, tuple[int, ...]]] = {}
+    _known: ClassVar[dict[tuple, tuple[int, ...]]] = {}
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        attention = config._attn_implementation  # which the JSON leaves out
-        self._model = (config.to_json_string(use_diff=False), attention, dtype)
+        self._traced: dict[tuple[int, int], tuple[int, ...]] = {}  # (B, T)
 
     def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         few, many = (1, 32) if batch_size <= 32 else (32, 64)
-        keys = [(self._model, size, n_tokens) for size in (few, many)]
-        for key in keys:
-            if key not in self._traced:
-                self._traced[key] = self._trace(*key[1:])
-        ends = zip(*(self._traced[key] for key in keys), strict=True)
+        for size in (few, many):
+            if (size, n_tokens) not in self._traced:
+                self._traced[size, n_tokens] = self._trace(size, n_tokens)
+        ends = zip(self._traced[few, n_tokens], self._traced[many, n_tokens], strict=True)
         part = (batch_size - few) / (many - few)
         return tuple(round(one + part * (other - one)) for one, other in ends)
 
     def _trace(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
+        text = self.config.get_text_config()
+        # The JSON leaves out by what attention and experts are computed; both may change later.
+        ways = [getattr(text, f"_{what}_implementation", None) for what in ("attn", "experts")]
+        described = self.config.to_json_string(use_diff=False)
+        key = (described, *ways, self.dtype, batch_size, n_tokens)
+        if key in self._known:
+            return self._known[key]
         try:
-            return visit_bytes(self.config, batch_size, n_tokens, self.dtype)
+            self._known[key] = visit_bytes(self.config, batch_size, n_tokens, self.dtype)
+            return self._known[key]
         except Exception:  # a layer whose code asks for values: as a dense layer of its widths
-            text = self.config.get_text_config()
             width = 4 * getattr(text, "intermediate_size", 0) or 16 * text.hidden_size
             values = batch_size * n_tokens * (width + 16 * text.hidden_size)
             return 3 * (values * (self.dtype.itemsize + 4),)

@@ -105,19 +105,23 @@ class ReaderCount:
         # The first twice: its first reads open the files, and touch new memory.
         self._trials = deque([choices[0], *choices] if len(choices) > 1 else [])
         self._trial_s: dict[int, float] = {}  # number of readers -> seconds a byte
-        self._n_bytes, self._busy_s, self._until = 0, 0.0, 0.0  # of the present trial
+        self._n_bytes, self._busy_s = 0, 0.0  # of the present trial
+        self._under_way, self._since = 0, 0.0
 
-    def add(self, n_bytes: int, started: float, stopped: float) -> None:
-        """A read has ended: the reads of all readers, one after another. Times are in seconds.
+    def begin(self, now: float) -> None:
+        """A read begins, at `now` in seconds."""
+        self._tick(now)
+        self._under_way += 1
+
+    def end(self, now: float, n_bytes: int) -> None:
+        """A read of so many bytes has ended.
 
         What counts is the time in which any was under way: it is not the disk's that none was.
         """
-        if not self._trials:
-            return
-        self._busy_s += stopped - max(started, self._until)
-        self._until = stopped
+        self._tick(now)
+        self._under_way -= 1
         self._n_bytes += n_bytes
-        if self._n_bytes < TRIAL_BYTES:
+        if not self._trials or self._n_bytes < TRIAL_BYTES:
             return
         self._trial_s[self._trials.popleft()] = self._busy_s / self._n_bytes
         self._n_bytes, self._busy_s = 0, 0.0
@@ -126,6 +130,12 @@ class ReaderCount:
             return
         most_s = WORTH_A_READER * min(self._trial_s.values())
         self.now = next(n for n, trial_s in self._trial_s.items() if trial_s <= most_s)
+
+    def _tick(self, now: float) -> None:
+        now = max(now, self._since)
+        if self._under_way:
+            self._busy_s += now - self._since
+        self._since = now
 
 
 class DirectFiles:

@@ -6,13 +6,15 @@ that a device's host store holds is copied by the compute's own thread, which on
 All else is read by reader threads, which sleep while there is nothing to read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import threading
 import time
+import types
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -30,6 +32,7 @@ from onn_core.weights.reader import (
 )
 from onn_core.weights.schedule import Schedule, Use
 from onn_core.weights.shards import TensorEntry
+from onn_core.weights.shared import is_shared
 from onn_core.weights.slots import Read, Scratch, Slot, StreamedWeight
 
 # Of a disk. Two on a CPU: one reads while the other is between two reads. Before a device it is
@@ -97,6 +100,8 @@ class WeightStream:
         self._closed = self._hangs = False
         self._readers: list[threading.Thread] = []
         choices = (N_CACHE_READERS,) if cached else N_READERS[device.type]
+        if is_shared():  # processes that try at once would try against each other
+            choices = choices[:1]
         self._most_readers, self.reader_count = max(choices), ReaderCount(choices)
 
     # --- the compute's side ---------------------------------------------------------------
@@ -357,17 +362,17 @@ class WeightStream:
         if memory is None:
             memory, used = weight.slot.memory, weight.slot.used
         if not weight.packed and not source.direct:
-            started = time.perf_counter()
-            values = self.model_folder.read_source(source, weight.dtype)
-            self._count_read(weight, source.n_bytes, started)
+            with self._reading(weight) as done:
+                values = self.model_folder.read_source(source, weight.dtype)
+                done.n_bytes = source.n_bytes
             self._verify(source.entry, 0, values)
             staging.copy(weight.view(memory), values, used)
             return
         entry, start, stop, at = read
         is_direct = (weight.packed or weight.in_place) and memory.device.type == "cpu"
         buffer = memory[at:] if is_direct else staging.buffer()
-        started = time.perf_counter()
-        self._count_read(weight, self.files.read(entry.path, start, stop, buffer), started)
+        with self._reading(weight) as done:
+            done.n_bytes = self.files.read(entry.path, start, stop, buffer)
         values = buffer[: stop - start]
         self._verify(entry, start, values)
         if is_direct:
@@ -381,17 +386,31 @@ class WeightStream:
             target = weight.view(memory).view(-1)[first : first + len(values)]
         staging.copy(target, values, used)
 
-    def _count_read(self, weight: StreamedWeight, n_bytes: int, started: float) -> None:
-        """A read that began at `started` has just ended."""
+    @contextlib.contextmanager
+    def _reading(self, weight: StreamedWeight) -> Iterator[types.SimpleNamespace]:
+        """Around a read: it is counted, traced, and one of a trial of the number of readers.
+
+        It is told `n_bytes`. What fills the host store is no trial: it is read once, into memory
+        that nobody has touched.
+        """
+        is_tried, done = not self.store.holds(weight), types.SimpleNamespace(n_bytes=0)
         with self._work:
+            started = time.perf_counter()
+            if is_tried:
+                self.reader_count.begin(started)
+        try:
+            yield done
+        finally:
             stopped = time.perf_counter()
-            self.counts.bytes_read += n_bytes
-            if self.trace is not None:
-                self.trace.append(("read", weight.unit, started, stopped))
-            n_before = self.reader_count.now
-            self.reader_count.add(n_bytes, started, stopped)
-            if self.reader_count.now > n_before:
-                self._work.notify_all()
+            with self._work:
+                self.counts.bytes_read += done.n_bytes
+                if self.trace is not None:
+                    self.trace.append(("read", weight.unit, started, stopped))
+                if is_tried:
+                    n_before = self.reader_count.now
+                    self.reader_count.end(stopped, done.n_bytes)
+                    if self.reader_count.now > n_before:
+                        self._work.notify_all()
 
     def _host_memory(self, weight: StreamedWeight) -> torch.Tensor | None:
         """(host_bytes,) uint8 that a weight is read into; None: its reads go to its slot."""
