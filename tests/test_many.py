@@ -49,17 +49,17 @@ def each_alone(small, tmp_path_factory):
 
 def count_reads(monkeypatch):
     """A function that says how many bytes of weights were read since it was last called."""
-    read, n_bytes = DirectFiles.read, 0
+    read, reads = DirectFiles.read, []
 
     def counted(*arguments):
-        nonlocal n_bytes
-        n_bytes += (n_read := read(*arguments))
+        n_read = read(*arguments)
+        reads.append(n_read)  # several readers at once: a sum of their own would lose some
         return n_read
 
     def taken():
-        nonlocal n_bytes
-        found, n_bytes = n_bytes, 0
-        return found
+        n_bytes = sum(reads)
+        reads.clear()
+        return n_bytes
 
     monkeypatch.setattr(DirectFiles, "read", counted)
     return taken
