@@ -89,8 +89,16 @@ def test_mxfp4_experts_of_gpt_oss(experts, dtype, tmp_path):
 # ---- stored bytes in the slots, and a scratch in which a weight is dense while it is used
 
 
+def as_on_a_device(model):
+    """A streamed model whose packed weights are made dense as a whole, as no CPU does."""
+    for weight in model.layer_weights():
+        weight.in_blocks = False
+    return model
+
+
 def with_small_scratch(model):
     """A streamed model whose scratch holds the weights of one module: all layers share it."""
+    as_on_a_device(model)
     dense = count_dense(model.sizes.layers, whole_unit=False)
     assert slots_bytes(dense) < slots_bytes(count_dense(model.sizes.layers, whole_unit=True))
     model.streaming.stream.set_slots(model.plan.slots, dense)
@@ -151,10 +159,11 @@ def test_dora_and_adapters_on_experts(tmp_path):
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize("dora", [False, True])
-def test_int8_is_multiplied_a_few_rows_at_a_time(dora, micro_batch_size, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["llm-int8", "nf4-nested", "fp8-ragged", "gptq4-order", "awq"])
+def test_a_few_rows_are_multiplied_at_a_time(kind, dora, micro_batch_size, tmp_path, monkeypatch):
     """Without a scratch, where no adapter looks at the weight itself, as DoRA does."""
     monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
-    packed, dense = both("qwen2", "llm-int8", tmp_path)
+    packed, dense = both("qwen2", kind, tmp_path)
     settings = {"use_dora": dora, "init_lora_weights": dora}
     models = [with_lora(in_memory(dense), **settings)]
     models.append(with_lora(streamed(packed, micro_batch_size=micro_batch_size), **settings))
@@ -170,8 +179,10 @@ def test_int8_is_multiplied_a_few_rows_at_a_time(dora, micro_batch_size, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_int8_in_a_narrow_dtype(dtype, tmp_path):
-    packed, dense = both("llama", "llm-int8", tmp_path, dtype)
+@pytest.mark.parametrize("kind", ["llm-int8", "nf4", "fp8-block"])
+def test_a_few_rows_in_a_narrow_dtype(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
+    packed, dense = both("llama", kind, tmp_path, dtype)
     want = step(with_lora(in_memory(dense, dtype=torch.float32)), toy_batch())
     assert_same(step(with_lora(streamed(packed)), toy_batch()), want, 0.1)
 
@@ -184,10 +195,14 @@ def test_slots_and_plan_count_what_is_stored(tmp_path):
     for mine, theirs in zip(small.layer_weights(), large.layer_weights(), strict=True):
         assert mine.n_bytes < 0.4 * theirs.n_bytes
         assert mine.slot_bytes < mine.n_bytes + pages
-    small.fit(2, 8)
     layer = sum(weight.n_bytes for weight in large.layer_weights())
+    small.fit(2, 8)
+    assert (
+        not small.plan.dense and small.plan.terms.dense_copies and not large.plan.terms.dense_copies
+    )
+    as_on_a_device(small).fit(3, 8)
     assert slots_bytes(small.plan.dense) == layer
-    assert small.plan.terms.dense_copies > layer and not large.plan.terms.dense_copies
+    assert small.plan.terms.dense_copies > layer
     n_bytes = sum(
         entry.n_bytes for one in small.model_folder.quantised.values() for entry in one.entries
     )

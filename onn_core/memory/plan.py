@@ -369,12 +369,12 @@ def _captured_bytes(weight: StreamedWeight) -> int:
 
 
 def _work_bytes(sizes: Sizes) -> int:
-    """What it takes to make one packed weight dense, without its buffer."""
-    weights = [weight for unit in sizes.layers for weight in unit]
-    packed = [weight for weight in weights if weight.packed and not weight.in_blocks]
+    """What it takes to make one packed weight, or a block of it, dense, without its buffer."""
+    packed = [weight for unit in sizes.layers for weight in unit if weight.packed]
     # What transformers makes of several matrices is in fresh memory first, and so are those.
     merged = [2 * w.dense_bytes for w in packed if type(w.source) is Converted]
-    return max(merged, default=0) + (work_bytes(sizes.on_cpu) if packed else 0)
+    largest = max((math.prod(weight.shape) for weight in packed), default=0)
+    return max(merged, default=0) + work_bytes(sizes.on_cpu, largest)
 
 
 def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:

@@ -1,4 +1,4 @@
-"""Matmul of activations with a matrix that is stored in another dtype, cast block by block.
+"""Matmul of activations with a matrix that is stored in another dtype or format, block by block.
 
 On a CPU without bfloat16 matmul the weights are in bfloat16 in memory and are cast a few rows at
 a time, so that the float32 copy never leaves the processor's cache: half the traffic of a float32
@@ -11,6 +11,7 @@ every result is rounded to float16, as tensor cores do.
 """
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,35 @@ BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
 FEW_TOKENS = 64  # up to here the block is the better left operand
 
 _of_thread = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix (V, C) whose rows are made of what is stored, a few at a time.
+
+    memory: what is stored. make: of start and stop, numbers (stop - start, C) of any dtype; start
+    is a multiple of `row_step`. factors (V,): by which the matrix is more than these numbers.
+    """
+
+    memory: torch.Tensor
+    shape: tuple[int, int]
+    make: Callable[[int, int], torch.Tensor]
+    factors: torch.Tensor | None = None
+    row_step: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return self.memory.dtype
+
+    def data_ptr(self) -> int:
+        return self.memory.data_ptr()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+Weight = torch.Tensor | PackedMatrix
 
 
 @contextlib.contextmanager
@@ -85,52 +115,80 @@ def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, module.weight, module.bias)
 
 
-def matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., C) times weight (V, C) transposed, plus bias (V,) -> (..., V), in the dtype of x."""
     multiply = _by_others()
     return _matmul(x, weight, bias) if multiply is None else multiply(_matmul, x, weight, bias)
 
 
-def _matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if in_float32(x.dtype, x.device):
         return _matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     parts = _row_blocks(weight)
-    if weight.dtype == x.dtype or len(parts) == 1:
-        return F.linear(x, weight.to(x.dtype), bias)
+    factors = weight.factors if type(weight) is PackedMatrix else None
+    if weight.dtype == x.dtype or len(parts) == 1 and factors is None:
+        return F.linear(x, _whole(weight, x.dtype), bias)
     flat = x.reshape(-1, x.shape[-1])  # (n, C)
     few = len(flat) <= FEW_TOKENS
     out = flat.new_empty((len(weight), len(flat)) if few else (len(flat), len(weight)))
-    buffer = flat.new_empty(parts[0].stop, weight.shape[1])
     turned = flat.t().contiguous() if few else None  # (C, n)
-    for rows in parts:
-        block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
+    for rows, block in _blocks(weight, parts, x.dtype):
         if few:
             torch.mm(block, turned, out=out[rows])
         else:
             torch.mm(flat, block.t(), out=out[:, rows])
     out = (out.t().contiguous() if few else out).view(*x.shape[:-1], len(weight))
+    if factors is not None:
+        out.mul_(factors)
     return out if bias is None else out.add_(bias)
 
 
-def matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def matmul_grad(grad: torch.Tensor, weight: Weight) -> torch.Tensor:
     """grad (..., V) times weight (V, C) -> (..., C), in the dtype of grad."""
     multiply = _by_others()
     return _matmul_grad(grad, weight) if multiply is None else multiply(_matmul_grad, grad, weight)
 
 
-def _matmul_grad(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _matmul_grad(grad: torch.Tensor, weight: Weight) -> torch.Tensor:
     if in_float32(grad.dtype, grad.device):
         return _matmul_grad(grad.float(), weight).to(grad.dtype)
     parts = _row_blocks(weight)
+    factors = weight.factors if type(weight) is PackedMatrix else None
     flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
+    if factors is not None:
+        flat = (flat * factors).to(grad.dtype)
     if weight.dtype == grad.dtype or len(parts) == 1:
-        return (flat @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
-    total = flat.new_zeros(weight.shape[1], len(flat))  # (C, n)
-    buffer = flat.new_empty(parts[0].stop, weight.shape[1])
-    for rows in parts:  # the block as the left operand took up to a third less time
-        block = buffer[: rows.stop - rows.start].copy_(weight[rows])  # (v, C)
-        total.addmm_(block.t(), flat[:, rows].t())
-    return total.t().contiguous().view(*grad.shape[:-1], weight.shape[1])
+        return (flat @ _whole(weight, grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
+    # Sums of blocks would be rounded once more for each in a narrow dtype.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = flat.new_zeros(weight.shape[1], len(flat), dtype=wide)  # (C, n)
+    # The block as the left operand took up to a third less time.
+    for rows, block in _blocks(weight, parts, grad.dtype):
+        if wide == grad.dtype:
+            total.addmm_(block.t(), flat[:, rows].t())
+        else:
+            total.add_(block.t() @ flat[:, rows].t())
+    return total.t().to(grad.dtype).contiguous().view(*grad.shape[:-1], weight.shape[1])
+
+
+def _whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """(V, C) in `dtype`."""
+    whole = weight if torch.is_tensor(weight) else weight.make(0, len(weight))
+    return whole.to(dtype)
+
+
+def _blocks(
+    weight: Weight, parts: list[slice], dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each slice of rows with a copy (v, C) in `dtype`, which the next one may overwrite."""
+    buffer = None
+    for rows in parts:
+        stored = weight[rows] if torch.is_tensor(weight) else weight.make(rows.start, rows.stop)
+        if stored.dtype != dtype:
+            if buffer is None:
+                buffer = stored.new_empty(stored.shape, dtype=dtype)  # the first is the largest
+            stored = buffer[: len(stored)].copy_(stored)
+        yield rows, stored
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,11 +216,10 @@ class _Matmul(torch.autograd.Function):
         return matmul_grad(grad, weight), None, None
 
 
-class ScaledMatmul(torch.autograd.Function):
-    """x (..., C) times a matrix (V, C) of int8 numbers with a factor (V,) for each row.
+class PackedMatmul(torch.autograd.Function):
+    """x (..., C) times a packed matrix (V, C) transposed, plus a bias (V,) that is not trained.
 
-    memory: where the numbers are, which a graph saves. parts: gives numbers and factors from where
-    they are by then. A few rows are cast at a time, and the factors are applied to the output.
+    memory: where it is stored, which a graph saves. matrix: gives it from where it is by then.
     """
 
     @staticmethod
@@ -170,20 +227,17 @@ class ScaledMatmul(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         memory: torch.Tensor,
-        parts: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        bias: torch.Tensor | None,
+        matrix: Callable[[], PackedMatrix],
     ) -> torch.Tensor:
         ctx.save_for_backward(memory)
-        ctx.parts = parts
-        wide = x.float() if in_float32(x.dtype, x.device) else x
-        numbers, factors = parts()
-        return matmul(wide, numbers).mul_(factors).to(x.dtype)
+        ctx.matrix = matrix
+        return matmul(x, matrix(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         _ = ctx.saved_tensors  # the weight is fetched again
-        numbers, factors = ctx.parts()
-        scaled = (grad * factors).to(torch.promote_types(grad.dtype, torch.bfloat16))
-        return matmul_grad(scaled, numbers).to(grad.dtype), None, None
+        return matmul_grad(grad, ctx.matrix()), None, None, None
 
 
 def in_one_block(shape: tuple[int, ...]) -> bool:
@@ -191,9 +245,12 @@ def in_one_block(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] <= _block_rows(shape[1])
 
 
-def _row_blocks(weight: torch.Tensor) -> list[slice]:
+def _row_blocks(weight: Weight) -> list[slice]:
     """Slices of rows whose float32 copy is at most BLOCK_BYTES."""
-    return blocks_of(len(weight), _block_rows(weight.shape[1]))
+    size = _block_rows(weight.shape[1])
+    if not torch.is_tensor(weight):
+        size = -(-size // weight.row_step) * weight.row_step
+    return blocks_of(len(weight), size)
 
 
 def _block_rows(n_columns: int) -> int:

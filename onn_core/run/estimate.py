@@ -16,7 +16,7 @@ from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.ops.matmul import cast_in_cache, in_one_block
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.skeleton import decoder_layers
-from onn_core.weights.dequantise import Quantised, Source, is_llm_int8
+from onn_core.weights.dequantise import Quantised, Source
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.geometry import GEOMETRIES, empty_model, geometry
 from onn_core.weights.quantise import stored_as, takes
@@ -57,7 +57,7 @@ def geometry_of(
 
     def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
         made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
-        made.in_blocks = on_cpu and source is not None and is_llm_int8(source)
+        made.in_blocks = on_cpu and source is not None and len(made.shape) == 2
         is_cast = cast_in_cache(dtype, compute_dtype, torch.device("cpu" if on_cpu else "cuda"))
         if is_cast and source is None and in_one_block(made.shape):
             made.wide_dtype = compute_dtype

@@ -25,7 +25,8 @@ from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
 from onn_core.ops.matmul import (
-    ScaledMatmul,
+    PackedMatmul,
+    PackedMatrix,
     cast_in_cache,
     in_one_block,
     linear,
@@ -44,7 +45,7 @@ from onn_core.streaming.model import require_no_sharding, streamed_class
 from onn_core.streaming.skeleton import all_layers, decoder_layers, resolve_device, skeleton
 from onn_core.streaming.together import Together
 from onn_core.streaming.visits import Streaming
-from onn_core.weights.dequantise import Plain, Source, is_llm_int8
+from onn_core.weights.dequantise import Plain, Quantised, Source
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.formats import find_sources
 from onn_core.weights.host import HostMemory
@@ -395,9 +396,9 @@ def _fill(
                     weight = StreamedWeight(source, shape, in_memory, on_device, alone)
                     if in_memory != dtype and in_one_block(shape):
                         weight.wide_dtype = dtype
-                    if not on_device and alone is not None and is_llm_int8(source):
+                    if not on_device and alone is not None and isinstance(source, Quantised):
                         weight.in_blocks = True
-                        int8_linear(module, weight)
+                        packed_linear(module, weight)
                 absent = nan_of(parameter.shape, dtype, device)
                 if weight is not None:
                     own = StreamedParameter(absent, requires_grad=False)
@@ -422,18 +423,19 @@ def _fill(
     return bindings, end_sources
 
 
-def int8_linear(module: nn.Linear, weight: StreamedWeight) -> None:
-    """Let a linear layer multiply by int8 numbers, unless its weight is there as it means."""
+def packed_linear(module: nn.Linear, weight: StreamedWeight) -> None:
+    """Let a linear layer multiply by what is stored, unless its weight is there as it means."""
 
-    def parts() -> tuple[torch.Tensor, torch.Tensor]:
-        numbers, largest = weight.stored_tensors()
-        return numbers, largest.float() * weight.source.factor
+    def matrix() -> PackedMatrix:
+        return weight.source.matrix(weight.stored_tensors())
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if weight.dense is not None:
             return linear(x, module.weight, module.bias)
-        out = ScaledMatmul.apply(x, weight.tensor, parts)
-        return out if module.bias is None else out + module.bias
+        bias = module.bias
+        if bias is not None and bias.requires_grad:
+            return PackedMatmul.apply(x, weight.tensor, None, matrix) + bias
+        return PackedMatmul.apply(x, weight.tensor, bias, matrix)
 
     module.forward = forward
 

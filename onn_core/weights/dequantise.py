@@ -5,6 +5,7 @@ dtype that is asked for.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -13,24 +14,20 @@ import torch
 from torch import Tensor
 
 from onn_core.ops import four_bit
+from onn_core.ops.matmul import BLOCK_BYTES, PackedMatrix
 from onn_core.weights.shards import TensorEntry
 
 Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
-BLOCK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
+BLOCK_ELEMENTS = {"cpu": BLOCK_BYTES // 4, "cuda": 1 << 22}
+WORK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
 INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
 
-def is_llm_int8(source: "Source | None") -> bool:
-    """Whether it is whole numbers with one factor a row: bitsandbytes' 8 bits, and ours."""
-    return type(source) is Scaled and source.factor != 1
-
-
-def work_bytes(on_cpu: bool) -> int:
-    """Memory that making a matrix dense takes, without the matrix."""
-    return BLOCK_BYTES * BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"]
+def work_bytes(on_cpu: bool, n_elements: int) -> int:
+    """Memory that making a matrix, or a block of it, dense takes, without the matrix."""
+    return WORK_BYTES * min(n_elements, BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,6 +119,11 @@ class Quantised(Source):
         """Rows start:stop, in float32 or exactly, in fresh memory on the device of `parts`."""
         raise NotImplementedError
 
+    def matrix(self, parts: Parts) -> PackedMatrix:
+        """The matrix (V, C), to be multiplied as it is stored."""
+        make = functools.partial(self.rows, parts)
+        return PackedMatrix(parts[0], self.shape, make, row_step=self.row_step)
+
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
         if out is None:
@@ -201,26 +203,44 @@ class Scaled(Quantised):
     blocks: tuple[int, ...]
     factor: float = 1.0  # LLM.int8 stores the largest value of a row, not a 127th of it
 
+    def matrix(self, parts: Parts) -> PackedMatrix:
+        """LLM.int8's numbers are exact in any dtype: the factor of a row waits for the output."""
+        if self.factor == 1:
+            return super().matrix(parts)
+        weight, scale = parts
+        factors = scale.float().flatten() * self.factor
+        return PackedMatrix(weight, self.shape, lambda start, stop: weight[start:stop], factors)
+
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, *grids = parts
         values = _floats(weight[start:stop])
+        by_block = values.unflatten(-1, (self.grid[-1], -1)) if self._has_whole_blocks else values
         if len(grids) > 1:
-            values -= self._spread(grids[1], start, stop)
-        values *= self._spread(grids[0], start, stop)
+            by_block -= self._spread(grids[1], start, stop)
+        by_block *= self._spread(grids[0], start, stop)
         return values if self.factor == 1 else values.mul_(self.factor)
 
+    @property
+    def _has_whole_blocks(self) -> bool:
+        """Whether each row is cut into blocks of one size."""
+        n_blocks, width = self.grid[-1], self.shape[-1]
+        return len(self.grid) > 1 and (n_blocks == 1 or n_blocks * self.blocks[-1] == width)
+
     def _spread(self, grid: Tensor, start: int, stop: int) -> Tensor:
-        """The values of a grid for rows start:stop, in a shape that broadcasts over them."""
+        """The values of a grid for rows start:stop, in a shape that broadcasts over them.
+
+        They are by block (..., blocks, elements of a block) where all blocks are whole.
+        """
         grid = _floats(grid).view(self.grid)
         if self.grid[0] > 1:
             first, last = start // self.blocks[0], (stop - 1) // self.blocks[0] + 1
             grid = grid[first:last].repeat_interleave(self.blocks[0], 0)
             grid = grid[start - first * self.blocks[0] :][: stop - start]
-        for dim in range(1, len(self.grid)):
+        for dim in range(1, len(self.grid) - self._has_whole_blocks):
             if self.grid[dim] > 1:
                 grid = grid.repeat_interleave(self.blocks[dim], dim)
                 grid = grid.narrow(dim, 0, self.shape[dim])
-        return grid
+        return grid[..., None] if self._has_whole_blocks else grid
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -322,10 +342,15 @@ def _floats(stored: Tensor) -> Tensor:
     """Numbers or scales in float32, in fresh memory; a byte is the exponent of e8m0."""
     if stored.dtype == torch.uint8:
         stored = stored.view(torch.float8_e8m0fnu)
-    if stored.device.type == "cpu" and stored.dtype.is_floating_point and stored.itemsize == 1:
-        table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float()  # 4 times as fast
-        return _look_up(table[:, None], stored.view(torch.uint8))
-    return stored.to(torch.float32, copy=True)
+    if stored.device.type != "cpu" or not stored.dtype.is_floating_point or stored.itemsize > 1:
+        return stored.to(torch.float32, copy=True)
+    packed = stored.view(torch.uint8)
+    if stored.dtype == torch.float8_e4m3fn and packed.bitwise_and(0x7F).max() < 0x7F:  # no NaN
+        # Several times as fast as a table: its bits are a float16's, but for place and 2 ** 8.
+        high = packed.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
+        return high.view(torch.float16).to(torch.float32).mul_(1 << 8)
+    table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float()
+    return _look_up(table[:, None], packed)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
