@@ -114,9 +114,7 @@ def train(folder: Path) -> dict:
     """What a process measures: seconds of steps, bytes that each read, the peak of memory."""
     torch.manual_seed(0)
     before = memory_bytes()
-    # A layer's experts of gpt-oss take 3 GB in float32, to which a CPU without bfloat16 would go.
-    dtype = "bfloat16" if "gpt-oss" in folder.name else "auto"
-    base = onn_core.from_pretrained(folder, memory_budget=BUDGET_BYTES, device="cpu", dtype=dtype)
+    base = onn_core.from_pretrained(folder, memory_budget=BUDGET_BYTES, device="cpu")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora).train()

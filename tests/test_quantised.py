@@ -23,7 +23,7 @@ from toy import (
 )
 
 import onn_core
-from onn_core.errors import ModelFolderError
+from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.slots import count_dense, few_slots, slots_bytes
 
@@ -70,9 +70,8 @@ def test_in_bfloat16_every_weight_is_rounded_once(kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_mxfp4_experts_of_gpt_oss(experts, dtype, tmp_path):
-    config = transformers.GptOssConfig(**GPT_OSS, head_dim=8, experts_implementation=experts)
+def test_mxfp4_experts_of_gpt_oss(dtype, tmp_path):
+    config = transformers.GptOssConfig(**GPT_OSS, head_dim=8)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     packed, dense = quantised(tmp_path / "base", "mxfp4", tmp_path, dtype)
@@ -83,7 +82,12 @@ def test_mxfp4_experts_of_gpt_oss(experts, dtype, tmp_path):
             # In memory as in the scratch: how a matmul of bfloat16 is summed depends on it.
             matrix.data = matrix.data.mT.contiguous().mT
     want = step(with_lora(whole), toy_batch())
-    assert_same(step(with_lora(streamed(packed, **settings)), toy_batch()), want)
+    model = with_lora(streamed(packed, **settings))
+    assert_same(step(model, toy_batch()), want)
+    assert not model.base_model.model.plan.dense  # each expert's is made where it is used
+    model.base_model.model.set_experts_implementation("eager")
+    with pytest.raises(ConfigError, match="set_experts_implementation"):
+        step(model, toy_batch())
 
 
 # ---- stored bytes in the slots, and a scratch in which a weight is dense while it is used

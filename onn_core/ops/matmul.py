@@ -25,6 +25,7 @@ from onn_core.ops.blocks import blocks_of
 
 BLOCK_BYTES = 5 << 20  # of the cast copy; it must stay in the cache
 FEW_TOKENS = 64  # up to here the block is the better left operand
+LEAST_TOKENS = 16  # with 2 to 15 MKL takes up to three times as long: they are filled up with zeros
 
 _of_thread = threading.local()
 
@@ -128,7 +129,7 @@ def _matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
     factors = weight.factors if type(weight) is PackedMatrix else None
     if weight.dtype == x.dtype or len(parts) == 1 and factors is None:
         return F.linear(x, _whole(weight, x.dtype), bias)
-    flat = x.reshape(-1, x.shape[-1])  # (n, C)
+    flat = _filled_up(x.reshape(-1, x.shape[-1]))  # (n or LEAST_TOKENS, C)
     few = len(flat) <= FEW_TOKENS
     out = flat.new_empty((len(weight), len(flat)) if few else (len(flat), len(weight)))
     turned = flat.t().contiguous() if few else None  # (C, n)
@@ -137,7 +138,8 @@ def _matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
             torch.mm(block, turned, out=out[rows])
         else:
             torch.mm(flat, block.t(), out=out[:, rows])
-    out = (out.t().contiguous() if few else out).view(*x.shape[:-1], len(weight))
+    n = x.numel() // x.shape[-1]
+    out = (out.t()[:n].contiguous() if few else out).view(*x.shape[:-1], len(weight))
     if factors is not None:
         out.mul_(factors)
     return out if bias is None else out.add_(bias)
@@ -159,6 +161,7 @@ def _matmul_grad(grad: torch.Tensor, weight: Weight) -> torch.Tensor:
         flat = (flat * factors).to(grad.dtype)
     if weight.dtype == grad.dtype or len(parts) == 1:
         return (flat @ _whole(weight, grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
+    n, flat = len(flat), _filled_up(flat)
     # Sums of blocks would be rounded once more for each in a narrow dtype.
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = flat.new_zeros(weight.shape[1], len(flat), dtype=wide)  # (C, n)
@@ -168,7 +171,13 @@ def _matmul_grad(grad: torch.Tensor, weight: Weight) -> torch.Tensor:
             total.addmm_(block.t(), flat[:, rows].t())
         else:
             total.add_(block.t() @ flat[:, rows].t())
-    return total.t().to(grad.dtype).contiguous().view(*grad.shape[:-1], weight.shape[1])
+    return total.t()[:n].to(grad.dtype).contiguous().view(*grad.shape[:-1], weight.shape[1])
+
+
+def _filled_up(flat: torch.Tensor) -> torch.Tensor:
+    """(n, C) -> (LEAST_TOKENS, C) where n is a few, but not one."""
+    lacking = LEAST_TOKENS - len(flat)
+    return F.pad(flat, (0, 0, 0, lacking)) if 0 < lacking < LEAST_TOKENS - 1 else flat
 
 
 def _whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

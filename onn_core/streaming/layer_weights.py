@@ -97,7 +97,7 @@ class LayerWeights:
     @property
     def own_parameters(self) -> list[nn.Parameter]:
         """Those that are always resident: adapters, norms."""
-        return [p for p in self.parameters if type(p) is not StreamedParameter]
+        return [p for p in self.parameters if not isinstance(p, StreamedParameter)]
 
     @property
     def _by_matrix(self) -> bool:
@@ -125,7 +125,8 @@ class LayerWeights:
                 for weight, bindings in () if self._by_matrix else self._by_weight.items():
                     modules = {binding.module for binding in bindings}
                     known = all(map(self._usual_calls.get, modules))
-                    if weight.packed:  # in the first visit, too: a layer may be large when dense
+                    # In the first visit, too: a layer may be large when it is dense.
+                    if weight.packed and not weight.in_blocks:
                         known = weight.module is not None
                     if not known or modules & self.wrapped:
                         self._fetch(weight)

@@ -37,6 +37,7 @@ from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import n_local
 from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
+from onn_core.streaming.experts import StreamedExperts, takes_experts
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
@@ -399,8 +400,13 @@ def _fill(
                     if not on_device and alone is not None and isinstance(source, Quantised):
                         weight.in_blocks = True
                         packed_linear(module, weight)
+                    elif not on_device and takes_experts(module, weight):
+                        weight.in_blocks = True
                 absent = nan_of(parameter.shape, dtype, device)
-                if weight is not None:
+                if weight is not None and weight.in_blocks and weight.module is None:
+                    own = StreamedExperts(absent, requires_grad=False)
+                    own.weight = weight
+                elif weight is not None:
                     own = StreamedParameter(absent, requires_grad=False)
                 elif module in end_sources and name == "weight":
                     own = nn.Parameter(absent, requires_grad=False)

@@ -124,6 +124,15 @@ class Quantised(Source):
         make = functools.partial(self.rows, parts)
         return PackedMatrix(parts[0], self.shape, make, row_step=self.row_step)
 
+    @property
+    def by_expert(self) -> bool:
+        """Whether it is (E, ...) and `expert` gives each of the E matrices."""
+        return False
+
+    def expert(self, parts: Parts, number: int) -> PackedMatrix:
+        """The matrix (out, in) of one expert, to be multiplied as it is stored."""
+        raise NotImplementedError
+
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (shape) in `dtype`, in `out` if it is given; a block of rows at a time."""
         if out is None:
@@ -203,6 +212,18 @@ class Scaled(Quantised):
     blocks: tuple[int, ...]
     factor: float = 1.0  # LLM.int8 stores the largest value of a row, not a 127th of it
 
+    @property
+    def by_expert(self) -> bool:
+        return len(self.shape) == 3 and self.grid[0] in (1, self.shape[0])
+
+    def expert(self, parts: Parts, number: int) -> PackedMatrix:
+        weight, *grids = parts
+        one = dataclasses.replace(
+            self, shape=self.shape[1:], grid=self.grid[1:], blocks=self.blocks[1:]
+        )
+        place = number if self.grid[0] > 1 else 0
+        return one.matrix([weight[number], *(grid.view(self.grid)[place] for grid in grids)])
+
     def matrix(self, parts: Parts) -> PackedMatrix:
         """LLM.int8's numbers are exact in any dtype: the factor of a row waits for the output."""
         if self.factor == 1:
@@ -213,11 +234,11 @@ class Scaled(Quantised):
 
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         weight, *grids = parts
-        values = _floats(weight[start:stop])
+        values, power = _scaled_floats(weight[start:stop])
         by_block = values.unflatten(-1, (self.grid[-1], -1)) if self._has_whole_blocks else values
         if len(grids) > 1:
-            by_block -= self._spread(grids[1], start, stop)
-        by_block *= self._spread(grids[0], start, stop)
+            by_block -= self._spread(grids[1], start, stop).div_(power)
+        by_block *= self._spread(grids[0], start, stop).mul_(power)
         return values if self.factor == 1 else values.mul_(self.factor)
 
     @property
@@ -259,6 +280,15 @@ class FloatFour(Quantised):
         n_experts, n_in, n_out = self.shape
         return values.view(n_experts, n_out, n_in).mT
 
+    @property
+    def by_expert(self) -> bool:
+        return self.turned
+
+    def expert(self, parts: Parts, number: int) -> PackedMatrix:
+        _, n_in, n_out = self.shape
+        one = dataclasses.replace(self, shape=(n_out, n_in), turned=False)
+        return one.matrix([part[number] for part in parts])
+
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if not self.turned:
             return super().dense(parts, dtype, out)
@@ -272,8 +302,10 @@ class FloatFour(Quantised):
 
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         packed, scale, *divisor = parts
-        # Powers of two are exact in bfloat16, and so are e2m1's multiples of them.
-        exact = torch.float32 if divisor or scale.dtype != torch.uint8 else torch.bfloat16
+        # Powers of two are exact in bfloat16, and so are e2m1's multiples of them; a CPU multiplies
+        # float32 several times as fast.
+        narrow = packed.is_cuda and not divisor and scale.dtype == torch.uint8
+        exact = torch.bfloat16 if narrow else torch.float32
         half = torch.tensor(FP4_VALUES, dtype=exact, device=packed.device)
         code = torch.cat([half, -half])
         table = torch.stack([code.repeat(16), code.repeat_interleave(16)], 1)  # (256, 2)
@@ -342,15 +374,21 @@ def _floats(stored: Tensor) -> Tensor:
     """Numbers or scales in float32, in fresh memory; a byte is the exponent of e8m0."""
     if stored.dtype == torch.uint8:
         stored = stored.view(torch.float8_e8m0fnu)
+    values, factor = _scaled_floats(stored)
+    return values if factor == 1 else values.mul_(factor)
+
+
+def _scaled_floats(stored: Tensor) -> tuple[Tensor, float]:
+    """Numbers in float32, in fresh memory, and a power of two by which they are too small."""
     if stored.device.type != "cpu" or not stored.dtype.is_floating_point or stored.itemsize > 1:
-        return stored.to(torch.float32, copy=True)
+        return stored.to(torch.float32, copy=True), 1.0
     packed = stored.view(torch.uint8)
     if stored.dtype == torch.float8_e4m3fn and packed.bitwise_and(0x7F).max() < 0x7F:  # no NaN
         # Several times as fast as a table: its bits are a float16's, but for place and 2 ** 8.
         high = packed.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
-        return high.view(torch.float16).to(torch.float32).mul_(1 << 8)
+        return high.view(torch.float16).to(torch.float32), 256.0
     table = torch.arange(256, dtype=torch.uint8).view(stored.dtype).float()
-    return _look_up(table[:, None], packed)
+    return _look_up(table[:, None], packed), 1.0
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

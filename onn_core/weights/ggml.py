@@ -6,6 +6,7 @@ and on any device. The others are transformers' and the gguf package's. All are 
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from onn_core.ops.matmul import PackedMatrix
 from onn_core.weights.dequantise import Parts, Quantised
 
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # by the number of the type
@@ -33,6 +35,24 @@ class Ggml(Quantised):
     @property
     def by_rows(self) -> bool:
         return len(self.entries) == 1 and self.order is None
+
+    @property
+    def by_expert(self) -> bool:
+        return len(self.shape) == 3 and self.order is None
+
+    def expert(self, parts: Parts, number: int) -> PackedMatrix:
+        own = [part[number] for part in parts]  # (out, bytes of a row) each
+        begins = list(itertools.accumulate(map(len, own), initial=0))
+
+        def make(start: int, stop: int) -> Tensor:
+            made = []
+            for stored, kind, begin in zip(own, self.types, begins, strict=False):
+                rows = stored[max(0, start - begin) : max(0, stop - begin)]
+                if len(rows):
+                    made.append(dense_rows(rows, kind))
+            return made[0] if len(made) == 1 else torch.cat(made)
+
+        return PackedMatrix(own[0], self.shape[1:], make)
 
     def rows(self, parts: Parts, start: int, stop: int) -> Tensor:
         made = []
