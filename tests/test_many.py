@@ -89,6 +89,17 @@ def test_families(family, own, tmp_path):
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights(kind, small, tmp_path):
+    """Each run's modules multiply by the weights that all share."""
+    quick = {"max_steps": 2, "eval_samples": 2, "quantize": kind}
+    runs = {name: DIFFERENT[name] | quick for name in ("everything", "last", "targets")}
+    together(small, tmp_path / "many", runs)
+    alone(small, tmp_path / "alone", runs)
+    for name in runs:
+        require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
+
+
 def count_rows(monkeypatch):
     """A list of the rows of every product of a frozen weight that is made."""
     rows, multiply = [], matmul._matmul

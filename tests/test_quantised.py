@@ -90,13 +90,79 @@ def test_mxfp4_experts_of_gpt_oss(dtype, tmp_path):
         step(model, toy_batch())
 
 
+def gpt_oss(folder, dtype=torch.float32):
+    """A toy model whose experts' matrices are (E, in, out), and its tensors."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.GptOssConfig(**GPT_OSS, head_dim=8), dtype=dtype
+    )
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_fp8_experts_that_are_stored_as_the_parameter_is(tmp_path):
+    tensors, dense = gpt_oss(tmp_path), {}
+    for name, tensor in list(tensors.items()):
+        if name.endswith(("gate_up_proj", "down_proj")):
+            scale = tensor.abs().amax((1, 2), keepdim=True) / 448
+            tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+            dense[name] = tensors[name].float() * scale
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {"attn_implementation": "eager"}
+    save_file(tensors | dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    want = step(with_lora(in_memory(tmp_path, **settings)), toy_batch())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(step(with_lora(streamed(tmp_path, **settings)), toy_batch()), want)
+
+
+@pytest.mark.parametrize("block_bytes", [None, 4 * 32 * 16])
+@pytest.mark.parametrize("on_experts", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_of_bfloat16_are_cast_one_after_another(
+    family, on_experts, block_bytes, tmp_path, monkeypatch
+):
+    """On a CPU without bfloat16 matmul: a slot holds them as they are stored, and no scratch is."""
+    if block_bytes is not None:
+        monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", block_bytes)
+    settings = {"dtype": torch.float32}
+    if family == "gpt_oss":
+        gpt_oss(tmp_path, torch.bfloat16)
+        folder, settings["attn_implementation"] = tmp_path, "eager"
+    else:
+        folder = toy_dir(family, torch.bfloat16, n_layers=2)
+    lora = {"target_modules": ["q_proj"]}
+    if on_experts:
+        lora["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    want = step(with_lora(in_memory(folder, **settings), **lora), toy_batch())
+    model = with_lora(streamed(folder, **settings), **lora)
+    assert_same(step(model, toy_batch()), want, block_bytes and CLOSE)
+    base = model.base_model.model
+    experts = [weight for weight in base.layer_weights() if len(weight.shape) == 3]
+    assert experts and all(weight.dtype == torch.bfloat16 for weight in experts)
+    assert bool(base.streaming.stream.scratch.n_bytes) == on_experts
+
+
+@pytest.mark.parametrize("on_experts", [False, True])
+def test_the_plan_counts_experts_that_an_adapter_looks_at(on_experts, tmp_path):
+    lora = {"target_parameters": ["experts.gate_up_proj"]} if on_experts else {}
+    gpt_oss(tmp_path, torch.bfloat16)
+    base = streamed(
+        tmp_path, memory_budget="64MB", dtype=torch.float32, attn_implementation="eager"
+    )
+    step(with_lora(base, target_modules=["q_proj"], **lora), toy_batch())
+    assert bool(base.plan.dense) == on_experts
+
+
 # ---- stored bytes in the slots, and a scratch in which a weight is dense while it is used
 
 
 def as_on_a_device(model):
     """A streamed model whose packed weights are made dense as a whole, as no CPU does."""
     for weight in model.layer_weights():
-        weight.in_blocks = False
+        weight.by_blocks = False
     return model
 
 

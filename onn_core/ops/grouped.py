@@ -1,6 +1,6 @@
 """Matmul of tokens that are sorted by expert, each group with the matrix of its own expert."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ class GroupedMatmul(torch.autograd.Function):
 
     offsets (E,): where the rows of each expert end.
     memory: where the matrices are stored, which a graph saves. experts: gives, from where they are
-    by then, the matrix (out, in) of a number. n_out: the width of the result. An expert without
-    tokens is not asked for.
+    by then, the matrix of a number: (out, in), or (in, out) where they are `turned`. n_out: the
+    width of the result. An expert without tokens is not asked for.
     """
 
     @staticmethod
@@ -24,28 +24,32 @@ class GroupedMatmul(torch.autograd.Function):
         memory: torch.Tensor,
         offsets: torch.Tensor,
         experts: Callable[[], Callable[[int], Weight]],
+        turned: bool,
         n_out: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(memory, offsets)
-        ctx.experts, ctx.n_in = experts, x.shape[1]
-        out, expert = x.new_zeros(len(x), n_out), experts()
-        for number, rows in _groups(offsets):
-            out[rows] = matmul(x[rows], expert(number))
-        return out
+        ctx.experts, ctx.turned, ctx.n_in = experts, turned, x.shape[1]
+        return _multiply(matmul_grad if turned else matmul, x, offsets, experts(), n_out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _, offsets = ctx.saved_tensors  # the weight is fetched again
-        found, expert = grad.new_zeros(len(grad), ctx.n_in), ctx.experts()
-        for number, rows in _groups(offsets):
-            found[rows] = matmul_grad(grad[rows], expert(number))
-        return found, None, None, None, None
+        multiply = matmul if ctx.turned else matmul_grad
+        found = _multiply(multiply, grad, offsets, ctx.experts(), ctx.n_in)
+        return found, None, None, None, None, None
 
 
-def _groups(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has tokens, and which rows are theirs."""
-    start = 0
+def _multiply(
+    multiply: Callable[[torch.Tensor, Weight], torch.Tensor],
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    expert: Callable[[int], Weight],
+    width: int,
+) -> torch.Tensor:
+    """Each group of rows of x by its expert's matrix -> (S, width)."""
+    out, start = x.new_zeros(len(x), width), 0
     for number, stop in enumerate(offsets.tolist()):
         if stop > start:
-            yield number, slice(start, stop)
+            out[start:stop] = multiply(x[start:stop], expert(number))
         start = stop
+    return out

@@ -57,7 +57,9 @@ def geometry_of(
 
     def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
         made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)
-        made.in_blocks = on_cpu and source is not None and len(made.shape) == 2
+        made.by_blocks = (
+            on_cpu and source is not None and (len(made.shape) == 2 or source.by_expert)
+        )
         is_cast = cast_in_cache(dtype, compute_dtype, torch.device("cpu" if on_cpu else "cuda"))
         if is_cast and source is None and in_one_block(made.shape):
             made.wide_dtype = compute_dtype

@@ -1,5 +1,7 @@
 """The matrices of a layer's experts on a CPU: one after another, as they are stored."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,40 +11,35 @@ from onn_core.errors import ConfigError
 from onn_core.ops.grouped import GroupedMatmul
 from onn_core.ops.matmul import Weight
 from onn_core.streaming.lazy import StreamedParameter
-from onn_core.weights.dequantise import Quantised
 from onn_core.weights.slots import StreamedWeight
 
 
-def takes_experts(module: nn.Module, weight: StreamedWeight) -> bool:
-    """Whether a module multiplies its parameter (E, ...) by transformers' grouped matmul alone."""
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module multiplies its parameters (E, ...) by transformers' grouped matmul."""
     config = getattr(module, "config", None)
     grouped = getattr(config, "_experts_implementation", None) == "grouped_mm"
-    of_experts = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-    source = weight.source
-    return grouped and of_experts and isinstance(source, Quantised) and source.by_expert
+    return grouped and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 class StreamedExperts(StreamedParameter):
     """Matrices (E, ...) that a grouped matmul takes from where they are stored.
 
-    Where an adapter needs their values they are dense, as of any weight. Anything else finds NaN.
+    Where an adapter looks at their values they are there, as any weight's; else all finds NaN.
     """
-
-    weight: StreamedWeight
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name, own = getattr(func, "__name__", ""), args[0] if args else None
-        if name == "transpose" and isinstance(own, cls) and own.weight.dense is None:
+        if name == "transpose" and isinstance(own, cls) and own.weight.in_blocks:
             with torch._C.DisableTorchFunctionSubclass():
                 turned = func(torch.Tensor.data.__get__(own), *args[1:]).as_subclass(TurnedExperts)
             turned.weight = own.weight
             return turned
-        if name == "__getitem__" and own.weight.dense is None:
+        if name == "__getitem__" and own.weight.in_blocks:
             raise ConfigError(
-                "on a CPU quantised experts are multiplied as they are stored: call "
+                "on a CPU experts are multiplied as they are stored: call "
                 'set_experts_implementation("grouped_mm").'
             )
         return _grouped_matmul(super(), func, types, args, kwargs)
@@ -66,18 +63,18 @@ def _grouped_matmul(
     """What a grouped matmul gives; any other function is torch's."""
     kwargs = kwargs or {}
     name = getattr(func, "__name__", "")
-    lazy = name in ("grouped_mm", "_grouped_mm") and args[1].weight.dense is None
+    lazy = name in ("grouped_mm", "_grouped_mm") and args[1].weight.in_blocks
     if not lazy:
         return other.__torch_function__(func, types, args, kwargs)
     x, matrices = args
-    weight, n_out = matrices.weight, matrices.shape[-1]
+    weight, source = matrices.weight, matrices.weight.source
 
-    def experts() -> Any:
-        parts = weight.stored_tensors()
+    def experts() -> Callable[[int], Weight]:
+        if not weight.packed:
+            return weight.tensor.__getitem__
+        return functools.partial(source.expert, weight.stored_tensors())
 
-        def expert(number: int) -> Weight:
-            return weight.source.expert(parts, number)
-
-        return expert
-
-    return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, n_out)
+    # Some models have parameters (E, in, out), which some formats store as (E, out, in).
+    turned = isinstance(matrices, StreamedExperts) and not source.turned
+    n_out = matrices.shape[-1]
+    return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, turned, n_out)

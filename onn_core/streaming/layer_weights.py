@@ -25,11 +25,14 @@ class Binding:
 
     module: nn.Module
     parameter: StreamedParameter
-    weight: StreamedWeight
     absent: torch.Tensor  # one NaN expanded to the whole shape, so that a use out of turn is loud
 
+    @property
+    def weight(self) -> StreamedWeight:
+        return self.parameter.weight
+
     def fill(self) -> None:
-        if not self.weight.in_blocks or self.weight.dense is not None:
+        if not self.weight.in_blocks:
             self.parameter.set(self.weight.values)
 
     def clear(self) -> None:
@@ -77,7 +80,6 @@ class LayerWeights:
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
         # Packed weights that stay dense in this visit: nobody knows when they are used.
         self._always_dense: set[StreamedWeight] = set()
-        self._needed_dense: set[StreamedWeight] = set()  # adapters look at their values
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
 
@@ -86,6 +88,7 @@ class LayerWeights:
         found = find_parameters(self.module)
         if list(map(id, found)) != list(map(id, self.parameters)):
             self.parameters, self._is_new = found, True
+            self._find_looked_at()
             self.inside = [m for m in self.module.modules() if m is not self.module]
         return self.parameters
 
@@ -113,7 +116,6 @@ class LayerWeights:
         if is_new:  # learn calls anew
             self._usual_calls.clear()
             fuse_lora(self.module)
-            self._needed_dense = self._find_needed_dense()
         with self.streaming.visit(phase, self.number, in_pass, wait=False):
             self._previous = None
             try:
@@ -126,7 +128,7 @@ class LayerWeights:
                     modules = {binding.module for binding in bindings}
                     known = all(map(self._usual_calls.get, modules))
                     # In the first visit, too: a layer may be large when it is dense.
-                    if weight.packed and not weight.in_blocks:
+                    if weight.needs_dense:
                         known = weight.module is not None
                     if not known or modules & self.wrapped:
                         self._fetch(weight)
@@ -188,10 +190,9 @@ class LayerWeights:
         if self.is_filled:
             return weight.values
         tensor = self.streaming.stream.wait(weight)
-        if weight.wide_dtype and weight.wide is None and self.streaming.stream.casts_once:
+        if weight.wide_bytes and weight.wide is None and self.streaming.stream.casts_once:
             weight.wide = tensor.to(weight.wide_dtype)
-        by_blocks = weight.in_blocks and weight not in self._needed_dense
-        if weight.packed and weight.dense is None and not by_blocks:
+        if weight.needs_dense and weight.dense is None:
             # A function may need all weights of its module at once.
             modules = {binding.module for binding in self._by_weight[weight]} | self._holders
             busy = {one.weight for module in modules for one in self.by_module[module]}
@@ -213,15 +214,13 @@ class LayerWeights:
         self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
 
-    def _find_needed_dense(self) -> set[StreamedWeight]:
-        """The weights that an adapter may use past their module, as DoRA does."""
-        found: set[StreamedWeight] = set()
+    def _find_looked_at(self) -> None:
+        """Note the weights that an adapter uses past their module, as DoRA does."""
         for tuner in self.module.modules():
             plain = type(tuner) is lora.Linear and not tuner.lora_variant
             if isinstance(tuner, BaseTunerLayer) and not plain:
-                of_base = self.by_module.get(tuner.get_base_layer(), ())
-                found |= {binding.weight for binding in of_base}
-        return found
+                for binding in self.by_module.get(tuner.get_base_layer(), ()):
+                    binding.weight.looked_at = True
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""

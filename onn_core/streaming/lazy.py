@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from onn_core.errors import frozen
+from onn_core.weights.slots import StreamedWeight
 
 # What a tensor tells, or takes, without its values.
 METADATA = {
@@ -108,9 +109,12 @@ class LazyWeight(LazyTensor):
 class StreamedParameter(torch.nn.Parameter):
     """A parameter of a decoder layer, which outside a visit is one NaN seen as the whole shape.
 
-    What reads its data then, or converts it, is given an `AbsentWeight`, which says why it cannot
-    be merged, factorised or changed.
+    weight: its matrix, which several parameters may share. What reads its data outside a visit, or
+    converts it, is given an `AbsentWeight`, which says why it cannot be merged, factorised or
+    changed.
     """
+
+    weight: StreamedWeight
 
     @property
     def data(self) -> torch.Tensor:

@@ -37,7 +37,7 @@ from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import n_local
 from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
-from onn_core.streaming.experts import StreamedExperts, takes_experts
+from onn_core.streaming.experts import StreamedExperts, has_experts
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
@@ -389,25 +389,13 @@ def _fill(
                 dtype = torch.float32 if in_float32 else parameter.dtype
                 weight = None
                 if parameter.ndim > 1 and number is not None:
-                    stored = source.entry.dtype if source.direct else dtype
-                    in_memory = prepare_linear(module, stored, dtype, device)
-                    on_device = device.type != "cpu"
-                    shape = tuple(parameter.shape)
-                    alone = place if type(module) is nn.Linear else None
-                    weight = StreamedWeight(source, shape, in_memory, on_device, alone)
-                    if in_memory != dtype and in_one_block(shape):
-                        weight.wide_dtype = dtype
-                    if not on_device and alone is not None and isinstance(source, Quantised):
-                        weight.in_blocks = True
-                        packed_linear(module, weight)
-                    elif not on_device and takes_experts(module, weight):
-                        weight.in_blocks = True
+                    weight = _streamed(module, place, source, parameter, dtype, device)
                 absent = nan_of(parameter.shape, dtype, device)
-                if weight is not None and weight.in_blocks and weight.module is None:
-                    own = StreamedExperts(absent, requires_grad=False)
+                if weight is not None:
+                    of_experts = weight.by_blocks and weight.module is None
+                    kind = StreamedExperts if of_experts else StreamedParameter
+                    own = kind(absent, requires_grad=False)
                     own.weight = weight
-                elif weight is not None:
-                    own = StreamedParameter(absent, requires_grad=False)
                 elif module in end_sources and name == "weight":
                     own = nn.Parameter(absent, requires_grad=False)
                 elif module in others and parameter.ndim > 1:
@@ -418,7 +406,7 @@ def _fill(
                 made[id(parameter)] = own, weight, absent
             module._parameters[name], weight, _ = own, _, absent = made[id(parameter)]
             if weight is not None:
-                bindings[number].append(Binding(module, own, weight, absent))
+                bindings[number].append(Binding(module, own, absent))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))
@@ -429,16 +417,47 @@ def _fill(
     return bindings, end_sources
 
 
-def packed_linear(module: nn.Linear, weight: StreamedWeight) -> None:
+def _streamed(
+    module: nn.Module,
+    place: int,
+    source: Source,
+    parameter: nn.Parameter,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StreamedWeight:
+    """How a matrix of `module`, whose number is `place`, is streamed and multiplied in `dtype`."""
+    shape, on_device = tuple(parameter.shape), device.type != "cpu"
+    of_experts = len(shape) == 3 and not on_device and has_experts(module)
+    stored = dtype
+    if source.direct or of_experts and not source.packed:
+        (stored, *others) = {entry.dtype for entry in source.entries}
+        stored = dtype if others else stored
+    in_memory = prepare_linear(module, stored, dtype, device)
+    if of_experts and cast_in_cache(stored, dtype, device):
+        in_memory = stored
+    alone = place if type(module) is nn.Linear else None
+    weight = StreamedWeight(source, shape, in_memory, on_device, alone)
+    if in_memory != dtype and (of_experts or in_one_block(shape)):
+        weight.wide_dtype = dtype
+    if not on_device and alone is not None and isinstance(source, Quantised):
+        weight.by_blocks = True
+        packed_linear(module)
+    elif of_experts:
+        weight.by_blocks = source.by_expert or in_memory != dtype
+    return weight
+
+
+def packed_linear(module: nn.Linear) -> None:
     """Let a linear layer multiply by what is stored, unless its weight is there as it means."""
 
-    def matrix() -> PackedMatrix:
-        return weight.source.matrix(weight.stored_tensors())
-
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if weight.dense is not None:
-            return linear(x, module.weight, module.bias)
-        bias = module.bias
+        weight, bias = module.weight.weight, module.bias
+        if not weight.in_blocks:
+            return linear(x, module.weight, bias)
+
+        def matrix() -> PackedMatrix:
+            return weight.source.matrix(weight.stored_tensors())
+
         if bias is not None and bias.requires_grad:
             return PackedMatmul.apply(x, weight.tensor, None, matrix) + bias
         return PackedMatmul.apply(x, weight.tensor, bias, matrix)

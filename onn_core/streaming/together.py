@@ -52,7 +52,7 @@ class Together:
             self._blocks = blocks
         for layer, weights in zip(bindings, self._weights, strict=True):
             for binding, weight in zip(layer, weights, strict=True):
-                binding.weight = weight
+                binding.parameter.weight = weight
         return self._blocks
 
     def join(self, model: Any, make_stream: Callable[[], WeightStream], part: Part) -> "Member":

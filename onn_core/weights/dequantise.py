@@ -46,6 +46,8 @@ class Source:
 
     by_rows: ClassVar[bool] = False  # whether each row is made of the same row of one tensor alone
     direct: ClassVar[bool] = False  # whether the file's bytes, cast at most, are the values
+    turned: ClassVar[bool] = False  # whether matrices (E, in, out) are stored as (E, out, in)
+    by_expert: ClassVar[bool] = False  # packed (E, ...), of which `expert` gives each matrix
 
     @property
     def entry(self) -> TensorEntry:
@@ -124,13 +126,8 @@ class Quantised(Source):
         make = functools.partial(self.rows, parts)
         return PackedMatrix(parts[0], self.shape, make, row_step=self.row_step)
 
-    @property
-    def by_expert(self) -> bool:
-        """Whether it is (E, ...) and `expert` gives each of the E matrices."""
-        return False
-
     def expert(self, parts: Parts, number: int) -> PackedMatrix:
-        """The matrix (out, in) of one expert, to be multiplied as it is stored."""
+        """The matrix of one expert, to be multiplied as it is stored."""
         raise NotImplementedError
 
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

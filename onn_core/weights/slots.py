@@ -47,13 +47,15 @@ class StreamedWeight:
     on_device: bool = False  # its slot is memory of a device, which no file is read into
     # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
     module: int | None = None
-    in_blocks: bool = False  # packed, but multiplied as it is stored, a few rows at a time
+    by_blocks: bool = False  # it can be multiplied as it is stored, a few rows at a time
+    looked_at: bool = False  # an adapter uses its values
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
     host: torch.Tensor | None = None  # the same in host memory, of what is copied from there
-    dense: torch.Tensor | None = None  # (shape) in a scratch, if it is packed
-    # What a small matrix is cast to at each use, unless the plan has room for a copy.
+    dense: torch.Tensor | None = None  # (shape) in a scratch, if it needs one
+    # What a small matrix, or that of experts, is cast to at each use; of a small one the plan may
+    # have room for a copy.
     wide_dtype: torch.dtype | None = None
     wide: torch.Tensor | None = None  # (shape) that copy, for as long as it is resident
     in_use: bool = False
@@ -69,33 +71,51 @@ class StreamedWeight:
         return self.source is not None and self.source.packed
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether it is multiplied as it is stored."""
+        return self.by_blocks and not self.looked_at
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether its values are in a scratch while they are used."""
+        return not self.in_blocks and (self.packed or self.by_blocks)
+
+    @property
     def values(self) -> torch.Tensor | None:
         """(shape), where they are now; of a weight in blocks what its slot holds."""
-        if self.dense is None and (self.in_blocks or not self.packed):
-            return self.tensor if self.wide is None else self.wide
-        return self.dense
+        if self.needs_dense:
+            return self.dense
+        return self.tensor if self.wide is None else self.wide
+
+    @property
+    def wide_bytes(self) -> int:
+        if self.wide_dtype is None or self.by_blocks:
+            return 0
+        return math.prod(self.shape) * self.wide_dtype.itemsize
 
     def evict(self) -> None:
         """Its slot is no longer its own."""
         self.slot = self.tensor = self.wide = None
 
     @property
-    def wide_bytes(self) -> int:
-        return 0 if self.wide_dtype is None else math.prod(self.shape) * self.wide_dtype.itemsize
-
-    @property
     def is_idle(self) -> bool:
         """Whether it is resident and may be evicted."""
         return self.tensor is not None and not self.in_use
 
-    @functools.cached_property
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        return self.wide_dtype or self.dtype
+
+    @property
     def dense_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dense_dtype.itemsize
 
     @functools.cached_property
     def n_bytes(self) -> int:
         """Of what its slot holds."""
-        return self.source.n_bytes if self.packed else self.dense_bytes
+        if self.packed:
+            return self.source.n_bytes
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @functools.cached_property
     def slot_bytes(self) -> int:
@@ -139,7 +159,7 @@ class StreamedWeight:
 
     def values_in(self, memory: torch.Tensor) -> torch.Tensor:
         """(dense_bytes or more,) -> (shape), memory that its values fill, packed or not."""
-        values = memory[: self.dense_bytes].view(self.dtype)
+        values = memory[: self.dense_bytes].view(self.dense_dtype)
         return (self.source.laid_out(values) if self.packed else values).view(self.shape)
 
     def stored_tensors(self) -> list[torch.Tensor]:
@@ -156,6 +176,9 @@ class StreamedWeight:
 
     def fill_dense(self) -> None:
         """Give `dense` the values of what is in the slot."""
+        if not self.packed:
+            self.dense.copy_(self.tensor)
+            return
         out = self.dense.view(self.source.shape)
         self.source.dense(self.stored_tensors(), self.dtype, out)
 
@@ -289,9 +312,9 @@ def count_dense(units: Sequence[Sequence[StreamedWeight]], whole_unit: bool) -> 
     counts: Counter = Counter()
     largest = 0  # of those that take turns
     for unit in units:
-        packed = [weight for weight in unit if weight.packed and not weight.in_blocks]
-        turns = [w for w in packed if w.module is not None and not whole_unit]
-        counts |= Counter(weight.dense_bytes for weight in packed if weight not in turns)
+        needing = [weight for weight in unit if weight.needs_dense]
+        turns = [w for w in needing if w.module is not None and not whole_unit]
+        counts |= Counter(weight.dense_bytes for weight in needing if weight not in turns)
         largest = max([largest, *(weight.dense_bytes for weight in turns)])
     return counts + Counter({largest: int(largest > 0)})
 
