@@ -96,6 +96,16 @@ def test_gradients_are_those_of_transformers_weights_in_memory(family, tmp_path)
     assert_same(step(with_lora(model), toy_batch()), want)
 
 
+def test_blocks_of_an_expert_that_begin_in_its_gate_and_end_in_its_up(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "toy.gguf", "qwen3moe", mixed)
+    model = streamed(path)
+    n_rows, width = next(w.shape[1:] for w in model.layer_weights() if len(w.shape) == 3)
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * width * 48)
+    assert n_rows // 2 % 48  # so one block has rows of both
+    want = step(with_lora(reference(path, config=model.config)), toy_batch())
+    assert_same(step(with_lora(model), toy_batch()), want, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "IQ4_XS", "TQ2_0"])
 def test_every_matrix_in_one_type(kind, tmp_path):
     path = write_gguf(tmp_path / "toy.gguf", "llama", Type[kind])

@@ -24,6 +24,7 @@ from toy import (
 
 import onn_core
 from onn_core.errors import ConfigError, ModelFolderError
+from onn_core.weights.dequantise import FourBit
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.slots import count_dense, few_slots, slots_bytes
 
@@ -86,6 +87,10 @@ def test_mxfp4_experts_of_gpt_oss(dtype, tmp_path):
     assert_same(step(model, toy_batch()), want)
     assert not model.base_model.model.plan.dense  # each expert's is made where it is used
     model.base_model.model.set_experts_implementation("eager")
+    assert_same(step(model, toy_batch()), want, CLOSE)
+    assert model.base_model.model.streaming.stream.scratch.n_bytes
+    model.base_model.model.set_experts_implementation("grouped_mm")
+    model.config._experts_implementation = "eager"  # past the model
     with pytest.raises(ConfigError, match="set_experts_implementation"):
         step(model, toy_batch())
 
@@ -145,6 +150,80 @@ def test_experts_of_bfloat16_are_cast_one_after_another(
     assert bool(base.streaming.stream.scratch.n_bytes) == on_experts
 
 
+@pytest.mark.parametrize("kind", ["nf4", "llm-int8"])
+def test_an_adapter_on_the_parameter_of_a_linear_layer(kind, tmp_path):
+    packed, dense = both("llama", kind, tmp_path)
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}
+    want = step(with_lora(in_memory(dense), **lora), toy_batch())
+    model = with_lora(streamed(packed), **lora)
+    for _ in range(2):
+        assert_same(step(model, toy_batch()), want, CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm-int8"])
+def test_layers_that_share_their_packed_weights(kind, tmp_path):
+    """Zamba has one attention for several layers."""
+    config = transformers.ZambaConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6},
+        **{"attn_layer_period": 3, "attn_layer_offset": 1, "num_attention_heads": 4},
+        **{"num_key_value_heads": 4, "use_mamba_kernels": False, "pad_token_id": 0},
+        **{"mamba_d_state": 4, "n_mamba_heads": 2, "mamba_dt_rank": 4},
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    packed, dense = quantised(tmp_path / "base", kind, tmp_path)
+    lora = {"target_modules": ["q_proj", "v_proj"]}
+    want = step(with_lora(in_memory(dense), **lora), toy_batch())
+    assert_same(step(with_lora(streamed(packed), **lora), toy_batch()), want, CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_bytes", [None, 4 * 32 * 16])
+@pytest.mark.parametrize(("family", "kind"), [("qwen2", "nf4"), ("mixtral", None)])
+def test_autocast(family, kind, block_bytes, dtype, tmp_path, monkeypatch):
+    if block_bytes is not None:
+        monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", block_bytes)
+    packed = dense = toy_dir(family, dtype, n_layers=2)
+    if kind is not None:
+        packed, dense = quantised(packed, kind, tmp_path, torch.float32)
+    models = [
+        with_lora(make(folder, dtype=torch.float32))
+        for make, folder in ((in_memory, dense), (streamed, packed))
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = (step(model, toy_batch()) for model in models)
+    assert_same(got, want, 5e-2 if block_bytes or dtype == torch.bfloat16 else None)
+
+
+def test_bitsandbytes_words_of_the_models_dtype_are_decoded_by_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
+    packed, _ = both("llama", "fp4-in-bf16", tmp_path, torch.bfloat16)
+    rows, n_made = FourBit.rows, []
+
+    def counted(self, parts, start, stop):
+        n_made.append((stop - start) * self.shape[1])
+        return rows(self, parts, start, stop)
+
+    monkeypatch.setattr(FourBit, "rows", counted)
+    step(with_lora(streamed(packed)), toy_batch())
+    assert n_made and max(n_made) <= 64 * 16
+
+
+@pytest.mark.parametrize("later", [{"target_parameters": ["experts.gate_up_proj"]}, {}])
+def test_the_plan_is_made_anew_for_a_later_adapter(later, tmp_path):
+    gpt_oss(tmp_path, torch.bfloat16)
+    base = streamed(
+        tmp_path, memory_budget="64MB", dtype=torch.float32, attn_implementation="eager"
+    )
+    model = with_lora(base, target_modules=["q_proj"], r=16)
+    step(model, toy_batch())
+    assert not base.plan.dense
+    model.delete_adapter("default")
+    model = with_lora(model.unload(), target_modules=["q_proj"], r=2, **later)
+    step(model, toy_batch())
+    assert bool(base.plan.dense) == bool(later)
+
+
 @pytest.mark.parametrize("on_experts", [False, True])
 def test_the_plan_counts_experts_that_an_adapter_looks_at(on_experts, tmp_path):
     lora = {"target_parameters": ["experts.gate_up_proj"]} if on_experts else {}
@@ -161,8 +240,9 @@ def test_the_plan_counts_experts_that_an_adapter_looks_at(on_experts, tmp_path):
 
 def as_on_a_device(model):
     """A streamed model whose packed weights are made dense as a whole, as no CPU does."""
-    for weight in model.layer_weights():
-        weight.by_blocks = False
+    for number in range(len(model.sizes.layers)):
+        for weight in model.layer_weights(number):
+            weight.by_blocks = False
     return model
 
 

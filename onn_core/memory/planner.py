@@ -70,6 +70,12 @@ class Planner:
             held = self.sizes.held_bytes + host_bytes
             self.sizes = dataclasses.replace(self.sizes, held_bytes=held)
 
+    def forget(self) -> None:
+        """What plans are made of has changed: the next `fit` plans anew."""
+        self._load = Load()
+        if self.budget is None:
+            self.plan = make_plan(self.sizes, 1, 1, None, self._chunk_size, self._micro_batch_size)
+
     def fit(self, batch_size: int, n_tokens: int, n_trained: int, n_back: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits.
 

@@ -127,7 +127,8 @@ def _matmul(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch
         return _matmul(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     parts = _row_blocks(weight)
     factors = weight.factors if type(weight) is PackedMatrix else None
-    if weight.dtype == x.dtype or len(parts) == 1 and factors is None:
+    same = torch.is_tensor(weight) and weight.dtype == x.dtype
+    if same or len(parts) == 1 and factors is None:
         return F.linear(x, _whole(weight, x.dtype), bias)
     flat = _filled_up(x.reshape(-1, x.shape[-1]))  # (n or LEAST_TOKENS, C)
     few = len(flat) <= FEW_TOKENS
@@ -159,7 +160,8 @@ def _matmul_grad(grad: torch.Tensor, weight: Weight) -> torch.Tensor:
     flat = grad.reshape(-1, grad.shape[-1])  # (n, V)
     if factors is not None:
         flat = (flat * factors).to(grad.dtype)
-    if weight.dtype == grad.dtype or len(parts) == 1:
+    same = torch.is_tensor(weight) and weight.dtype == grad.dtype
+    if same or len(parts) == 1:
         return (flat @ _whole(weight, grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
     n, flat = len(flat), _filled_up(flat)
     # Sums of blocks would be rounded once more for each in a narrow dtype.
@@ -202,9 +204,11 @@ def _blocks(
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` for a frozen weight (V, C) of any dtype: x (..., C), bias (V,) -> (..., V)."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
     if weight.dtype == x.dtype and not in_float32(x.dtype, x.device):
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if _by_others() is None or trained or torch.is_autocast_enabled(x.device.type):
+        if _by_others() is None or trained:
             return F.linear(x, weight, bias)
     elif bias is not None and bias.requires_grad:
         return _Matmul.apply(x, weight, None) + bias
@@ -223,6 +227,27 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return matmul_grad(grad, weight), None, None
+
+
+def packed_linear(
+    x: torch.Tensor,
+    memory: torch.Tensor,
+    bias: torch.Tensor | None,
+    matrix: Callable[[], PackedMatrix],
+) -> torch.Tensor:
+    """`F.linear` for a matrix (V, C) that is packed in `memory`: x (..., C), bias (V,) -> (..., V).
+
+    matrix: see `PackedMatmul`.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+        bias = None if bias is None else bias.to(x.dtype)
+        with torch.autocast(device, enabled=False):
+            return packed_linear(x, memory, bias, matrix)
+    if bias is not None and bias.requires_grad:
+        return PackedMatmul.apply(x, memory, None, matrix) + bias
+    return PackedMatmul.apply(x, memory, bias, matrix)
 
 
 class PackedMatmul(torch.autograd.Function):
@@ -255,7 +280,7 @@ def in_one_block(shape: tuple[int, ...]) -> bool:
 
 
 def _row_blocks(weight: Weight) -> list[slice]:
-    """Slices of rows whose float32 copy is at most BLOCK_BYTES."""
+    """Slices of rows whose float32 copy is about BLOCK_BYTES, and of 16 rows at least."""
     size = _block_rows(weight.shape[1])
     if not torch.is_tensor(weight):
         size = -(-size // weight.row_step) * weight.row_step

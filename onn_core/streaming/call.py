@@ -271,7 +271,7 @@ class SavedTensors:
                 self._known.add(memory.data_ptr())
             return tensor, tensor._version
         self._uses_left[weight] += 1
-        offset = tensor.storage_offset() - weight.values.storage_offset()
+        offset = tensor.storage_offset() - self.weights.values(weight).storage_offset()
         return weight, tensor.shape, tensor.stride(), offset, tensor.dtype
 
     def unpack(self, packed: Any) -> torch.Tensor:

@@ -21,6 +21,12 @@ def has_experts(module: nn.Module) -> bool:
     return grouped and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
+def multiplies_as_stored(module: nn.Module) -> bool:
+    """Whether no parameter of `module` is of experts that are multiplied in another way now."""
+    of_experts = any(isinstance(x, StreamedExperts) for x in module._parameters.values())
+    return not of_experts or has_experts(module)
+
+
 class StreamedExperts(StreamedParameter):
     """Matrices (E, ...) that a grouped matmul takes from where they are stored.
 
@@ -32,15 +38,15 @@ class StreamedExperts(StreamedParameter):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         name, own = getattr(func, "__name__", ""), args[0] if args else None
-        if name == "transpose" and isinstance(own, cls) and own.weight.in_blocks:
+        if name == "transpose" and isinstance(own, cls) and own.as_stored:
             with torch._C.DisableTorchFunctionSubclass():
                 turned = func(torch.Tensor.data.__get__(own), *args[1:]).as_subclass(TurnedExperts)
-            turned.weight = own.weight
+            turned.weight, turned.as_stored = own.weight, True
             return turned
-        if name == "__getitem__" and own.weight.in_blocks:
+        if name == "__getitem__" and own.as_stored:
             raise ConfigError(
-                "on a CPU experts are multiplied as they are stored: call "
-                'set_experts_implementation("grouped_mm").'
+                "experts are multiplied as they are stored: call the model's "
+                "set_experts_implementation to choose another way, and do not set its config."
             )
         return _grouped_matmul(super(), func, types, args, kwargs)
 
@@ -49,6 +55,7 @@ class TurnedExperts(torch.Tensor):
     """(E, in, out), of matrices that are stored as (E, out, in)."""
 
     weight: StreamedWeight
+    as_stored: bool
 
     @classmethod
     def __torch_function__(
@@ -63,7 +70,7 @@ def _grouped_matmul(
     """What a grouped matmul gives; any other function is torch's."""
     kwargs = kwargs or {}
     name = getattr(func, "__name__", "")
-    lazy = name in ("grouped_mm", "_grouped_mm") and args[1].weight.in_blocks
+    lazy = name in ("grouped_mm", "_grouped_mm") and args[1].as_stored
     if not lazy:
         return other.__torch_function__(func, types, args, kwargs)
     x, matrices = args
@@ -75,6 +82,7 @@ def _grouped_matmul(
         return functools.partial(source.expert, weight.stored_tensors())
 
     # Some models have parameters (E, in, out), which some formats store as (E, out, in).
-    turned = isinstance(matrices, StreamedExperts) and not source.turned
+    turned = isinstance(matrices, StreamedExperts) != source.turned
     n_out = matrices.shape[-1]
-    return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, turned, n_out)
+    with torch.autocast(x.device.type, enabled=False):  # which leaves a grouped matmul alone
+        return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, turned, n_out)

@@ -13,6 +13,7 @@ from torch import nn
 
 from onn_core.errors import ConfigError
 from onn_core.ops.lora import fuse_lora
+from onn_core.streaming.experts import multiplies_as_stored
 from onn_core.streaming.lazy import StreamedParameter, find_parameters
 from onn_core.streaming.passes import Pass
 from onn_core.streaming.visits import Streaming
@@ -31,9 +32,9 @@ class Binding:
     def weight(self) -> StreamedWeight:
         return self.parameter.weight
 
-    def fill(self) -> None:
-        if not self.weight.in_blocks:
-            self.parameter.set(self.weight.values)
+    def fill(self, values: torch.Tensor) -> None:
+        if not self.parameter.as_stored:
+            self.parameter.set(values)
 
     def clear(self) -> None:
         self.parameter.set(self.absent)
@@ -78,7 +79,8 @@ class LayerWeights:
         self._previous: nn.Module | None = None
         self._last_micro_batch = False
         self._initialised: set[nn.Module] = set()  # DoRA's magnitudes that have their values
-        # Packed weights that stay dense in this visit: nobody knows when they are used.
+        self._looked_at: set[StreamedWeight] = set()  # of those that go by blocks
+        # Weights that stay dense in this visit: nobody knows when they are used.
         self._always_dense: set[StreamedWeight] = set()
         for own in modules:
             own.register_forward_pre_hook(self._enter_module)
@@ -88,7 +90,7 @@ class LayerWeights:
         found = find_parameters(self.module)
         if list(map(id, found)) != list(map(id, self.parameters)):
             self.parameters, self._is_new = found, True
-            self._find_looked_at()
+            self.find_looked_at()
             self.inside = [m for m in self.module.modules() if m is not self.module]
         return self.parameters
 
@@ -128,7 +130,7 @@ class LayerWeights:
                     modules = {binding.module for binding in bindings}
                     known = all(map(self._usual_calls.get, modules))
                     # In the first visit, too: a layer may be large when it is dense.
-                    if weight.needs_dense:
+                    if self._is_dense(weight):
                         known = weight.module is not None
                     if not known or modules & self.wrapped:
                         self._fetch(weight)
@@ -152,7 +154,10 @@ class LayerWeights:
         plan, device = self.streaming.planner.plan, self.streaming.device
         if plan.n_resident < self.streaming.n_layers or device.type != "cpu" or self.wrapped:
             return False
-        if any(weight.packed or weight.tensor is None for weight in self._by_weight):
+        if any(
+            weight.packed or weight.tensor is None or self._is_dense(weight)
+            for weight in self._by_weight
+        ):
             return False
         for weight in self._by_weight:
             self._fetch(weight)
@@ -186,13 +191,13 @@ class LayerWeights:
         self._last_micro_batch = last
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        """The values (shape) of a weight; a packed one's are made where its turn comes."""
+        """A weight is there from now on; what it is used by: see `values`."""
         if self.is_filled:
-            return weight.values
+            return self.values(weight)
         tensor = self.streaming.stream.wait(weight)
         if weight.wide_bytes and weight.wide is None and self.streaming.stream.casts_once:
             weight.wide = tensor.to(weight.wide_dtype)
-        if weight.needs_dense and weight.dense is None:
+        if self._is_dense(weight) and weight.dense is None:
             # A function may need all weights of its module at once.
             modules = {binding.module for binding in self._by_weight[weight]} | self._holders
             busy = {one.weight for module in modules for one in self.by_module[module]}
@@ -200,8 +205,19 @@ class LayerWeights:
             evicted = scratch.fill(weight, busy | self._always_dense)
             for binding in self._by_weight.get(evicted, ()):
                 binding.clear()
-        self.at_address[weight.values.untyped_storage().data_ptr()] = weight
-        return weight.values
+        values = self.values(weight)
+        self.at_address[values.untyped_storage().data_ptr()] = weight
+        return values
+
+    def values(self, weight: StreamedWeight) -> torch.Tensor | None:
+        """The values (shape) of a resident weight, or what is stored where that is multiplied."""
+        if self._is_dense(weight):
+            return weight.dense
+        return weight.tensor if weight.wide is None else weight.wide
+
+    def _is_dense(self, weight: StreamedWeight) -> bool:
+        """Whether its values are in a scratch while this layer uses them."""
+        return weight.packed and not weight.by_blocks or weight in self._looked_at
 
     def drop(self, weight: StreamedWeight) -> None:
         """This visit needs the weight no longer."""
@@ -209,18 +225,31 @@ class LayerWeights:
             return
         for binding in self._by_weight[weight]:
             binding.clear()
-        if weight.values is not None:
-            self.at_address.pop(weight.values.untyped_storage().data_ptr(), None)
+        if (values := self.values(weight)) is not None:
+            self.at_address.pop(values.untyped_storage().data_ptr(), None)
         self.streaming.stream.scratch.free(weight)
         self.streaming.stream.release(weight)
 
-    def _find_looked_at(self) -> None:
-        """Note the weights that an adapter uses past their module, as DoRA does."""
+    def find_looked_at(self) -> None:
+        """Note of which weights more is used than their products: by DoRA, by adapters on
+        parameters, or by an implementation of experts other than the grouped matmul."""
+        modules = {module for module in self.by_module if not multiplies_as_stored(module)}
         for tuner in self.module.modules():
             plain = type(tuner) is lora.Linear and not tuner.lora_variant
             if isinstance(tuner, BaseTunerLayer) and not plain:
-                for binding in self.by_module.get(tuner.get_base_layer(), ()):
-                    binding.weight.looked_at = True
+                base = tuner.get_base_layer()
+                modules.add(base)
+                if isinstance(tuner, lora.ParamWrapper) and base in self.by_module:
+                    self.wrapped.add(base)
+        bindings = [b for module in modules for b in self.by_module.get(module, ())]
+        looked_at = {binding.weight for binding in bindings if binding.weight.by_blocks}
+        for weight in looked_at ^ self._looked_at:
+            weight.lookers ^= {id(self)}
+            self.streaming.planner.forget()
+        self._looked_at = looked_at
+        for binding in self._bindings:
+            weight = binding.weight
+            binding.parameter.as_stored = weight.by_blocks and weight not in looked_at
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""
@@ -249,9 +278,9 @@ class LayerWeights:
     def _fetch(self, weight: StreamedWeight) -> None:
         if self._by_matrix:
             self._request_from(list(self._by_weight).index(weight))
-        self.wait(weight)
+        values = self.wait(weight)
         for binding in self._by_weight[weight]:
-            binding.fill()
+            binding.fill(values)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""

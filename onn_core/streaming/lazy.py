@@ -109,12 +109,13 @@ class LazyWeight(LazyTensor):
 class StreamedParameter(torch.nn.Parameter):
     """A parameter of a decoder layer, which outside a visit is one NaN seen as the whole shape.
 
-    weight: its matrix, which several parameters may share. What reads its data outside a visit, or
-    converts it, is given an `AbsentWeight`, which says why it cannot be merged, factorised or
-    changed.
+    weight: its matrix, which several parameters may share. as_stored: its module multiplies by what
+    is stored, and it stays NaN. What reads its data outside a visit, or converts it, is given an
+    `AbsentWeight`, which says why it cannot be merged, factorised or changed.
     """
 
     weight: StreamedWeight
+    as_stored: bool
 
     @property
     def data(self) -> torch.Tensor:

@@ -25,11 +25,11 @@ from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
 from onn_core.ops.matmul import (
-    PackedMatmul,
     PackedMatrix,
     cast_in_cache,
     in_one_block,
     linear,
+    packed_linear,
     prepare_linear,
     use_matmul,
 )
@@ -395,7 +395,7 @@ def _fill(
                     of_experts = weight.by_blocks and weight.module is None
                     kind = StreamedExperts if of_experts else StreamedParameter
                     own = kind(absent, requires_grad=False)
-                    own.weight = weight
+                    own.weight, own.as_stored = weight, weight.by_blocks
                 elif module in end_sources and name == "weight":
                     own = nn.Parameter(absent, requires_grad=False)
                 elif module in others and parameter.ndim > 1:
@@ -407,6 +407,10 @@ def _fill(
             module._parameters[name], weight, _ = own, _, absent = made[id(parameter)]
             if weight is not None:
                 bindings[number].append(Binding(module, own, absent))
+                if weight.by_blocks and type(module) is nn.Linear:
+                    multiply_as_stored(module)
+                else:
+                    prepare_linear(module, weight.dtype, absent.dtype, device)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 source = sources.get(f"{module_name}.{name}".lstrip("."))
@@ -441,26 +445,24 @@ def _streamed(
         weight.wide_dtype = dtype
     if not on_device and alone is not None and isinstance(source, Quantised):
         weight.by_blocks = True
-        packed_linear(module)
     elif of_experts:
         weight.by_blocks = source.by_expert or in_memory != dtype
     return weight
 
 
-def packed_linear(module: nn.Linear) -> None:
+def multiply_as_stored(module: nn.Linear) -> None:
     """Let a linear layer multiply by what is stored, unless its weight is there as it means."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = module.weight.weight, module.bias
-        if not weight.in_blocks:
-            return linear(x, module.weight, bias)
+        weight = module.weight
+        if not getattr(weight, "as_stored", False):  # or an adapter's, in its place
+            return linear(x, weight, module.bias)
+        stored = weight.weight
 
         def matrix() -> PackedMatrix:
-            return weight.source.matrix(weight.stored_tensors())
+            return stored.source.matrix(stored.stored_tensors())
 
-        if bias is not None and bias.requires_grad:
-            return PackedMatmul.apply(x, weight.tensor, None, matrix) + bias
-        return PackedMatmul.apply(x, weight.tensor, bias, matrix)
+        return packed_linear(x, stored.tensor, module.bias, matrix)
 
     module.forward = forward
 

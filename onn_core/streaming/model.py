@@ -71,6 +71,12 @@ class StreamedModel:
         """The streamed weights of a decoder layer, in the order in which they are fetched."""
         return list(self.streaming.stream.units[number])
 
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own: by any but "grouped_mm" a layer's experts are dense as a whole."""
+        super().set_experts_implementation(*args, **kwargs)
+        for layer in self.streamed_layers:
+            layer.weights.find_looked_at()
+
     @property
     def sizes(self) -> Sizes:
         """What predictions need to know of the model."""

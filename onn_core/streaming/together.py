@@ -262,7 +262,8 @@ class Member:
         together, here = self.together, self.place[:2]
         self._by_request = not request
         weights = self.units[future[0].unit]
-        is_plain = not any(weight.packed for weight in weights)  # else a scratch is in between
+        # Else a scratch is in between.
+        is_plain = not any(weight.packed or weight.needs_dense for weight in weights)
         # Processes meet in the order in which runs end their visits, which must be the same in all.
         alone = n_local() == 1
         self._shares = request and is_plain and alone and self.device.type == "cpu"

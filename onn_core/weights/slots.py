@@ -38,7 +38,8 @@ class StreamedWeight:
     """One matrix that is fetched and evicted.
 
     Where quantised matrices are stored it is packed: its slot holds the stored tensors, each in
-    whole pages as in its file, and its values are in a scratch while they are used.
+    whole pages as in its file. It is multiplied by blocks, or its values are in a scratch while
+    they are used.
     """
 
     source: Source
@@ -48,7 +49,7 @@ class StreamedWeight:
     # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
     module: int | None = None
     by_blocks: bool = False  # it can be multiplied as it is stored, a few rows at a time
-    looked_at: bool = False  # an adapter uses its values
+    lookers: set[int] = dataclasses.field(default_factory=set)  # layers that still use its values
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
@@ -71,21 +72,9 @@ class StreamedWeight:
         return self.source is not None and self.source.packed
 
     @property
-    def in_blocks(self) -> bool:
-        """Whether it is multiplied as it is stored."""
-        return self.by_blocks and not self.looked_at
-
-    @property
     def needs_dense(self) -> bool:
-        """Whether its values are in a scratch while they are used."""
-        return not self.in_blocks and (self.packed or self.by_blocks)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """(shape), where they are now; of a weight in blocks what its slot holds."""
-        if self.needs_dense:
-            return self.dense
-        return self.tensor if self.wide is None else self.wide
+        """Whether somebody uses its values, which are in a scratch meanwhile."""
+        return self.packed and not self.by_blocks or bool(self.lookers)
 
     @property
     def wide_bytes(self) -> int:
@@ -204,8 +193,9 @@ class Slot:
 
 
 class Scratch:
-    """Buffers that hold the values of packed weights, each until another weight needs it.
+    """Buffers for the values of weights that are not used as they are stored.
 
+    Each holds a weight's until another weight needs it.
     counts: size in bytes -> buffers, as planned; weights that are used together may need more.
     A device fills a buffer on the stream that computes, after all that has used it. Whoever holds
     on to a weight must know it by its name: its values are made again at its next use.
@@ -305,7 +295,7 @@ def few_slots(units: Sequence[Sequence[StreamedWeight]], n_each: int) -> Counter
 
 
 def count_dense(units: Sequence[Sequence[StreamedWeight]], whole_unit: bool) -> Counter:
-    """Size in bytes -> buffers for packed weights: of a whole unit, or of a linear layer at a time.
+    """Size in bytes -> buffers of a scratch: for a whole unit, or for a linear layer at a time.
 
     What may be used at any time has a buffer of its own.
     """
