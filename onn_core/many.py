@@ -131,6 +131,8 @@ def _set_up(
             group.append(run)
         except OnnError as error:
             together.members[:] = members
+            for layer in getattr(getattr(trainer, "base", None), "streamed_layers", ()):
+                layer.weights.look_away()
             if isinstance(error, TooManyRunsError):
                 break
             status = f"stopped: {error}"

@@ -117,6 +117,17 @@ def test_one_run_adapts_experts_that_the_others_multiply_as_stored(tmp_path, mon
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
+def test_a_run_that_would_need_dense_experts_and_does_not_fit_leaves_the_others(tmp_path):
+    model = write_small(tmp_path, hidden_size=256, family="mixtral", **MIXTRAL)
+    for path in model[0].glob("*.safetensors"):
+        tensors = {name: x.bfloat16() for name, x in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    quick = {"max_steps": 1, "eval_every": 0, "dtype": "float32", "lora_dropout": 0.0}
+    runs = {"experts": {"target_parameters": ["experts.gate_up_proj"]}, "plain": {}}
+    first, second = together(model, tmp_path / "many", runs, memory_budget="72MiB", **quick)
+    assert "memory_budget" in first.status and second.status == "finished"
+
+
 def count_rows(monkeypatch):
     """A list of the rows of every product of a frozen weight that is made."""
     rows, multiply = [], matmul._matmul

@@ -158,11 +158,15 @@ def test_an_adapter_on_the_parameter_of_a_linear_layer(kind, tmp_path):
     model = with_lora(streamed(packed), **lora)
     for _ in range(2):
         assert_same(step(model, toy_batch()), want, CLOSE)
+    base = model.unload()
+    plain = {"target_modules": ["q_proj"]}
+    want = step(with_lora(in_memory(dense), **plain), toy_batch())
+    assert_same(step(with_lora(base, **plain), toy_batch()), want, CLOSE)
+    assert not base.streaming.stream.scratch.n_bytes
 
 
-@pytest.mark.parametrize("kind", ["nf4", "llm-int8"])
-def test_layers_that_share_their_packed_weights(kind, tmp_path):
-    """Zamba has one attention for several layers."""
+def zamba(folder, kind):
+    """The folders of a model that has one attention for two layers, quantised and dense."""
     config = transformers.ZambaConfig(
         **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6},
         **{"attn_layer_period": 3, "attn_layer_offset": 1, "num_attention_heads": 4},
@@ -170,8 +174,13 @@ def test_layers_that_share_their_packed_weights(kind, tmp_path):
         **{"mamba_d_state": 4, "n_mamba_heads": 2, "mamba_dt_rank": 4},
     )
     torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    packed, dense = quantised(tmp_path / "base", kind, tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    return quantised(folder / "base", kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm-int8"])
+def test_layers_that_share_their_packed_weights(kind, tmp_path):
+    packed, dense = zamba(tmp_path, kind)
     lora = {"target_modules": ["q_proj", "v_proj"]}
     want = step(with_lora(in_memory(dense), **lora), toy_batch())
     assert_same(step(with_lora(streamed(packed), **lora), toy_batch()), want, CLOSE)

@@ -87,7 +87,7 @@ class Terms:
     activations: int  # of the largest visit
     graphs: int = 0  # reserved between forward and backward
     heap_gaps: int = 0  # what the heap may grow by before it is trimmed
-    dense_copies: int = 0  # of packed weights, where they are used, and of small ones in float32
+    dense_copies: int = 0  # the scratch, what decoding takes, and small weights in float32
     captured_visits: int = 0  # the memory that CUDA graphs read, write and compute in
 
     @property

@@ -54,6 +54,7 @@ class Planner:
         self._chunk_size, self._micro_batch_size = chunk_size, micro_batch_size
         self._load = Load()
         self._length = 1  # tokens of a sample now
+        self._is_stale = False
         self.graphs = ReservedGraphs()
         self.plan: Plan = make_plan(sizes, 1, 1, budget, chunk_size, micro_batch_size)
 
@@ -72,9 +73,7 @@ class Planner:
 
     def forget(self) -> None:
         """What plans are made of has changed: the next `fit` plans anew."""
-        self._load = Load()
-        if self.budget is None:
-            self.plan = make_plan(self.sizes, 1, 1, None, self._chunk_size, self._micro_batch_size)
+        self._is_stale = True
 
     def fit(self, batch_size: int, n_tokens: int, n_trained: int, n_back: int) -> None:
         """Plan anew if batches (B, T) may take more than any before; ConfigError if none fits.
@@ -84,16 +83,17 @@ class Planner:
         """
         n_back = max(n_back, self._load.n_back)
         load = Load(batch_size * n_tokens, n_tokens, n_trained, n_back)
-        if self.budget is None:
-            return
-        self._length = n_tokens
-        if load.within(self._load):
+        if self.budget is not None:
+            self._length = n_tokens
+        if not self._is_stale and (self.budget is None or load.within(self._load)):
             return
         sizes = dataclasses.replace(self.sizes, n_trained=n_trained, n_back=n_back)
         self.plan = make_plan(
             sizes, batch_size, n_tokens, self.budget, self._chunk_size, self._micro_batch_size
         )
-        self._load = load
+        self._is_stale = False
+        if self.budget is not None:
+            self._load = load
         self.graphs.largest = 0
 
     def reserves_graph(self, layer: int) -> bool:

@@ -21,10 +21,10 @@ def has_experts(module: nn.Module) -> bool:
     return grouped and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
-def multiplies_as_stored(module: nn.Module) -> bool:
-    """Whether no parameter of `module` is of experts that are multiplied in another way now."""
+def looks_at_experts(module: nn.Module) -> bool:
+    """Whether a module that was loaded with a grouped matmul multiplies in another way now."""
     of_experts = any(isinstance(x, StreamedExperts) for x in module._parameters.values())
-    return not of_experts or has_experts(module)
+    return of_experts and not has_experts(module)
 
 
 class StreamedExperts(StreamedParameter):
@@ -84,5 +84,4 @@ def _grouped_matmul(
     # Some models have parameters (E, in, out), which some formats store as (E, out, in).
     turned = isinstance(matrices, StreamedExperts) != source.turned
     n_out = matrices.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):  # which leaves a grouped matmul alone
-        return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, turned, n_out)
+    return GroupedMatmul.apply(x, weight.tensor, kwargs["offs"], experts, turned, n_out)

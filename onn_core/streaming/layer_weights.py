@@ -13,7 +13,7 @@ from torch import nn
 
 from onn_core.errors import ConfigError
 from onn_core.ops.lora import fuse_lora
-from onn_core.streaming.experts import multiplies_as_stored
+from onn_core.streaming.experts import looks_at_experts
 from onn_core.streaming.lazy import StreamedParameter, find_parameters
 from onn_core.streaming.passes import Pass
 from onn_core.streaming.visits import Streaming
@@ -32,8 +32,9 @@ class Binding:
     def weight(self) -> StreamedWeight:
         return self.parameter.weight
 
-    def fill(self, values: torch.Tensor) -> None:
-        if not self.parameter.as_stored:
+    def fill(self, values: torch.Tensor, as_stored: bool) -> None:
+        self.parameter.as_stored = as_stored
+        if not as_stored:
             self.parameter.set(values)
 
     def clear(self) -> None:
@@ -191,7 +192,7 @@ class LayerWeights:
         self._last_micro_batch = last
 
     def wait(self, weight: StreamedWeight) -> torch.Tensor:
-        """A weight is there from now on; what it is used by: see `values`."""
+        """Wait until a weight is there; returns what `values` gives."""
         if self.is_filled:
             return self.values(weight)
         tensor = self.streaming.stream.wait(weight)
@@ -231,25 +232,38 @@ class LayerWeights:
         self.streaming.stream.release(weight)
 
     def find_looked_at(self) -> None:
-        """Note of which weights more is used than their products: by DoRA, by adapters on
-        parameters, or by an implementation of experts other than the grouped matmul."""
-        modules = {module for module in self.by_module if not multiplies_as_stored(module)}
+        """Note the weights of which more is used than their matmul.
+
+        DoRA does, an adapter on a parameter, and experts that are not multiplied by group.
+        """
+        looked_at, self.wrapped = set(), set()
+        for module, own in self.by_module.items():
+            if looks_at_experts(module):
+                looked_at |= {binding.weight for binding in own}
         for tuner in self.module.modules():
             plain = type(tuner) is lora.Linear and not tuner.lora_variant
-            if isinstance(tuner, BaseTunerLayer) and not plain:
-                base = tuner.get_base_layer()
-                modules.add(base)
-                if isinstance(tuner, lora.ParamWrapper) and base in self.by_module:
-                    self.wrapped.add(base)
-        bindings = [b for module in modules for b in self.by_module.get(module, ())]
-        looked_at = {binding.weight for binding in bindings if binding.weight.by_blocks}
-        for weight in looked_at ^ self._looked_at:
-            weight.lookers ^= {id(self)}
+            if not isinstance(tuner, BaseTunerLayer) or plain:
+                continue
+            base = tuner.get_base_layer()
+            own = self.by_module.get(base, [])
+            if own and isinstance(tuner, lora.ParamWrapper):
+                self.wrapped.add(base)
+                adapted = base._parameters.get(tuner.parameter_name)
+                own = [binding for binding in own if binding.parameter is adapted]
+            looked_at |= {binding.weight for binding in own}
+        looked_at = {weight for weight in looked_at if weight.by_blocks}
+        if looked_at != self._looked_at:
+            self.look_away()
+            self._looked_at = looked_at
+            for weight in looked_at:
+                weight.lookers.add(self)
             self.streaming.planner.forget()
-        self._looked_at = looked_at
-        for binding in self._bindings:
-            weight = binding.weight
-            binding.parameter.as_stored = weight.by_blocks and weight not in looked_at
+
+    def look_away(self) -> None:
+        """Nothing here looks at weights any more, which other runs may share."""
+        for weight in self._looked_at:
+            weight.lookers.discard(self)
+        self._looked_at = set()
 
     def _sort(self, modules: list[nn.Module]) -> None:
         """Fetch in the order of the calls, which need not be that of the definition."""
@@ -280,7 +294,7 @@ class LayerWeights:
             self._request_from(list(self._by_weight).index(weight))
         values = self.wait(weight)
         for binding in self._by_weight[weight]:
-            binding.fill(values)
+            binding.fill(values, weight.by_blocks and weight not in self._looked_at)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
@@ -297,7 +311,7 @@ class LayerWeights:
         if any(all(b.parameter is not one for one in own) for b in self.by_module[module]):
             if self._by_matrix:
                 raise ConfigError(
-                    "adapters on expert tensors need a whole layer in memory: raise memory_budget."
+                    "adapters on parameters need a whole layer in memory: raise memory_budget."
                 )
             self.wrapped.add(module)
             return

@@ -436,9 +436,8 @@ def _streamed(
     if source.direct or of_experts and not source.packed:
         (stored, *others) = {entry.dtype for entry in source.entries}
         stored = dtype if others else stored
-    in_memory = prepare_linear(module, stored, dtype, device)
-    if of_experts and cast_in_cache(stored, dtype, device):
-        in_memory = stored
+    by_parts = of_experts or type(module) is nn.Linear
+    in_memory = stored if by_parts and cast_in_cache(stored, dtype, device) else dtype
     alone = place if type(module) is nn.Linear else None
     weight = StreamedWeight(source, shape, in_memory, on_device, alone)
     if in_memory != dtype and (of_experts or in_one_block(shape)):
@@ -451,7 +450,7 @@ def _streamed(
 
 
 def multiply_as_stored(module: nn.Linear) -> None:
-    """Let a linear layer multiply by what is stored, unless its weight is there as it means."""
+    """Let a linear layer multiply by what is stored, unless its weight's values are there."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = module.weight

@@ -72,7 +72,7 @@ class StreamedModel:
         return list(self.streaming.stream.units[number])
 
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own: by any but "grouped_mm" a layer's experts are dense as a whole."""
+        """As transformers' own. On a CPU any but "grouped_mm" makes a layer's experts dense."""
         super().set_experts_implementation(*args, **kwargs)
         for layer in self.streamed_layers:
             layer.weights.find_looked_at()

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -49,7 +50,8 @@ class StreamedWeight:
     # The linear layer of its unit that alone uses it; None: who may use it at any time of a visit.
     module: int | None = None
     by_blocks: bool = False  # it can be multiplied as it is stored, a few rows at a time
-    lookers: set[int] = dataclasses.field(default_factory=set)  # layers that still use its values
+    # The layers, perhaps of several runs, that use its values nevertheless.
+    lookers: weakref.WeakSet = dataclasses.field(default_factory=weakref.WeakSet, repr=False)
     unit: int = -1  # the decoder layer, or the block of the head, that it belongs to
     slot: "Slot | None" = None
     tensor: torch.Tensor | None = None  # (shape) in the slot, once it is ready; packed, its bytes
@@ -73,7 +75,7 @@ class StreamedWeight:
 
     @property
     def needs_dense(self) -> bool:
-        """Whether somebody uses its values, which are in a scratch meanwhile."""
+        """Whether it takes a buffer of the scratch."""
         return self.packed and not self.by_blocks or bool(self.lookers)
 
     @property
