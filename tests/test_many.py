@@ -91,8 +91,9 @@ def test_families(family, own, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_weights(kind, small, tmp_path):
+def test_quantised_weights(kind, small, tmp_path, monkeypatch):
     """Each run's modules multiply by the weights that all share."""
+    monkeypatch.setenv("ONN_CACHE", str(tmp_path / "cache"))
     quick = {"max_steps": 2, "eval_samples": 2, "quantize": kind}
     runs = {name: DIFFERENT[name] | quick for name in ("everything", "last", "targets")}
     together(small, tmp_path / "many", runs)
