@@ -102,27 +102,30 @@ def test_quantised_weights(kind, small, tmp_path, monkeypatch):
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
-def test_one_run_adapts_experts_that_the_others_multiply_as_stored(tmp_path, monkeypatch):
-    """In several blocks, which round otherwise than a matrix that is made as a whole."""
-    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
-    model_dir, data = write_small(tmp_path, family="mixtral", **MIXTRAL)
+def write_mixtral(folder, **own):
+    """The folder of a model that is stored in bfloat16, and a .jsonl file."""
+    model_dir, data = write_small(folder, family="mixtral", **MIXTRAL | own)
     for path in model_dir.glob("*.safetensors"):
         tensors = {name: x.bfloat16() for name, x in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
+    return model_dir, data
+
+
+def test_one_run_adapts_experts_that_the_others_multiply_as_stored(tmp_path, monkeypatch):
+    """In several blocks, which round otherwise than a matrix that is made as a whole."""
+    monkeypatch.setattr("onn_core.ops.matmul.BLOCK_BYTES", 4 * 32 * 16)
+    model = write_mixtral(tmp_path)
     quick = {"max_steps": 2, "eval_samples": 2, "dtype": "float32", "lora_dropout": 0.0}
     runs = {name: DIFFERENT[name] | quick for name in ("everything", "last", "short")}
     runs["experts"] = quick | {"target_parameters": ["experts.gate_up_proj"]}
-    together((model_dir, data), tmp_path / "many", runs)
-    alone((model_dir, data), tmp_path / "alone", runs)
+    together(model, tmp_path / "many", runs)
+    alone(model, tmp_path / "alone", runs)
     for name in runs:
         require_equal(tmp_path / "many" / name, tmp_path / "alone" / name)
 
 
 def test_a_run_that_would_need_dense_experts_and_does_not_fit_leaves_the_others(tmp_path):
-    model = write_small(tmp_path, hidden_size=256, family="mixtral", **MIXTRAL)
-    for path in model[0].glob("*.safetensors"):
-        tensors = {name: x.bfloat16() for name, x in load_file(path).items()}
-        save_file(tensors, path, metadata={"format": "pt"})
+    model = write_mixtral(tmp_path, hidden_size=256)
     quick = {"max_steps": 1, "eval_every": 0, "dtype": "float32", "lora_dropout": 0.0}
     runs = {"experts": {"target_parameters": ["experts.gate_up_proj"]}, "plain": {}}
     first, second = together(model, tmp_path / "many", runs, memory_budget="72MiB", **quick)

@@ -83,8 +83,7 @@ class Planner:
         """
         n_back = max(n_back, self._load.n_back)
         load = Load(batch_size * n_tokens, n_tokens, n_trained, n_back)
-        if self.budget is not None:
-            self._length = n_tokens
+        self._length = n_tokens
         if not self._is_stale and (self.budget is None or load.within(self._load)):
             return
         sizes = dataclasses.replace(self.sizes, n_trained=n_trained, n_back=n_back)

@@ -211,22 +211,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         if _by_others() is None or trained:
             return F.linear(x, weight, bias)
     elif bias is not None and bias.requires_grad:
-        return _Matmul.apply(x, weight, None) + bias
-    return _Matmul.apply(x, weight, bias)
-
-
-class _Matmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return matmul(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return matmul_grad(grad, weight), None, None
+        return Matmul.apply(x, weight, None) + bias
+    return Matmul.apply(x, weight, bias)
 
 
 def packed_linear(
@@ -237,7 +223,7 @@ def packed_linear(
 ) -> torch.Tensor:
     """`F.linear` for a matrix (V, C) that is packed in `memory`: x (..., C), bias (V,) -> (..., V).
 
-    matrix: see `PackedMatmul`.
+    matrix: see `Matmul`.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -246,14 +232,15 @@ def packed_linear(
         with torch.autocast(device, enabled=False):
             return packed_linear(x, memory, bias, matrix)
     if bias is not None and bias.requires_grad:
-        return PackedMatmul.apply(x, memory, None, matrix) + bias
-    return PackedMatmul.apply(x, memory, bias, matrix)
+        return Matmul.apply(x, memory, None, matrix) + bias
+    return Matmul.apply(x, memory, bias, matrix)
 
 
-class PackedMatmul(torch.autograd.Function):
-    """x (..., C) times a packed matrix (V, C) transposed, plus a bias (V,) that is not trained.
+class Matmul(torch.autograd.Function):
+    """x (..., C) times a frozen matrix (V, C) transposed, plus a bias (V,) that is not trained.
 
-    memory: where it is stored, which a graph saves. matrix: gives it from where it is by then.
+    memory: the matrix, or where it is packed, which a graph saves. matrix: of a packed one, gives
+    it from where it is by then.
     """
 
     @staticmethod
@@ -262,16 +249,16 @@ class PackedMatmul(torch.autograd.Function):
         x: torch.Tensor,
         memory: torch.Tensor,
         bias: torch.Tensor | None,
-        matrix: Callable[[], PackedMatrix],
+        matrix: Callable[[], PackedMatrix] | None = None,
     ) -> torch.Tensor:
         ctx.save_for_backward(memory)
         ctx.matrix = matrix
-        return matmul(x, matrix(), bias)
+        return matmul(x, memory if matrix is None else matrix(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        _ = ctx.saved_tensors  # the weight is fetched again
-        return matmul_grad(grad, ctx.matrix()), None, None, None
+        (memory,) = ctx.saved_tensors  # the weight is fetched again
+        return matmul_grad(grad, memory if ctx.matrix is None else ctx.matrix()), None, None, None
 
 
 def in_one_block(shape: tuple[int, ...]) -> bool:

@@ -14,7 +14,7 @@ from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.plan import Sizes, bytes_read, make_plan
 from onn_core.ops.matmul import cast_in_cache, in_one_block
-from onn_core.streaming.experts import has_experts
+from onn_core.streaming.experts import groups_experts
 from onn_core.streaming.head import split_rows
 from onn_core.streaming.skeleton import decoder_layers
 from onn_core.weights.dequantise import Quantised, Source
@@ -57,7 +57,7 @@ def geometry_of(
     names = {id(p): name for name, p in model.named_parameters()}
     modules = [module for layer in layers for module in layer.modules()]
     linear = {id(module.weight) for module in modules if type(module) is nn.Linear}
-    expert = {id(p) for m in modules if has_experts(m) for p in m._parameters.values()}
+    expert = {id(p) for m in modules if groups_experts(m) for p in m._parameters.values()}
 
     def weight(place: int, source: Source | None, parameter: nn.Parameter) -> StreamedWeight:
         made = StreamedWeight(source, tuple(parameter.shape), dtype, not on_cpu, place)

@@ -14,7 +14,7 @@ from onn_core.streaming.lazy import StreamedParameter
 from onn_core.weights.slots import StreamedWeight
 
 
-def has_experts(module: nn.Module) -> bool:
+def groups_experts(module: nn.Module) -> bool:
     """Whether a module multiplies its parameters (E, ...) by transformers' grouped matmul."""
     config = getattr(module, "config", None)
     grouped = getattr(config, "_experts_implementation", None) == "grouped_mm"
@@ -24,7 +24,7 @@ def has_experts(module: nn.Module) -> bool:
 def looks_at_experts(module: nn.Module) -> bool:
     """Whether a module that was loaded with a grouped matmul multiplies in another way now."""
     of_experts = any(isinstance(x, StreamedExperts) for x in module._parameters.values())
-    return of_experts and not has_experts(module)
+    return of_experts and not groups_experts(module)
 
 
 class StreamedExperts(StreamedParameter):
@@ -41,7 +41,7 @@ class StreamedExperts(StreamedParameter):
         if name == "transpose" and isinstance(own, cls) and own.as_stored:
             with torch._C.DisableTorchFunctionSubclass():
                 turned = func(torch.Tensor.data.__get__(own), *args[1:]).as_subclass(TurnedExperts)
-            turned.weight, turned.as_stored = own.weight, True
+            turned.weight = own.weight
             return turned
         if name == "__getitem__" and own.as_stored:
             raise ConfigError(
@@ -55,7 +55,7 @@ class TurnedExperts(torch.Tensor):
     """(E, in, out), of matrices that are stored as (E, out, in)."""
 
     weight: StreamedWeight
-    as_stored: bool
+    as_stored = True
 
     @classmethod
     def __torch_function__(

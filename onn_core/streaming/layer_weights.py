@@ -294,7 +294,7 @@ class LayerWeights:
             self._request_from(list(self._by_weight).index(weight))
         values = self.wait(weight)
         for binding in self._by_weight[weight]:
-            binding.fill(values, weight.by_blocks and weight not in self._looked_at)
+            binding.fill(values, as_stored=weight.by_blocks and not self._is_dense(weight))
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""

@@ -115,7 +115,7 @@ class StreamedParameter(torch.nn.Parameter):
     """
 
     weight: StreamedWeight
-    as_stored: bool
+    as_stored: bool = False
 
     @property
     def data(self) -> torch.Tensor:

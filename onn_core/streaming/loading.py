@@ -37,7 +37,7 @@ from onn_core.ops.norm import NormInParts, is_norm
 from onn_core.processes import n_local
 from onn_core.streaming.captured import Captures
 from onn_core.streaming.embedding import EmbeddingRows
-from onn_core.streaming.experts import StreamedExperts, has_experts
+from onn_core.streaming.experts import StreamedExperts, groups_experts
 from onn_core.streaming.head import StreamedHead, head_blocks
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.layer_weights import Binding, LayerWeights
@@ -395,7 +395,7 @@ def _fill(
                     of_experts = weight.by_blocks and weight.module is None
                     kind = StreamedExperts if of_experts else StreamedParameter
                     own = kind(absent, requires_grad=False)
-                    own.weight, own.as_stored = weight, weight.by_blocks
+                    own.weight = weight
                 elif module in end_sources and name == "weight":
                     own = nn.Parameter(absent, requires_grad=False)
                 elif module in others and parameter.ndim > 1:
@@ -431,7 +431,7 @@ def _streamed(
 ) -> StreamedWeight:
     """How a matrix of `module`, whose number is `place`, is streamed and multiplied in `dtype`."""
     shape, on_device = tuple(parameter.shape), device.type != "cpu"
-    of_experts = len(shape) == 3 and not on_device and has_experts(module)
+    of_experts = len(shape) == 3 and not on_device and groups_experts(module)
     stored = dtype
     if source.direct or of_experts and not source.packed:
         (stored, *others) = {entry.dtype for entry in source.entries}
