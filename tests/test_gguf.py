@@ -61,15 +61,19 @@ def reference(path, dtype=torch.float32, **settings):
     )
 
 
+def stored_values(shape, kind):
+    """Rows as they are stored: random blocks, and finite values where a block is one value."""
+    if kind in (Type.F32, Type.F16, Type.BF16):
+        return gguf.quantize(torch.randn(shape).numpy(), kind).view(np.uint8)
+    return random_blocks(shape, kind)
+
+
 @pytest.mark.parametrize("kind", DECODED.split())
 def test_blocks_are_decoded_as_the_gguf_package_does(kind):
     kind = Type[kind]
     block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     shape = (5, 3 * block)
-    if kind in (Type.F32, Type.F16, Type.BF16):
-        stored = gguf.quantize(torch.randn(shape).numpy(), kind).view(np.uint8)
-    else:
-        stored = random_blocks(shape, kind)
+    stored = stored_values(shape, kind)
     got = dense_rows(torch.from_numpy(stored), int(kind))
     want = torch.from_numpy(gguf.dequantize(stored, kind))
     assert got.shape == want.shape == shape
@@ -81,7 +85,7 @@ def test_blocks_are_decoded_as_the_gguf_package_does(kind):
 @pytest.mark.parametrize("kind", DECODED.split())
 def test_a_cuda_device_decodes_the_same_values(kind):
     kind = Type[kind]
-    stored = torch.from_numpy(random_blocks((6, 512), kind))
+    stored = torch.from_numpy(stored_values((6, 512), kind))
     got = dense_rows(stored.cuda(), int(kind))
     assert torch.equal(got.cpu().view(torch.int32), dense_rows(stored, int(kind)).view(torch.int32))
 
