@@ -29,7 +29,7 @@ from onn_core.record import describe_environment, write_json
 from onn_core.streaming.loading import from_pretrained
 from onn_core.streaming.skeleton import resolve_device
 from onn_core.weights.folder import ModelFolder
-from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, measure_read
+from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, sustained_read
 from onn_workbench.peers import REPORTS_LAYERS, SYSTEMS, UNCAPPED, run_steps
 from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
 
@@ -37,7 +37,6 @@ RUNS = (
     "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32,unbounded:32"
 )
 RUN = re.compile(r"(\w+):([1-9]\d*)(?:x([1-9]\d*))?(?:@([1-9]\d*))?")
-READERS = (1, 2, 4, 8)  # outstanding reads that are tried for the ceiling
 LIBRARIES_BYTES = 1 << 30  # of a cap, what interpreter and libraries may take
 
 
@@ -55,9 +54,9 @@ def measure_ceilings(
     paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
     on_cuda = where.type == "cuda"
     into_bytes = {"into_bytes": 0} if on_cuda else {}  # on its way to the device
-    rates = {n: measure_read(paths, n_readers=n, **into_bytes) for n in READERS}
+    rates = sustained_read(paths, **into_bytes)
     shown = ", ".join(f"{rate / 1e9:.2f} ({n})" for n, rate in rates.items())
-    print(f"GB/s that the disk gives (readers): {shown}", flush=True)
+    print(f"GB/s that the disk sustains (readers): {shown}", flush=True)
     return Ceilings(
         max(rates.values()),
         {n: measure_flops(shapes, n, dtype, where, stored=stored) for n in token_counts},
