@@ -232,13 +232,16 @@ def _candidates(
     scratches = [count_dense(sizes.layers, whole_unit=whole) for whole in (True, False)]
     scratches = scratches[:1] if scratches[0] == scratches[1] else scratches
     places = ("memory", "disk" if sizes.on_cpu else "host")
+    is_timed = sizes.step_s is not None
     if micro_batch_size is None:
         micro = [batch_size]
         while micro[-1] > 1:
             micro.append(-(-micro[-1] // 2))
+        if is_timed:  # sizes in between, since each micro-batch costs its launches
+            micro += [-(-4 * n // more) for n in micro for more in (5, 6, 7) if n > 1]
+            micro = sorted(set(micro), reverse=True)
     else:
         micro = [min(micro_batch_size, batch_size)]
-    is_timed = sizes.step_s is not None
     tries = list(itertools.product(weights, places, micro, (False, True)[: 1 + is_timed]))
     if micro_batch_size is None and not is_timed:
         # None is larger than it takes to multiply at full speed; but matrix by matrix, where each
