@@ -47,6 +47,8 @@ def test_gradients_are_those_of_what_was_written(kind, family, n_matrices, cache
     got = step(with_lora(base), toy_batch())
     dense = dense_of(folder_of(cache))
     assert len(dense) == n_matrices
+    entries = ModelFolder.open(folder_of(cache)).tensors.values()
+    assert all(entry.offset % entry.dtype.itemsize == 0 for entry in entries)
     model = in_memory(toy_dir(family, n_layers=2))
     shards = load_file(toy_dir(family, n_layers=2) / "model.safetensors")
     for name, matrix in dense.items():

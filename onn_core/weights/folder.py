@@ -18,6 +18,7 @@ from onn_core.errors import ModelFolderError, OnnError
 from onn_core.weights.dequantise import Plain, Quantised, Source
 from onn_core.weights.gguf import gguf_files, read_gguf
 from onn_core.weights.quantised import find_quantised, take_settings
+from onn_core.weights.reader import MAPPED_BYTES, host_buffer
 from onn_core.weights.shards import (
     TensorEntry,
     damaged,
@@ -109,7 +110,9 @@ class ModelFolder:
 
     def read_entry(self, entry: TensorEntry) -> torch.Tensor:
         """A tensor, or a part of one, in fresh CPU memory."""
-        buffer = torch.empty(entry.n_bytes, dtype=torch.uint8)
+        n = entry.n_bytes
+        # The heap would hold large blocks back, in each thread that reads.
+        buffer = host_buffer(n) if n >= MAPPED_BYTES else torch.empty(n, dtype=torch.uint8)
         with self._opened(entry.path) as descriptor:
             _read_into(descriptor, entry.path, buffer.numpy(), entry.offset)
         return buffer.view(entry.dtype).reshape(entry.shape)

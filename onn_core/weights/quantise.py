@@ -75,9 +75,10 @@ def stored_as(kind: str, shape: tuple[int, ...]) -> Quantised:
 
 
 def state(shape: tuple[int, ...]) -> bytes:
-    """bitsandbytes' JSON of a matrix in NF4."""
+    """bitsandbytes' JSON of a matrix in NF4; blanks let what follows in a file be aligned."""
     fields = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16"}
-    return json.dumps(fields | {"shape": list(shape)}).encode()
+    text = json.dumps(fields | {"shape": list(shape)})
+    return text.ljust(-(-len(text) // 8) * 8).encode()
 
 
 def _int8_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
