@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 
 from onn_core.record import RunRecord
 from onn_core.streaming.visits import Event
-from onn_workbench import engine
 from onn_workbench.figure import Bars, Figure, Panel, Scale
 from onn_workbench.report import loss_lines, norm_lines
 from onn_workbench.runs import held_out_key
 
-PHASES = ("read", *engine.PHASES)  # of a timeline, from the top
+PHASES = ("read", "forward", "head", "backward")  # of a timeline, from the top
 STEPS = "optimizer steps"
 
 

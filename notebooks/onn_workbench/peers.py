@@ -1,5 +1,6 @@
 """The systems that the benchmark compares, and the timed steps of one of them."""
 
+import contextlib
 import functools
 import math
 import statistics
@@ -18,6 +19,7 @@ from onn_core.memory.process import memory_bytes, peak_memory_bytes, reset_peak_
 from onn_core.ops.matmul import has_fast_matmul
 from onn_core.run.step import optimizer_step
 from onn_core.streaming.loading import open_streamed
+from onn_core.streaming.model import StreamedModel
 from onn_core.streaming.skeleton import decoder_layers, resolve_device
 from onn_core.streaming.visits import Event
 from onn_core.weights.folder import ModelFolder
@@ -27,7 +29,7 @@ from onn_core.weights.reader import ReaderCount
 from onn_core.weights.schedule import Use
 from onn_core.weights.slots import StreamedWeight
 from onn_core.weights.stream import WeightStream
-from onn_workbench import engine, streamers
+from onn_workbench import streamers
 
 SYSTEMS = {
     "onn": "this project",
@@ -98,29 +100,31 @@ def run_steps(
     if system in streamers.OPENERS:
         lora, trained = lora_config(AutoConfig.from_pretrained(model_dir), sparse_layers)
         base = model = streamers.OPENERS[system](Path(model_dir), lora)
-        read_so_far = functools.partial(engine.process_bytes, "read_bytes")
+        read_so_far = functools.partial(process_bytes, "read_bytes")
     else:
         base, read_so_far = open_system(system, model_dir, where, room_bytes, **settings)
         model, trained = add_adapters(base, where, sparse_layers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = getattr(model, "optimizer", None) or torch.optim.AdamW(parameters, lr=1e-4)
+    own = base if isinstance(base, StreamedModel) else None  # which tells more than a peer's
     n_resident, update_started = 0, 0.0
 
     def forward_is_done(*_: Any) -> None:
         nonlocal n_resident
-        n_resident = engine.count_reserved_graphs(base)
+        n_resident = own.count_reserved_graphs()
 
     def update_begins(*_: Any) -> None:
         nonlocal update_started
         update_started = time.perf_counter()
 
-    model.register_forward_hook(forward_is_done)
+    if own is not None:
+        model.register_forward_hook(forward_is_done)
     optimizer.register_step_pre_hook(update_begins)
     steps, losses = [], []
     for number in range(n_steps + 1):
         ids = torch.randint(model.config.vocab_size, (batch_size, sequence)).to(where)
-        read_before, before = read_so_far(), engine.counts(base)
-        with engine.trace(base) as events:
+        read_before, before = read_so_far(), own and own.counts()
+        with own.trace() if own else contextlib.nullcontext([]) as events:
             started = time.perf_counter()
             batch = {"input_ids": ids, "labels": ids}
             loss, _ = optimizer_step(model, [batch], None, optimizer)
@@ -130,11 +134,24 @@ def run_steps(
         losses.append(loss)
         step = {"step_s": stopped - started, "bytes_read": read_so_far() - read_before}
         step["optimizer_s"] = stopped - update_started
-        after = engine.counts(base)
-        steps.append(step | {name: after[name] - before[name] for name in after})
+        if own is not None:
+            done = own.counts() - before
+            step |= {f"{phase}_s": done.seconds[phase] for phase in ("forward", "head", "backward")}
+            step |= {"wait_s": done.wait_s, "bytes_streamed": done.bytes_fetched}
+        steps.append(step)
         print(f"    step {number}: {step['step_s']:.2f} s", flush=True)
     middle = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     step_s, n_layers = middle["step_s"], base.config.num_hidden_layers
+    plan: dict[str, Any] = {"micro_batch_size": batch_size}
+    if own is not None:
+        plan = {
+            "micro_batch_size": own.micro_batch_size or batch_size,
+            "resident_layers": own.plan.n_resident,
+            "boundaries": own.plan.boundaries,
+            "captured": own.plan.captured,
+            "planned_peak_bytes": own.plan.peak_bytes,
+            "readers": own.streaming.stream.reader_count.now,
+        }
     return {
         "system": system,
         "layers": n_layers,
@@ -143,8 +160,7 @@ def run_steps(
         "trainable": sum(p.numel() for p in parameters),
         "dtype": str(getattr(model, "dtype", base.config.dtype)).removeprefix("torch."),
         "batch_size": batch_size,
-        "micro_batch_size": engine.micro_batch_size(base, batch_size),
-        **engine.plan(base),
+        **plan,
         "sequence": sequence,
         **middle,
         "step_s_all": [step["step_s"] for step in steps[1:]],
@@ -157,6 +173,15 @@ def run_steps(
         "losses": losses,
         "timeline": merge_reads(events, started),
     }
+
+
+def process_bytes(field: str) -> int:
+    """A count of bytes of this process, in the words of /proc/self/io.
+
+    "read_bytes" came from a disk, by reads or by mapped pages; "rchar" by calls to read.
+    """
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines).get(field, 0))
 
 
 def merge_reads(events: list[Event], started: float) -> list[Event]:
@@ -182,7 +207,7 @@ def open_system(
 
     room_bytes: memory that it may fill (None: no limit). settings: those of `from_pretrained`.
     """
-    disk_bytes = functools.partial(engine.process_bytes, "read_bytes")
+    disk_bytes = functools.partial(process_bytes, "read_bytes")
     if system in ("onn", "cached", "baseline"):
         budget = None if system == "baseline" else room_bytes
         stream = NothingResident if system == "baseline" else WeightStream

@@ -20,8 +20,8 @@ import onn_core
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
 from onn_core.record import RunRecord, from_json, read_json, write_json
-from onn_workbench import engine
 from onn_workbench.figure import Figure, Line, Panel, Parallel, Scale
+from onn_workbench.peers import process_bytes
 from onn_workbench.report import Once
 from onn_workbench.study import compare, fall, thinned
 from onn_workbench.tables import frame
@@ -100,10 +100,10 @@ def train(
     resume: bool = False,
 ) -> Sweep:
     """Train all of them in one pass. A run that fails leaves the others going."""
-    before = engine.process_bytes("rchar")
+    before = process_bytes("rchar")
     with contextlib.redirect_stderr(Once(sys.stderr)):
         records = onn_core.train_many(list(chosen.values()), resume, on_step)
-    n_bytes = engine.process_bytes("rchar") - before
+    n_bytes = process_bytes("rchar") - before
     runs = {name: thinned(run) for name, run in zip(chosen, records, strict=True)}
     names = [
         field.name
@@ -124,10 +124,10 @@ def train_alone(config: TrainConfig, n_steps: int) -> Alone:
         whole = {"max_steps": config.max_steps, "eval_every": config.eval_every}
         changes = {"max_steps": n_steps, "eval_every": n_steps, "output_dir": folder}
         short = dataclasses.replace(config, **changes, progress=False)
-        before = engine.process_bytes("rchar")
+        before = process_bytes("rchar")
         with contextlib.redirect_stderr(io.StringIO()):  # what it says of the data was said before
             record = onn_core.ChunkedLoraTrainer(short).train()
-        n_bytes = engine.process_bytes("rchar") - before
+        n_bytes = process_bytes("rchar") - before
     last = record.steps[-1]
     of_evals = (n_bytes - sum(step.bytes_read for step in record.steps)) / len(record.evals)
     n_evals = 1 + -(-whole["max_steps"] // whole["eval_every"])
