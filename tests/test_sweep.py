@@ -8,7 +8,7 @@ from small import config, write_small
 
 from onn_core.errors import ConfigError, OnnError
 from onn_workbench import sweep
-from onn_workbench.report import LiveLines
+from onn_workbench.report import LiveLine
 from onn_workbench.tables import Table
 
 GRID = "{learning_rate: [1e-2, 1e30], lora_rank: [2, 4], seed: [0, 1]}"
@@ -29,7 +29,7 @@ def small(tmp_path_factory):
 def made(small, tmp_path_factory):
     """A sweep of which half the runs fail, and of each other run the first steps alone."""
     configs = chosen(small, tmp_path_factory.mktemp("sweep"), GRID)
-    lines = LiveLines(configs)
+    lines = LiveLine(configs=configs)
     result = sweep.train(configs, lines)
     assert lines.lines.keys() >= result.finished.keys()
     result.alone = {name: sweep.train_alone(configs[name], 2) for name in result.finished}

@@ -3,7 +3,7 @@
 import io
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import pandas as pd
@@ -88,40 +88,31 @@ def norm_lines(record: RunRecord, scale: Scale, mode: str) -> list[Line]:
 
 
 class LiveLine:
-    """An `on_step` that shows the last step in one line of output."""
+    """An `on_step` that shows the last step of a run, or of each of several, in a line.
 
-    def __init__(self, n_steps: int | None = None, label: str = ""):
-        self.of = f" of {n_steps}" if n_steps else ""
-        self.label = label and f"{label}: "
-        self.handle = None
+    n_steps, label: of one run. configs: of several, by label.
+    """
 
-    def __call__(self, record: RunRecord) -> None:
-        step = record.steps[-1]
-        held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
-        text = f"{self.label}step {step.step}{self.of}: loss {step.loss:.3f}{held_out}"
-        bundle = {"text/plain": f"{text}, {record.wall_s:.0f} s"}
-        if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
-        else:
-            self.handle.update(bundle, raw=True)
-
-
-class LiveLines:
-    """An `on_step` of several runs that shows the last step of each in a line."""
-
-    def __init__(self, configs: dict[str, TrainConfig]):
-        self.configs = {label: config.without_paths() for label, config in configs.items()}
+    def __init__(
+        self,
+        n_steps: int | None = None,
+        label: str = "",
+        configs: Mapping[str, TrainConfig] | None = None,
+    ):
+        self.n_steps, self.label = n_steps, label
+        self.configs = {name: own.without_paths() for name, own in (configs or {}).items()}
         self.lines: dict[str, str] = {}
         self.handle = None
 
     def __call__(self, record: RunRecord) -> None:
-        step, n_steps = record.steps[-1], record.config["max_steps"]
-        label = next((name for name, own in self.configs.items() if own == record.config), "a run")
-        held_out = f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
-        self.lines[label] = (
-            f"{label}: step {step.step} of {n_steps}: loss {step.loss:.3f}{held_out}"
-        )
-        known = [self.lines[name] for name in [*self.configs, "a run"] if name in self.lines]
+        step, configs = record.steps[-1], self.configs
+        label = next((name for name, own in configs.items() if own == record.config), self.label)
+        n_steps = record.config["max_steps"] if configs else self.n_steps
+        text = (f"{label}: " if label else "") + f"step {step.step}"
+        text += (f" of {n_steps}" if n_steps else "") + f": loss {step.loss:.3f}"
+        text += f", held-out loss {record.evals[-1].loss:.3f}" if record.evals else ""
+        self.lines[label] = text if configs else f"{text}, {record.wall_s:.0f} s"
+        known = [self.lines[name] for name in [*configs, self.label] if name in self.lines]
         bundle = {"text/plain": "\n".join(known)}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
