@@ -25,13 +25,13 @@ import torch
 
 from onn_core.config import parse_bytes
 from onn_core.errors import ConfigError, OnnError
-from onn_core.record import describe_environment, write_json
+from onn_core.record import SCHEMA_VERSION, describe_environment, write_json
 from onn_core.streaming.loading import from_pretrained
 from onn_core.streaming.skeleton import resolve_device
 from onn_core.weights.folder import ModelFolder
 from onn_workbench.ceilings import Ceilings, measure_copy, measure_flops, sustained_read
 from onn_workbench.peers import REPORTS_LAYERS, SYSTEMS, UNCAPPED, run_steps
-from onn_workbench.speed import OWN, SCHEMA_VERSION, ratio_table, speed_table
+from onn_workbench.speed import OWN, ratio_table, speed_table
 
 RUNS = (
     "onn:1,onn:8,onn:32,onn:128,baseline:1,mapped:1,mapped:32,offload:1,in_memory:32,unbounded:32"

@@ -16,7 +16,6 @@ from onn_workbench.live import phase_bars
 from onn_workbench.tables import frame
 from onn_workbench.verdicts import judge
 
-SCHEMA_VERSION = 1
 BASELINE = "baseline"  # the report's, among the systems
 CLAIMED_BATCHES = range(32, 129)
 OWN = ("onn", "cached")  # of the systems, those that are this project
@@ -27,12 +26,11 @@ def load_benchmark(path: str | os.PathLike) -> dict[str, Any]:
     """Read a record that `bench` wrote; OnnError if it is not one."""
 
     def build(record: dict[str, Any]) -> dict[str, Any]:
-        for row in record["rows"]:  # older records know of no resident graphs
-            row.setdefault("kept_layers", 0)
-            row.setdefault("percent_recomputed", row["percent_of_limit"])
+        if "disturbed" not in record:
+            raise ValueError("its limits were not measured")
         return record
 
-    return read_json(path, build, "a benchmark's record", "measure again", SCHEMA_VERSION)
+    return read_json(path, build, "a benchmark's record", "measure again")
 
 
 def speed_table(record: dict[str, Any]) -> pd.DataFrame:

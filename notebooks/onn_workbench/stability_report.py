@@ -12,8 +12,6 @@ from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.stability import FIXES, Event, Outcome
 from onn_workbench.tables import frame
 
-SCHEMA_VERSION = 1
-
 
 def outcome_table(outcomes: dict[str, Outcome]) -> pd.DataFrame:
     """One row a variant: the first NaN or Inf, loss, and how large values became."""
@@ -111,7 +109,7 @@ def headroom(curves: dict[str, dict[int, float]]) -> Figure:
 def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> None:
     """Write the study as JSON; `more` are further JSON values."""
     runs = {label: dataclasses.asdict(outcome) for label, outcome in outcomes.items()}
-    content = {"schema_version": SCHEMA_VERSION, "environment": describe_environment()}
+    content = {"schema_version": RunRecord.schema_version, "environment": describe_environment()}
     write_json(path, content | {"runs": runs} | more)
 
 
@@ -121,4 +119,4 @@ def load(path: str | os.PathLike) -> dict[str, Outcome]:
     def build(content: dict[str, Any]) -> dict[str, Outcome]:
         return from_json(dict[str, Outcome], content["runs"])
 
-    return read_json(path, build, "a stability study", "run it again", SCHEMA_VERSION)
+    return read_json(path, build, "a stability study", "run it again")

@@ -27,7 +27,6 @@ from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
 from onn_workbench.report import Once
 
-SCHEMA_VERSION = 1
 WHOLE_STEPS = 8  # first steps of a run that are rows of their own
 SUMMED = ("samples", "tokens", "counted_tokens", "bytes_read", "layer_loads", "nonfinite")
 RULE = (
@@ -49,7 +48,7 @@ class Study:
     layouts: Runs  # sparse_layers -> runs of equal training time
     in_memory: dict[str, list[float]]  # a configuration -> losses of its first seed in memory
     answers: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = RunRecord.schema_version
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the study as JSON, with its rule and verdicts."""
@@ -67,7 +66,7 @@ class Study:
             del fields["rule"], fields["verdicts"]
             return from_json(cls, fields)
 
-        return read_json(path, build, "a study", "run 02_learning_curves again", SCHEMA_VERSION)
+        return read_json(path, build, "a study", "run 02_learning_curves again")
 
 
 def train(
