@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pandas as pd
 import yaml
 
 import onn_core
+from onn_core.__main__ import SettingsLoader
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
 from onn_core.record import RunRecord, from_json, read_json, write_json
@@ -26,9 +26,7 @@ from onn_workbench.report import Once
 from onn_workbench.study import compare, fall, thinned
 from onn_workbench.tables import frame
 
-SCHEMA_VERSION = 1
 LOSS = "held-out loss"
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 @dataclasses.dataclass
@@ -48,7 +46,7 @@ class Sweep:
     runs: dict[str, RunRecord]
     bytes_read: int  # by all of them together
     alone: dict[str, Alone] = dataclasses.field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = RunRecord.schema_version
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the sweep as JSON."""
@@ -58,7 +56,7 @@ class Sweep:
     def load(cls, path: str | os.PathLike) -> "Sweep":
         """Read a sweep that `save` wrote; OnnError if it is not one."""
         build = functools.partial(from_json, cls)
-        return read_json(path, build, "a sweep", "run 07_sweep again", SCHEMA_VERSION)
+        return read_json(path, build, "a sweep", "run 07_sweep again")
 
     @property
     def finished(self) -> dict[str, RunRecord]:
@@ -74,7 +72,7 @@ def configs(text: str, **common: Any) -> dict[str, TrainConfig]:
     ConfigError for what is neither.
     """
     try:
-        choice = _with_numbers(yaml.safe_load(text))
+        choice = yaml.load(text, SettingsLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"the grid cannot be read ({error}): write YAML.") from error
     if isinstance(choice, Mapping):
@@ -99,7 +97,7 @@ def train(
     on_step: Callable[[RunRecord], None] = lambda record: None,
     resume: bool = False,
 ) -> Sweep:
-    """Train all of them in one pass. A run that fails leaves the others going."""
+    """Train all in one pass; a run that fails leaves the others going. OnnError if all fail."""
     before = process_bytes("rchar")
     with contextlib.redirect_stderr(Once(sys.stderr)):
         records = onn_core.train_many(list(chosen.values()), resume, on_step)
@@ -181,8 +179,6 @@ def best(sweep: Sweep) -> str:
 
 def answer(sweep: Sweep) -> str:
     """Which run is best, by how much, and whether that passes the noise over the seeds."""
-    if not sweep.finished:
-        return "No run came to its end."
     name = best(sweep)
     run, groups = sweep.runs[name], ranked(sweep)
     said = f"Best of {len(sweep.runs)} runs: {name}, {LOSS} {run.evals[0].loss:.3f} to "
@@ -236,22 +232,18 @@ def equal_to_alone(sweep: Sweep) -> bool:
     )
 
 
-def parallel(sweep: Sweep) -> Parallel | str:
+def parallel(sweep: Sweep) -> Parallel:
     """Settings and final held-out loss, a line a run."""
     runs = sweep.finished
-    if not runs:
-        return "no run came to its end: nothing to draw"
     names = list(next(iter(sweep.settings.values())))
     axes = {name: [sweep.settings[run][name] for run in runs] for name in names}
     axes["final held-out loss"] = [round(run.evals[-1].loss, 4) for run in runs.values()]
     return Parallel(axes, "settings and final held-out loss of every run")
 
 
-def curves(sweep: Sweep) -> Figure | str:
+def curves(sweep: Sweep) -> Figure:
     """Held-out loss of every run against its steps, coloured by where it ends."""
     runs = sweep.finished
-    if not runs:
-        return "no run came to its end: nothing to draw"
     ends = [run.evals[-1].loss for run in runs.values()]
     scale, chosen = Scale("final held-out loss", min(ends), max(ends)), best(sweep)
     lines = []
@@ -276,15 +268,6 @@ def ranked(sweep: Sweep) -> list[list[str]]:
 
 def _mean_loss(sweep: Sweep, names: list[str]) -> float:
     return statistics.fmean(sweep.runs[name].evals[-1].loss for name in names)
-
-
-def _with_numbers(value: Any) -> Any:
-    """What YAML made of a text, where 1e-3, which it takes for text, is a number."""
-    if isinstance(value, Mapping):
-        return {key: _with_numbers(own) for key, own in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(own) for own in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _plain(value: Any) -> Any:
