@@ -12,10 +12,10 @@ from onn_core.record import RunRecord, write_atomic
 from onn_workbench import pages
 from onn_workbench.figure import Figure, Line, Panel, Scale
 from onn_workbench.report import norm_lines
-from onn_workbench.study import RULE, Runs, Study, compare, fall, in_memory_difference, verdict
+from onn_workbench.study import RULE, Runs, Study, compare, fall, verdict
 from onn_workbench.tables import frame, two_digits
 
-AXES = {"samples": "samples seen", "steps": "optimizer steps (logarithmic)"}
+AXES = {"samples_seen": "samples seen", "step": "optimizer steps (logarithmic)"}
 SHUFFLED = "control, shuffled targets"
 STILL = "control, learning rate 0"
 MARKED = 20  # points at most of a line of gradient norms whose points are marked
@@ -116,12 +116,14 @@ def answer_table(study: Study) -> pd.DataFrame:
 
 
 def held_out_curve(records: Sequence[RunRecord], against: str) -> Curve:
-    """The change of held-out loss since the start: seeds differ far more in where they start."""
+    """The change of held-out loss since the start: seeds differ far more in where they start.
+
+    against: a field of `EvalRecord`.
+    """
     runs = []
     for record in records:
         first = record.evals[0].loss
-        xs = [_progress(record, done.step, against) for done in record.evals]
-        runs.append([(x, e.loss - first) for x, e in zip(xs, record.evals, strict=True)])
+        runs.append([(getattr(done, against), done.loss - first) for done in record.evals])
     return _band(runs)
 
 
@@ -130,11 +132,11 @@ def training_curve(records: Sequence[RunRecord], against: str) -> Curve:
     runs = []
     for record in records:
         points = []
-        for first, last in itertools.pairwise(done.step for done in record.evals):
-            steps = [step for step in record.steps if first < step.step <= last]
+        for first, last in itertools.pairwise(record.evals):
+            steps = [step for step in record.steps if first.step < step.step <= last.step]
             loss = sum(step.loss * step.counted_tokens for step in steps)
             n_counted = sum(step.counted_tokens for step in steps)
-            points.append((_progress(record, last, against), loss / n_counted))
+            points.append((getattr(last, against), loss / n_counted))
         runs.append(points)
     return _band(runs)
 
@@ -150,7 +152,8 @@ def study_figure(runs: Runs, controls: Runs) -> Figure:
     for _, shown, _, _ in columns:
         shown.pop(SHUFFLED, None)
     if SHUFFLED in controls:
-        columns.append(("samples", {SHUFFLED: controls[SHUFFLED]}, AXES["samples"], SHUFFLED))
+        alone = {SHUFFLED: controls[SHUFFLED]}
+        columns.append(("samples_seen", alone, AXES["samples_seen"], SHUFFLED))
     rows = []
     for curve, y in (
         (held_out_curve, "change of held-out loss"),
@@ -163,12 +166,12 @@ def study_figure(runs: Runs, controls: Runs) -> Figure:
                 if curve is training_curve and label == STILL:
                     continue  # the loss of its one step, of few samples, would stretch the axis
                 points = curve(records, against)
-                if against == "steps":  # a logarithm has no place for the start
+                if against == "step":  # a logarithm has no place for the start
                     points = [point for point in points if point[0] > 0]
                 x, mean, *band = zip(*points, strict=True)
                 lines.append(Line(label, x, mean, numbers[label], band))
             y_title = f"{y} (nats/token)"
-            panels.append(Panel(lines, x_title, y_title, title, log_x=against == "steps"))
+            panels.append(Panel(lines, x_title, y_title, title, log_x=against == "step"))
         rows.append(panels)
     return Figure(rows, "learning curves")
 
@@ -212,10 +215,11 @@ def answer(runs: Runs, controls: Runs, reference: Sequence[RunRecord]) -> str:
 def exactness(study: Study) -> str:
     """In words, how far the streamed losses are from those of in-memory PEFT."""
     lines = []
-    for label, difference in in_memory_difference(study).items():
-        losses = study.in_memory[label]
-        found = "equal to the last bit" if difference == 0 else f"{difference:.1g} apart at most"
-        first = f"{abs(study.runs[label][0].steps[0].loss - losses[0]):.1g} in the first step"
+    for label, losses in study.in_memory.items():
+        steps = study.runs[label][0].steps
+        apart = [abs(step.loss - loss) for step, loss in zip(steps, losses, strict=False)]
+        found = f"{max(apart):.1g} apart at most" if max(apart) else "equal to the last bit"
+        first = f"{apart[0]:.1g} in the first step"
         both = f"{label}, {len(losses)} steps: streamed and in-memory losses are"
         lines.append(f"{both} {found}; {first}.")
     return "\n".join(lines)
@@ -264,12 +268,6 @@ def write_files(study: Study, folder: str | Path) -> None:
     pages.write_page(
         folder / "learning_validation.html", "Learning validation", sections, before=[about]
     )
-
-
-def _progress(record: RunRecord, n_steps: int, against: str) -> int:
-    if against == "steps":
-        return n_steps
-    return sum(step.samples for step in record.steps if step.step <= n_steps)
 
 
 def _band(runs: list[list[tuple[float, float]]]) -> Curve:

@@ -216,17 +216,6 @@ def in_memory_losses(config: TrainConfig, dtype: str, n_steps: int) -> list[floa
     return losses
 
 
-def in_memory_difference(study: Study) -> dict[str, float]:
-    """The largest difference of a training loss, streamed against in memory, by configuration."""
-    return {
-        label: max(
-            abs(step.loss - loss)
-            for step, loss in zip(study.runs[label][0].steps, losses, strict=False)
-        )
-        for label, losses in study.in_memory.items()
-    }
-
-
 def fall(record: RunRecord) -> float:
     """The fall of held-out loss from the first to the last evaluation, as a fraction."""
     return 1 - record.evals[-1].loss / record.evals[0].loss
