@@ -16,7 +16,7 @@ import onn_core
 from onn_core import data
 from onn_core.__main__ import read_settings
 from onn_core.evaluate import token_losses
-from onn_workbench import live, preview, runs
+from onn_workbench import live, panels, preview, runs
 from onn_workbench.background import BackgroundRun
 from onn_workbench.explore import Explorer
 
@@ -133,7 +133,7 @@ def finish(explorer):
 
 def do(panel, text, state='role="status"'):
     """Press the only button of a panel and wait for what it shows."""
-    panel.guarded(panel.act)
+    panels.guarded(panel.act, panel.out)
     assert text in panel.out.value and state in panel.out.value, panel.out.value
     return panel.out.value
 

@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ class Explorer:
         self.buttons = {}
         for name, text, icon in BUTTONS:
             self.buttons[name] = w.Button(description=text, icon=icon, layout={"width": "130px"})
-            self.buttons[name].on_click(lambda _, name=name: self._guarded(getattr(self, name)))
+            self.buttons[name].on_click(
+                lambda _, name=name: panels.guarded(getattr(self, name), self.status)
+            )
         self.buttons["start"].button_style = "primary"
         self.save_to = self._field("Text", "Save to", "Folder of the saved adapter")
         self.save_to.value = str(Path(settings["output_dir"]) / "adapter")
@@ -240,13 +242,6 @@ class Explorer:
                 return outline.limit_s(trained, step.bytes_read, step.tokens)
         return None
 
-    def _guarded(self, act: Callable[[], Any]) -> None:
-        """Show what a user can fix, instead of a traceback that no widget shows."""
-        try:
-            act()
-        except (OnnError, OSError) as error:
-            self.status.value = panels.alert(str(error))
-
     def _say(self, text: str) -> None:
         self.status.value = f'<div role="status">{html.escape(text)}</div>'
 
@@ -280,7 +275,7 @@ class Explorer:
 
     def go_on_with(self, past: runs.PastRun) -> None:
         """Continue a stopped run from its newest checkpoint."""
-        self._guarded(lambda: self.begin([past.config()], resume=True))
+        panels.guarded(lambda: self.begin([past.config()], resume=True), self.status)
 
     def first_run(self) -> Figure | None:
         """A run from start to end, or what there is of one that goes on; its figure."""

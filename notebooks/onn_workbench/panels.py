@@ -37,6 +37,14 @@ def alert(text: str) -> str:
     return f'<div role="alert" style="color:#b00020">{html.escape(text)}</div>'
 
 
+def guarded(act: Callable[[], Any], shown: w.HTML) -> None:
+    """Show what a user can fix, instead of a traceback that no widget shows."""
+    try:
+        act()
+    except (OnnError, OSError) as error:
+        shown.value = alert(str(error))
+
+
 class Panel:
     """Controls, and below them the result: `out`, which readers without widgets see, too."""
 
@@ -56,20 +64,13 @@ class Panel:
     def begin(self, act: Callable[[], Any]) -> None:
         if self.thread is None or not self.thread.is_alive():
             self.out.value = '<div role="status">working …</div>'
-            self.thread = threading.Thread(target=self.guarded, args=(act,), daemon=True)
+            self.thread = threading.Thread(target=guarded, args=(act, self.out), daemon=True)
             self.thread.start()
 
     def show(self) -> HTML:
         """Do it now; what it shows, for the notebook."""
-        self.guarded(self.act)
+        guarded(self.act, self.out)
         return HTML(self.out.value)
-
-    def guarded(self, act: Callable[[], Any]) -> None:
-        """Show what a user can fix, in place of what was shown."""
-        try:
-            act()
-        except (OnnError, OSError) as error:
-            self.out.value = alert(str(error))
 
     def with_model(self, label: str, act: Callable[..., None]) -> None:
         """`act(model, tokenizer, config, held_out)` on the run, between two steps, or a past one.
@@ -89,9 +90,8 @@ class Panel:
 
         def between(trainer: Any) -> None:
             held_out = trainer.held_out
-            self.guarded(
-                lambda: act(trainer.model, trainer.tokenizer, run.config, lambda: held_out)
-            )
+            given = trainer.model, trainer.tokenizer, run.config, lambda: held_out
+            guarded(lambda: act(*given), self.out)
             if not run.alive:
                 trainer.base.close()
 
