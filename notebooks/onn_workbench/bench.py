@@ -53,8 +53,7 @@ def measure_ceilings(
     del model
     paths = list(dict.fromkeys(entry.path for entry in model_folder.tensors.values()))
     on_cuda = where.type == "cuda"
-    into_bytes = {"into_bytes": 0} if on_cuda else {}  # on its way to the device
-    rates = sustained_read(paths, **into_bytes)
+    rates = sustained_read(paths, to_device=on_cuda)
     shown = ", ".join(f"{rate / 1e9:.2f} ({n})" for n, rate in rates.items())
     print(f"GB/s that the disk sustains (readers): {shown}", flush=True)
     return Ceilings(

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 from onn_core.ops.matmul import matmul, matmul_grad
 from onn_core.weights.reader import DirectFiles, host_buffer
 
+INTO_BYTES = 256 << 20  # of memory that reads fill by turns
 PIECE_BYTES = 8 << 20  # of one read
 STRETCH_PIECES = 32  # that are read one after another
 READERS = (1, 2, 4, 8)  # outstanding reads that are tried
@@ -53,11 +54,13 @@ class Ceilings:
         return any(max(pair) > 1.25 * min(pair) for pair in pairs)
 
 
-def sustained_read(paths: Sequence[Path], into_bytes: int = 256 << 20) -> dict[int, float]:
+def sustained_read(paths: Sequence[Path], to_device: bool) -> dict[int, float]:
     """Number of readers -> bytes a second: the median of rounds in which each has its turn.
 
     The first round does not count: a virtual disk may give more after a pause than it sustains.
+    to_device: what is read is on its way there, so that a reader has one buffer.
     """
+    into_bytes = 0 if to_device else INTO_BYTES
     rounds = [
         {n: measure_read(paths, n_readers=n, into_bytes=into_bytes, seed=seed) for n in READERS}
         for seed in range(1 + N_ROUNDS)
@@ -70,7 +73,7 @@ def measure_read(
     *,
     n_readers: int,
     limit_s: float = 1.5,
-    into_bytes: int = 256 << 20,
+    into_bytes: int = INTO_BYTES,
     seed: int = 0,
 ) -> float:
     """Bytes a second that `n_readers` threads read directly, in turn over the files' pieces.

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from onn_core.weights import geometry
+from onn_core.run.estimate import geometry_of
+from onn_core.weights.geometry import geometry
 from onn_workbench import curves, pages, speed, stability_report, study, sweep
 from onn_workbench.stability import FIXES, Outcome
 from onn_workbench.study import Study
@@ -24,8 +25,6 @@ REPORT_DEVICE = "GTX 1650"
 CLAIMED = range(32, 129)  # batch sizes that the report calls optimised
 CLAIMED_PEAKS_BYTES = (1_568_000_000, 982_000_000)  # batch 32 to 128, batch 1
 ROOM_BYTES = 1_650_000_000  # the largest memory_budget whose peak can be held against them
-# Fused projections of a phi-4 layer, in + out: qkv, o, gate and up, down.
-PHI4_WIDTHS = (5120 + 7680, 5120 + 5120, 5120 + 35840, 17920 + 5120)
 REPRODUCE = """make report                # this report, quick profile
 make report PROFILE=full   # the long one
 make track && make aim     # all runs in an AIM dashboard on this machine"""
@@ -291,8 +290,8 @@ def _learning_claims(found: Study | None) -> list[Claim]:
 
 
 def _size_claims() -> list[Claim]:
-    trained = 8 * 8 * sum(PHI4_WIDTHS)  # rank 8, 8 layers
-    total = geometry.count_parameters(geometry.geometry("phi-4"))
+    phi_4 = geometry_of(geometry("phi-4"), sparse_layers="ends:4")
+    trained, total = phi_4.sizes.n_trained, phi_4.n_parameters
     layers = "rank 8 on the four fused projections of 8 layers"
     heads = "the report counts each attention projection as 5120 x 5120, without grouped KV heads"
     share = f"{total:,} ({100 * trained / total:.3f} % trained)"
