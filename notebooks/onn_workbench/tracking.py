@@ -81,14 +81,13 @@ def benchmark_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 def write_metrics(folder: str | os.PathLike) -> list[Path]:
     """Write the rows of every record in `folder` beside it; the files' paths.
 
-    learning_NAME.jsonl, or benchmark_NAME.jsonl where the record's NAME begins with "04", and
-    benchmark_training.jsonl of training_benchmark.json. A NaN becomes the text "NaN", which
-    float() reads.
+    learning_NAME.jsonl of the record NAME, and benchmark_training.jsonl of
+    training_benchmark.json. A NaN becomes the text "NaN", which float() reads.
     """
-    files = {}
-    for path in find_records(folder):
-        kind = "benchmark" if path.stem.startswith("04") else "learning"
-        files[path.with_name(f"{kind}_{path.stem}.jsonl")] = metric_rows(RunRecord.load(path))
+    files = {
+        path.with_name(f"learning_{path.stem}.jsonl"): metric_rows(RunRecord.load(path))
+        for path in find_records(folder)
+    }
     for path in sorted(Path(folder).rglob("training_benchmark.json")):
         rows = benchmark_rows(json.loads(path.read_text(encoding="utf-8")))
         files[path.with_name("benchmark_training.jsonl")] = rows
