@@ -153,26 +153,6 @@ class Watch:
             output.register_hook(lambda grad: self.see("backward", layer, name, grad))
 
 
-class _WatchedLoss(torch.nn.Module):
-    """The model with a loss of its own choice, which may be the faulty one, and a watch on both.
-
-    logits: those of the last batch, (B, T, V), without a graph.
-    """
-
-    def __init__(self, model: torch.nn.Module, kind: str, watch: Watch):
-        super().__init__()
-        self.model, self.kind, self.watch = model, kind, watch
-
-    def forward(self, labels: torch.Tensor, num_items_in_batch: None = None, **inputs: Any) -> Any:
-        output, watch = self.model(**inputs), self.watch
-        watch.see("forward", None, "logits", output.logits)
-        output.logits.register_hook(lambda grad: watch.see("backward", None, "logits", grad))
-        output.loss = loss_of(output.logits, labels, self.kind)
-        watch.see("loss", None, f"{self.kind} loss", output.loss)
-        self.logits = output.logits.detach()
-        return output
-
-
 class _Scaler:
     """A torch.amp.GradScaler that also takes the gradients of float16 adapters, and is watched.
 
@@ -230,7 +210,7 @@ class Study:
         self._prepare(variant)
         watch, labels = self.watch, self.batch["labels"]
         scaler = _Scaler(variant.scaling, self.trained, watch)
-        model = _WatchedLoss(self.model, variant.loss, watch)
+        model = functools.partial(self._watched_loss, variant.loss)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=learning_rate, weight_decay=0.0)
         outcome = Outcome(dataclasses.asdict(variant), [], watch.first, {})
         for step in range(1, n_steps + 1):
@@ -241,7 +221,7 @@ class Study:
                 {
                     "step": step,
                     "loss": loss,
-                    "cross_entropy": float(loss_of(model.logits, labels, "cross-entropy")),
+                    "cross_entropy": float(loss_of(self.logits, labels, "cross-entropy")),
                     "grad_norm": scaler.grad_norm,
                     "largest_activation": max(watch.largest["forward"].values(), default=0.0),
                     "largest_gradient": max(watch.largest["backward"].values(), default=0.0),
@@ -272,9 +252,24 @@ class Study:
         self._prepare(dataclasses.replace(SOUND, dtype=str(self.dtype).removeprefix("torch.")))
         self.watch.begin(1)
         n_here = int((shift_labels(self.batch["labels"]) != IGNORED).sum())
-        loss = _WatchedLoss(self.model, "cross-entropy", self.watch)(**self.batch).loss
+        loss = self._watched_loss("cross-entropy", **self.batch).loss
         (loss * (scale * n_here / n_counted)).backward()
         return {name: p.grad * (n_counted / scale) for name, p in self.trained.items()}
+
+    def _watched_loss(
+        self, kind: str, labels: torch.Tensor, num_items_in_batch: None = None, **inputs: Any
+    ) -> Any:
+        """The model's output with a loss of `kind`, which may be the faulty one; both are watched.
+
+        The logits, (B, T, V), are kept without a graph.
+        """
+        output, watch = self.model(**inputs), self.watch
+        watch.see("forward", None, "logits", output.logits)
+        output.logits.register_hook(lambda grad: watch.see("backward", None, "logits", grad))
+        output.loss = loss_of(output.logits, labels, kind)
+        watch.see("loss", None, f"{kind} loss", output.loss)
+        self.logits = output.logits.detach()
+        return output
 
     def _prepare(self, variant: Variant) -> None:
         """The adapters' first values, in the variant's dtypes."""
