@@ -70,7 +70,7 @@ def test_growth_draws_the_predictions_beside_what_was_measured():
     other = speed.growth(record, geometry.geometry("smollm2"))  # not the model that was measured
     assert [len(panel.parts) for panel in other.rows[0]] == [1, 1]
     record["rows"] = record["rows"][:3]
-    assert "nothing to draw" in speed.growth(record)
+    assert "nothing to draw" in speed.growth(record, geometry.geometry("phi-4"))
 
 
 def test_a_peer_whose_limit_is_unknown_has_no_mark():

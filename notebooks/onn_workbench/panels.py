@@ -25,6 +25,7 @@ WIDE = {"style": {"description_width": "110px"}, "continuous_update": False}
 WIDE["layout"] = {"width": "700px"}
 CELL = "flex:none;box-sizing:border-box;padding:5px 6px;line-height:18px;overflow-wrap:anywhere"
 WIDTHS = dict(zip(runs.COLUMNS, (150, 76, 45, 112, 55, 60, 58, 66, 70, 420), strict=True))
+N_SHOWN = 6  # rows of the data
 N_STATIC = 20  # runs of the table for readers without widgets
 # the button of a line of the table
 GO_ON = {"width": "96px", "height": "28px", "flex": "none", "padding": "0"}
@@ -109,7 +110,7 @@ class Data(Panel):
         button = self.button("Show rows", self.act, "eye")
         super().__init__(explorer, "Data", more, self.kind, button)
 
-    def act(self, n_shown: int = 6) -> None:
+    def act(self) -> None:
         config = self.explorer.config
         self.explorer.require_data(config)
         tokenizer = preview.tokenizer_of(config)
@@ -121,7 +122,7 @@ class Data(Panel):
             f"{found.length_95} tokens would hold 95 % whole."
         )
         chosen = (r for r in preview.rows(config, tokenizer) if self.kind.value in ("all", r.kind))
-        shown = [row.html() for row in itertools.islice(chosen, n_shown)]
+        shown = [row.html() for row in itertools.islice(chosen, N_SHOWN)]
         if not shown:
             shown = [f"None of the first {preview.N_LOOKED_AT} rows is {self.kind.value}."]
         self.out.value = f'<div role="status">{text}</div>{"".join(shown)}'
@@ -272,7 +273,7 @@ class Tokens(OfARun):
             size = config.eval_batch_size or config.batch_size
             losses = token_losses(model, tokenizer, examples, batch_size=size)
             text = f"{len(examples)} held-out samples: loss (nats per token), before and after"
-            shown = preview.losses_html(examples, losses, tokenizer, 3)
+            shown = preview.losses_html(examples, losses, tokenizer)
             self.out.value = f'<div role="status">{text}</div>{shown}'
 
         self.with_model(self.of.value, show)

@@ -76,7 +76,10 @@ def rows(config: TrainConfig, tokenizer: Any) -> Iterator[Row]:
                 full = data.Example([], [])
             why = "it holds nothing to learn"
         n_seen = NO_LIMIT if "text" in row else config.max_length  # a long text makes several
-        marks = [_mark(i, label, n_seen, why) for i, label in enumerate(full.labels)]
+        marks = [
+            "cut" if i >= n_seen else "given" if label == data.IGNORED or why else "learned"
+            for i, label in enumerate(full.labels)
+        ]
         if not why and "learned" not in marks:
             why = f"its prompt alone has {config.max_length} tokens or more"
         pieces = []
@@ -86,14 +89,8 @@ def rows(config: TrainConfig, tokenizer: Any) -> Iterator[Row]:
         yield Row(number, pieces, len(marks), marks.count("learned"), why)
 
 
-def _mark(position: int, label: int, n_seen: int, why: str) -> str:
-    if position >= n_seen:
-        return "cut"
-    return "given" if label == data.IGNORED or why else "learned"
-
-
 def losses_html(
-    examples: Sequence[data.Example], losses: Sequence[torch.Tensor], tokenizer: Any, n_shown: int
+    examples: Sequence[data.Example], losses: Sequence[torch.Tensor], tokenizer: Any
 ) -> str:
     """The samples that gained most and least, each token coloured by what its loss became.
 
@@ -104,7 +101,7 @@ def losses_html(
         n = sum(label != data.IGNORED for label in example.labels)
         gains.append((float(after.sum() / n), float(before.sum() / n), number))
     gains.sort(key=lambda x: x[0] - x[1])
-    n_shown = min(n_shown, (len(gains) + 1) // 2)
+    n_shown = min(3, (len(gains) + 1) // 2)
     parts = []
     for title, chosen in (("most gained", gains[:n_shown]), ("least gained", gains[-n_shown:])):
         parts.append(f"<h4>{title}</h4>")

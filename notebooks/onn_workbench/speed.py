@@ -275,11 +275,11 @@ def smallest_and_largest(record: dict[str, Any]) -> list[dict[str, Any]]:
     return own[:1] + own[1:][-1:]
 
 
-def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
+def growth(record: dict[str, Any], config: Any) -> Figure | str:
     """Step time and peak memory of this project against batch, depth and sequence.
 
     One row of panels for each of them with three measured points or more, all else being equal.
-    config: of the measured model, by transformers; with it the predictions are drawn in.
+    config: of the measured model, by transformers, for the predictions.
     """
     own = own_rows(record)
     titles = {"layers": "decoder layers", "batch_size": "batch size", "sequence": "tokens a sample"}
@@ -296,8 +296,8 @@ def growth(record: dict[str, Any], config: Any = None) -> Figure | str:
         alone = len(groups) == 1
         for number, (fixed, rows) in enumerate(groups.items()):
             of = "" if alone else f": {fixed}"
-            found = [_predicted(record, row, config) for row in rows] if config else []
-            known = [(row[against], said) for row, said in zip(rows, found, strict=False) if said]
+            found = [(row[against], _predicted(record, row, config)) for row in rows]
+            known = [(at, said) for at, said in found if said]
             for parts, measured, predicted, unit in (
                 (times, "step_s", "step_s", 1),
                 (memory, "peak_memory_bytes", "peak_bytes", 2**30),

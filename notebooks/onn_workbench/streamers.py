@@ -3,7 +3,6 @@
 Each is opened as its own documentation says, with the LoRA that it is given.
 """
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,6 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoConfig
-
-PACKAGES = {"soup": ("soup_cli", "soup-cli"), "trainstream": ("trainstream", "trainstream")}
-
-
-def is_installed(system: str) -> bool:
-    return importlib.util.find_spec(PACKAGES[system][0]) is not None
 
 
 def open_soup(folder: Path, lora: peft.LoraConfig) -> nn.Module:
