@@ -147,6 +147,17 @@ def test_what_was_interrupted_goes_on(cache, monkeypatch):
     assert_same(got, whole)
 
 
+def test_a_model_in_one_part_with_an_index(tmp_path):
+    folder, part = tmp_path / "model", "model-00001-of-00001.safetensors"
+    shutil.copytree(toy_dir("llama", n_layers=2), folder)
+    (folder / "model.safetensors").rename(folder / part)
+    index = {"weight_map": dict.fromkeys(load_file(folder / part), part)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    got = step(with_lora(streamed(folder, quantize="int8")), toy_batch())
+    whole = step(with_lora(streamed(toy_dir("llama", n_layers=2), quantize="int8")), toy_batch())
+    assert_same(got, whole)
+
+
 def test_room_is_asked_for_before(monkeypatch):
     small = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: small)

@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError, OnnError
+from onn_core.record import write_json
 from onn_core.weights.dequantise import Plain, Quantised, Source
 from onn_core.weights.gguf import gguf_files, read_gguf
 from onn_core.weights.quantised import find_quantised, take_settings
@@ -32,6 +34,7 @@ from onn_core.weights.shards import (
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
 COMPARED_BYTES = 8 << 20  # of two tensors at a time
 MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a header
 
@@ -265,6 +268,30 @@ def _read_weight_map(model_dir: Path) -> dict[str, str]:
         if not os.path.isfile(model_dir / shard):
             raise ModelFolderError(f"{model_dir} lacks {short(shard)}: finish the download.")
     return weight_map
+
+
+def write_index(
+    folder: Path, shards: Mapping[str, Mapping[str, tuple[torch.dtype, Sequence[int]]]]
+) -> None:
+    """The index of `shards`: file name -> tensor name -> dtype and shape; none of one plain file.
+
+    Files in parts need one, also where there is only one part.
+    """
+    if list(shards) == [WEIGHTS_NAME]:
+        return
+    weight_map = {name: shard for shard, own in shards.items() for name in own}
+    kinds = [kind for own in shards.values() for kind in own.values()]
+    n_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds)
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+    write_json(folder / INDEX_NAME, index)
+
+
+def copy_other_files(model_dir: Path, out_dir: Path, left_out: Collection[str] = ()) -> None:
+    """Copy all of a model folder but weights, code and hidden files."""
+    for path in sorted(model_dir.iterdir()):
+        wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, *left_out)
+        if wanted and path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, out_dir / path.name)
 
 
 def _read_into(descriptor: int, path: Path, target: Any, offset: int) -> None:

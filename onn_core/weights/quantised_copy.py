@@ -15,13 +15,12 @@ from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.processes import alone_in
 from onn_core.record import cache_dir, sha256_of, write_json
 from onn_core.weights import quantise
-from onn_core.weights.folder import INDEX_NAME, ModelFolder
+from onn_core.weights.folder import ModelFolder, copy_other_files, write_index
 from onn_core.weights.shards import TensorEntry, stamp, write_tensors
 
 MANIFEST_NAME = "manifest.json"
-VERSION = 1  # of what is written
+VERSION = 2  # of what is written
 COPY_BYTES = 8 << 20
-COPIED = (".json", ".txt", ".model", ".jinja")  # next to the weights
 
 
 def quantised_copy(
@@ -128,17 +127,12 @@ class _Copy:
 
     def _write_rest(self, partial: Path) -> None:
         """All that is no weight."""
-        for path in self.model_folder.model_dir.iterdir():
-            own = path.name in (INDEX_NAME, MANIFEST_NAME) or path.name.startswith(".")
-            if path.suffix in COPIED and path.is_file() and not own:
-                shutil.copyfile(path, partial / path.name)
+        copy_other_files(self.model_folder.model_dir, partial, left_out=(MANIFEST_NAME,))
         config = json.loads((self.model_folder.model_dir / "config.json").read_bytes())
         config["quantization_config"] = quantise.settings(self.kind)
         config["dtype"] = str(self.model_folder.stored_dtype).removeprefix("torch.")
         write_json(partial / "config.json", config)
-        if len(self.shards) > 1:
-            weight_map = {name: shard for shard in self.shards for name in self.layout(shard)}
-            write_json(partial / INDEX_NAME, {"weight_map": weight_map})
+        write_index(partial, {shard: self.layout(shard) for shard in self.shards})
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

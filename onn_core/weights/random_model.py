@@ -15,7 +15,7 @@ from onn_core.config import expand_home
 from onn_core.errors import ModelFolderError
 from onn_core.record import cache_dir, new_folder, write_json
 from onn_core.weights.default_model import prepare_default_model
-from onn_core.weights.folder import INDEX_NAME
+from onn_core.weights.folder import write_index
 from onn_core.weights.geometry import empty_model, geometry, save_configs, stored_tensors
 from onn_core.weights.shards import write_tensors
 
@@ -126,9 +126,10 @@ def _write_random_shards(
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
-    for file_name, names in plan.filename_to_tensors.items():
-        layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    shards = {
+        file_name: {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+        for file_name, names in plan.filename_to_tensors.items()
+    }
+    for file_name, layout in shards.items():
         write_tensors(folder / file_name, layout, pieces)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / INDEX_NAME, index)
+    write_index(folder, shards)
