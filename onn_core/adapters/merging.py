@@ -36,8 +36,6 @@ from onn_core.weights.geometry import save_configs
 from onn_core.weights.quantised import BESIDE, OLD_GPTQ_NAME, without_settings
 from onn_core.weights.shards import TensorEntry, write_tensors
 
-COPY_BYTES = 8 << 20  # read and written at a time
-
 
 def merge(
     model_dir: str | os.PathLike, adapter_dir: str | os.PathLike, out_dir: str | os.PathLike
@@ -137,7 +135,7 @@ class _Merged:
         elif name in self.model_folder.quantised:
             values = self.model_folder.read_dense(name)
         else:
-            return self.model_folder.read_blocks(name, COPY_BYTES)
+            return self.model_folder.read_blocks(name)
         return iter([values.contiguous().view(-1).view(torch.uint8).numpy()])
 
     def _merge(self, module: nn.Module, module_name: str, name: str) -> torch.Tensor:

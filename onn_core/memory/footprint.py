@@ -1,6 +1,7 @@
 """The activations of one decoder layer, counted on the meta device: no memory is taken."""
 
 import copy
+import functools
 import warnings
 import weakref
 from typing import Any, ClassVar
@@ -51,14 +52,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def visit_bytes(
-    config: Any, batch_size: int, n_tokens: int, dtype: torch.dtype, lora_rank: int = 8
+    config: Any, batch_size: int, n_tokens: int, dtype: torch.dtype
 ) -> tuple[int, int, int]:
     """Bytes of the activations of one adapted layer on (batch_size, n_tokens).
 
     The peak forward, the peak backward, and what the graph holds between the two. The first layer
     of `config` stands for all; attention counts as the fused kernel.
     """
-    base = one_layer(config, dtype, torch.device("meta"), lora_rank)
+    base = one_layer(config, dtype, torch.device("meta"))
     with MAKING, torch.device("meta"):
         size = (batch_size, n_tokens, base.get_input_embeddings().embedding_dim)
         hidden = torch.zeros(size, dtype=dtype, requires_grad=True)  # (B, T, C)
@@ -76,7 +77,7 @@ def visit_bytes(
     return forward.peak, live.peak, graph_bytes
 
 
-def one_layer(config: Any, dtype: torch.dtype, where: Any, lora_rank: int = 8) -> Any:
+def one_layer(config: Any, dtype: torch.dtype, where: Any) -> Any:
     """The first layer of `config` with LoRA on its linear modules, in its model without a head.
 
     where: a context in which modules are made, such as `torch.device("meta")`.
@@ -87,7 +88,7 @@ def one_layer(config: Any, dtype: torch.dtype, where: Any, lora_rank: int = 8) -
         config.layer_types = config.layer_types[:1]
     with MAKING, where:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        lora = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
         with warnings.catch_warnings():  # PEFT asks transformers for a property that was renamed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             base = peft.get_peft_model(model, lora).train().base_model.model.base_model
@@ -107,14 +108,11 @@ class Footprint:
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced: dict[tuple[int, int], tuple[int, ...]] = {}  # (B, T)
+        self._traced = functools.cache(self._trace)  # of (B, T)
 
     def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         few, many = (1, 32) if batch_size <= 32 else (32, 64)
-        for size in (few, many):
-            if (size, n_tokens) not in self._traced:
-                self._traced[size, n_tokens] = self._trace(size, n_tokens)
-        ends = zip(self._traced[few, n_tokens], self._traced[many, n_tokens], strict=True)
+        ends = zip(self._traced(few, n_tokens), self._traced(many, n_tokens), strict=True)
         part = (batch_size - few) / (many - few)
         return tuple(round(one + part * (other - one)) for one, other in ends)
 

@@ -352,7 +352,7 @@ def _count_terms(
     activations, captured_visits = max(forward + batch_bytes, backward, head), 0
     if captured:
         activations = max(forward + batch_bytes, head)
-        weights = max(sum(map(_captured_bytes, layer)) for layer in sizes.layers)
+        weights = max(sum(w.captured_bytes for w in layer) for layer in sizes.layers)
         fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
         pool = int(POOL_FACTOR * max(forward, backward))
         captured_visits = weights + fixed + pool + CAPTURE_BYTES
@@ -365,10 +365,6 @@ def _count_terms(
         dense_copies=slots_bytes(dense) + _work_bytes(sizes),
         captured_visits=captured_visits,
     )
-
-
-def _captured_bytes(weight: StreamedWeight) -> int:
-    return weight.dense_bytes if weight.packed else weight.slot_bytes
 
 
 def _work_bytes(sizes: Sizes) -> int:

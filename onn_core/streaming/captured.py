@@ -86,11 +86,6 @@ class Captures:
         """What decides whether the next visits are replayed."""
         return f"{self.impossible} {self._shape} {sorted(self.layers)}"
 
-    def note_random_numbers(self, before: tuple, after: tuple) -> None:
-        """Nothing is captured where a visit has drawn some; see `passes.random_state`."""
-        if not all(map(torch.equal, before, after)):
-            self.impossible = "it draws random numbers"
-
     def _can_hold(self, leaf: Any) -> bool:
         if torch.is_tensor(leaf):
             return leaf.device == self.device
@@ -122,7 +117,7 @@ class Captures:
         """Where the weights of the visited layer lie for its graphs, each in its shape."""
         found, taken = [], {}
         for weight in weights:
-            size = weight.dense_bytes if weight.packed else weight.slot_bytes
+            size = weight.captured_bytes
             number = taken[size] = taken.get(size, -1) + 1
             like = torch.empty(size, dtype=torch.uint8, device="meta")
             memory = self.fixed(("weight", number), like)

@@ -78,7 +78,7 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, n_inputs: int, *tensors: torch.Tensor) -> Any:
         inputs = tensors[:n_inputs]
-        ctx.call, ctx.n_inputs, ctx.trained = call, n_inputs, tensors[n_inputs:]
+        ctx.call, ctx.trained = call, tensors[n_inputs:]
         outputs = call.run_forward(inputs)
         call.leaves = [INPUT if any(leaf is x for x in inputs) else leaf for leaf in call.leaves]
         ctx.save_for_backward(*inputs)

@@ -32,11 +32,6 @@ class Binding:
     def weight(self) -> StreamedWeight:
         return self.parameter.weight
 
-    def fill(self, values: torch.Tensor, as_stored: bool) -> None:
-        self.parameter.as_stored = as_stored
-        if not as_stored:
-            self.parameter.set(values)
-
     def clear(self) -> None:
         self.parameter.set(self.absent)
 
@@ -292,9 +287,11 @@ class LayerWeights:
     def _fetch(self, weight: StreamedWeight) -> None:
         if self._by_matrix:
             self._request_from(list(self._by_weight).index(weight))
-        values = self.wait(weight)
+        values, as_stored = self.wait(weight), weight.by_blocks and not self._is_dense(weight)
         for binding in self._by_weight[weight]:
-            binding.fill(values, as_stored=weight.by_blocks and not self._is_dense(weight))
+            binding.parameter.as_stored = as_stored
+            if not as_stored:
+                binding.parameter.set(values)
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         """Drop the weights of the module before, if this visit is done with it; fetch its own."""
@@ -303,7 +300,8 @@ class LayerWeights:
         self._calls[module] += 1
         before, self._previous = self._previous, module
         last = (self._by_matrix or self._last_micro_batch) and before not in self._holders
-        if last and before not in (None, module) and self._is_done(before):
+        usual = self._usual_calls[before] or int(self._by_matrix)
+        if last and before not in (None, module) and self._calls[before] == usual:
             for binding in self.by_module[before]:
                 if all(other.module is before for other in self._by_weight[binding.weight]):
                     self.drop(binding.weight)
@@ -317,10 +315,6 @@ class LayerWeights:
             return
         for binding in self.by_module[module]:
             self._fetch(binding.weight)
-
-    def _is_done(self, module: nn.Module) -> bool:
-        usual = self._usual_calls[module] or int(self._by_matrix)
-        return self._calls[module] == usual
 
     @torch.no_grad()
     def _fill_magnitudes(self) -> None:

@@ -101,7 +101,7 @@ class StreamedModel:
     def trace(self) -> Iterator[list[Event]]:
         """Inside, what is computed and read is noted: (phase or "read", unit, start, stop)."""
         events: list[Event] = []
-        with changed(self.streaming, trace=events), changed(self.streaming.stream, trace=events):
+        with changed(self.streaming.stream, trace=events):
             yield events
 
     def stoppable(self, check: Callable[[], None]) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +38,7 @@ class Counts:
     seconds: Counter
 
     def __sub__(self, before: "Counts") -> "Counts":
-        return Counts(
-            self.wait_s - before.wait_s,
-            self.bytes_read - before.bytes_read,
-            self.bytes_fetched - before.bytes_fetched,
-            self.weight_loads - before.weight_loads,
-            self.seconds - before.seconds,
-        )
+        return Counts(*map(operator.sub, vars(self).values(), vars(before).values()))
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,7 +64,6 @@ class Streaming:
     batching: Batching = dataclasses.field(default_factory=Batching)
     seconds: Counter = dataclasses.field(default_factory=Counter)
     rounds_left: int = 0
-    trace: list[Event] | None = None
     watchers: OrderedDict[int, Callable[[str, int], None]] = dataclasses.field(
         default_factory=OrderedDict
     )
@@ -110,8 +104,8 @@ class Streaming:
             stopped = time.perf_counter()
             waited_s = counts.wait_s + self._away_s - before_s
             self.seconds[phase] += stopped - started - waited_s
-            if self.trace is not None:
-                self.trace.append((phase, unit, started, stopped))
+            if self.stream.trace is not None:
+                self.stream.trace.append((phase, unit, started, stopped))
 
     @property
     def _away_s(self) -> float:

@@ -35,7 +35,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
-COMPARED_BYTES = 8 << 20  # of two tensors at a time
+BLOCK_BYTES = 8 << 20  # of a tensor, at a time
 MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a header
 
 
@@ -140,7 +140,7 @@ class ModelFolder:
             return False
         if (one.entry.dtype, one.shape) != (other.entry.dtype, other.shape):
             return False
-        pieces = (self.read_blocks(source.name, COMPARED_BYTES) for source in (one, other))
+        pieces = (self.read_blocks(source.name) for source in (one, other))
         return all(map(np.array_equal, *pieces))
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -161,12 +161,12 @@ class ModelFolder:
                 _read_into(descriptor, entry.path, target, entry.offset + row * row_bytes)
         return buffer.view(entry.dtype).reshape(len(numbers), *row_shape)
 
-    def read_blocks(self, name: str, block_bytes: int) -> Iterator[np.ndarray]:
-        """The bytes of the tensor `name` as uint8 arrays of at most `block_bytes`, in order."""
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of the tensor `name` as uint8 arrays of at most 8 MiB, in order."""
         entry = self.tensors[name]
         with self._opened(entry.path) as descriptor:
-            for start in range(0, entry.n_bytes, block_bytes):
-                block = np.empty(min(block_bytes, entry.n_bytes - start), np.uint8)
+            for start in range(0, entry.n_bytes, BLOCK_BYTES):
+                block = np.empty(min(BLOCK_BYTES, entry.n_bytes - start), np.uint8)
                 _read_into(descriptor, entry.path, block, entry.offset + start)
                 yield block
 

@@ -20,7 +20,6 @@ from onn_core.weights.shards import TensorEntry, stamp, write_tensors
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 2  # of what is written
-COPY_BYTES = 8 << 20
 
 
 def quantised_copy(
@@ -114,7 +113,7 @@ class _Copy:
         """The bytes of a tensor of the copy."""
         entry = self.model_folder.tensors.get(name)
         if entry is not None and name not in self.names:
-            for block in self.model_folder.read_blocks(name, COPY_BYTES):
+            for block in self.model_folder.read_blocks(name):
                 yield block
                 bar.update(len(block))
             return

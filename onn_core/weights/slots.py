@@ -148,6 +148,11 @@ class StreamedWeight:
         begin = entry.offset - _first_page(entry) if in_page else 0
         return memory[begin : begin + self.n_bytes].view(self.dtype).view(self.shape)
 
+    @property
+    def captured_bytes(self) -> int:
+        """Of the memory where CUDA graphs find its values."""
+        return self.dense_bytes if self.packed else self.slot_bytes
+
     def values_in(self, memory: torch.Tensor) -> torch.Tensor:
         """(dense_bytes or more,) -> (shape), memory that its values fill, packed or not."""
         values = memory[: self.dense_bytes].view(self.dense_dtype)
