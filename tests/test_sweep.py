@@ -53,10 +53,12 @@ def test_text_means_a_grid_or_a_list_of_runs(small, tmp_path):
             chosen(small, tmp_path, text)
 
 
-def test_the_best_is_the_finished_run_that_ends_lowest(made):
+def test_the_best_is_the_finished_run_whose_loss_falls_most(made):
     assert len(made.finished) == 4 and len(made.runs) == 8
-    ends = {name: run.evals[-1].loss for name, run in made.finished.items()}
+    ends = {name: run.evals[-1].loss - run.evals[0].loss for name, run in made.finished.items()}
     assert list(ends.values()) == sorted(ends.values())
+    firsts = {name: run.evals[0].loss for name, run in made.finished.items()}
+    assert len(set(firsts.values())) == 2  # each seed holds out samples of its own
     groups = sweep.ranked(made)
     assert [len(names) for names in groups] == [2, 2]
     assert sweep.best(made) == min(groups[0], key=ends.__getitem__)

@@ -60,9 +60,12 @@ class Sweep:
 
     @property
     def finished(self) -> dict[str, RunRecord]:
-        """The runs that came to their end, the lowest held-out loss first."""
+        """The runs that came to their end, the one whose held-out loss fell most first.
+
+        Not the one that ends lowest: another seed holds out other samples.
+        """
         found = {name: run for name, run in self.runs.items() if run.status == "finished"}
-        return dict(sorted(found.items(), key=lambda pair: pair[1].evals[-1].loss))
+        return dict(sorted(found.items(), key=lambda pair: _change(pair[1])))
 
 
 def configs(text: str, **common: Any) -> dict[str, TrainConfig]:
@@ -173,8 +176,8 @@ def cost_table(sweep: Sweep) -> pd.DataFrame:
 
 
 def best(sweep: Sweep) -> str:
-    """The name of the best run: the lowest loss among the seeds of the best settings."""
-    return min(ranked(sweep)[0], key=lambda name: sweep.runs[name].evals[-1].loss)
+    """The name of the best run: of the seeds of the best settings, the one that fell most."""
+    return min(ranked(sweep)[0], key=lambda name: _change(sweep.runs[name]))
 
 
 def answer(sweep: Sweep) -> str:
@@ -264,6 +267,11 @@ def ranked(sweep: Sweep) -> list[list[str]]:
             key = repr({setting: value for setting, value in own.items() if setting != "seed"})
             groups.setdefault(key, []).append(name)
     return sorted(groups.values(), key=lambda names: _mean_loss(sweep, names))
+
+
+def _change(run: RunRecord) -> float:
+    """Of held-out loss, from the first evaluation to the last."""
+    return run.evals[-1].loss - run.evals[0].loss
 
 
 def _mean_loss(sweep: Sweep, names: list[str]) -> float:
