@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,13 @@ def perplexity(
         dataset = tokenize_data(text, tokenizer, max_length, **learned)
         require_ids_fit(tokenizer, dataset.tokens.largest_id(), _n_embeddings(base))
         say_what_is_lost(dataset, max_length)
-        batches = dataset.examples.longest_first(), _pad_id(tokenizer, base), batch_size
-        n_tokens, losses = _mean_losses(_losses_by_batch(adapted, base, choices, *batches))
+        longest_first = np.argsort(-dataset.examples.lengths, kind="stable")  # for little padding
+        batches = dataset.examples.select(longest_first), _pad_id(tokenizer, base), batch_size
+        totals, n_tokens = 0.0, 0
+        for part, of_tokens in _losses_by_batch(adapted, base, choices, *batches):
+            totals = totals + of_tokens.double().flatten(1).sum(-1).cpu()
+            n_tokens += sum(label != IGNORED for example in part for label in example.labels)
+        losses = (totals / n_tokens).tolist()  # means, one of each choice
     if adapters is None:
         return _perplexity(n_tokens, losses)
     return [_perplexity(n_tokens, [loss, losses[-1]]) for loss in losses[:-1]]
@@ -199,17 +205,6 @@ def streamed_base(model: Any) -> tuple[StreamedModel, list[Choice]]:
     return base, [True, False] if inside else [True]
 
 
-def _mean_losses(
-    batches: Iterable[tuple[Sequence[data.Example], torch.Tensor]],
-) -> tuple[int, list[float]]:
-    """Of `_losses_by_batch`: the tokens that count, and their mean loss under each choice."""
-    totals, n_tokens = 0.0, 0
-    for part, losses in batches:
-        totals = totals + losses.double().flatten(1).sum(-1).cpu()
-        n_tokens += sum(label != IGNORED for example in part for label in example.labels)
-    return n_tokens, (totals / n_tokens).tolist()
-
-
 def _losses_by_batch(
     model: Any,
     base: StreamedModel,
@@ -229,7 +224,8 @@ def _losses_by_batch(
 
 
 def _perplexity(n_tokens: int, losses: Sequence[float]) -> Perplexity:
-    return Perplexity(n_tokens, *(x for loss in losses for x in (loss, _exponential(loss))))
+    pairs = [(loss, math.exp(loss) if loss < 700 else math.inf) for loss in losses]
+    return Perplexity(n_tokens, *(x for pair in pairs for x in pair))
 
 
 @contextlib.contextmanager
@@ -268,7 +264,3 @@ def _adapted(
     finally:
         if names:
             model.unload()
-
-
-def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

@@ -47,7 +47,7 @@ def test_pack_keeps_every_row_whole_and_fills_samples():
             found.append(data.Example(sample.input_ids[part], sample.labels[part]))
         assert start == len(sample.input_ids)
     assert sorted(found, key=str) == sorted(rows, key=str)
-    assert data.pack(rows, 10) == packed
+    assert list(data.pack(rows, 10)) == list(packed)
 
 
 def test_positions_begin_again_with_every_row_and_with_padding():
@@ -162,7 +162,7 @@ def test_tokens_are_cached_until_something_changes(smollm2_dir, tmp_path, monkey
     def cached(**changes):
         corpus = prepare(config(folder, **changes), tokenizer)
         assert corpus.facts["tokenize_s"] >= 0
-        return corpus.facts["tokens_cached"], corpus.train, corpus.held_out
+        return corpus.facts["tokens_cached"], list(corpus.train), list(corpus.held_out)
 
     first, again = cached(), cached()
     assert not first[0] and again[0] and first[1:] == again[1:]

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from onn_core.data.chat import Rendered, render
 from onn_core.data.rows import Row
@@ -57,14 +58,6 @@ class Pair:
     rejected: Example
 
 
-def unpaired(examples: Iterable[Example | Pair]) -> list[Example]:
-    """The examples; of pairs the chosen ones, then the rejected ones."""
-    examples = list(examples)
-    if examples and isinstance(examples[0], Pair):
-        return [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
-    return examples
-
-
 class Examples(Sequence[Example | Pair]):
     """Examples that are made when they are asked for; a slice is a list.
 
@@ -88,8 +81,8 @@ class Examples(Sequence[Example | Pair]):
         if isinstance(examples, Examples) and examples.prompts is not None:
             return examples
         lengths = np.array([len(x.input_ids) for x in examples], np.int32)
-        prompts = np.array([_prompt_number(x.input_ids, _counts(x)) for x in examples], np.int64)
-        return cls(examples.__getitem__, lengths, prompts)
+        prompts = [_prompt_number(x.input_ids, np.array(x.labels) != IGNORED) for x in examples]
+        return cls(examples.__getitem__, lengths, np.array(prompts, np.int64))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -99,21 +92,11 @@ class Examples(Sequence[Example | Pair]):
             return [self.get(i) for i in range(*which.indices(len(self)))]
         return self.get(range(len(self))[which])
 
-    def __eq__(self, other: object) -> bool:
-        same_size = isinstance(other, Sequence) and len(self) == len(other)
-        return same_size and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None
-
     def select(self, order: Any) -> "Examples":
         """Those with the numbers in `order`, in that order."""
         order = np.asarray(order, np.int32)
         prompts = None if self.prompts is None else self.prompts[order]
         return Examples(lambda i: self.get(int(order[i])), self.lengths[order], prompts)
-
-    def longest_first(self) -> "Examples":
-        """By length, so that a batch has little padding."""
-        return self.select(np.argsort(-self.lengths, kind="stable"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +136,6 @@ class TokenFile:
         self.lengths.append(len(ids))
         self.prompts.append(_prompt_number(ids, counted))
 
-    def _read(self, start: int, size: int) -> bytes:
-        return os.pread(self.file.fileno(), size, self.start + start)
-
     def blocks(self) -> Iterator[bytes]:
         """The bytes of all tokens."""
         self.file.seek(self.start)
@@ -191,8 +171,11 @@ class TokenFile:
 
         def get(i: int) -> Example:
             start, size = int(ends[i]) - 4 * int(lengths[i]), 4 * int(lengths[i])
-            read = small[start : start + size] or self._read(start, size)
-            return _decoded(np.frombuffer(read, np.int32))
+            read = small[start : start + size]
+            read = read or os.pread(self.file.fileno(), size, self.start + start)
+            coded = np.frombuffer(read, np.int32)
+            ids = np.where(coded < 0, ~coded, coded)
+            return Example(ids.tolist(), np.where(coded < 0, IGNORED, ids).tolist())
 
         return Examples(get, lengths, prompts)
 
@@ -388,24 +371,24 @@ def collate(examples: Sequence[Example | Pair], pad_id: int | None = 0) -> dict[
     examples position_ids take its place: they begin at 0 with every row that is packed, and with
     the padding, by which transformers keeps the attention within each.
     """
-    examples = unpaired(examples)
-    length = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), length)
-    input_ids = torch.full(shape, pad_id or 0)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    position_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
-    for row, example in enumerate(examples):
+    examples = list(examples)
+    if isinstance(examples[0], Pair):
+        examples = [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], True, value)
+
+    input_ids = padded([example.input_ids for example in examples], pad_id or 0)
+    batch = {"input_ids": input_ids, "labels": padded([x.labels for x in examples], IGNORED)}
+    if not any(example.lengths for example in examples):
+        mask = padded([[1] * len(example.input_ids) for example in examples], 0)
+        return batch | {"attention_mask": mask}
+    rows = []
+    for example in examples:
         tokens = len(example.input_ids)
-        input_ids[row, :tokens] = torch.tensor(example.input_ids)
-        attention_mask[row, :tokens] = 1
-        labels[row, :tokens] = torch.tensor(example.labels)
-        parts = (*(example.lengths or (tokens,)), length - tokens)
-        position_ids[row] = torch.cat([torch.arange(part) for part in parts])
-    batch = {"input_ids": input_ids, "labels": labels}
-    if any(example.lengths for example in examples):
-        return batch | {"position_ids": position_ids}
-    return batch | {"attention_mask": attention_mask}
+        parts = (*(example.lengths or (tokens,)), input_ids.shape[1] - tokens)
+        rows.append(torch.cat([torch.arange(part) for part in parts]))
+    return batch | {"position_ids": torch.stack(rows)}
 
 
 def rows_of(
@@ -426,15 +409,6 @@ def rows_of(
     if start == stop:
         own["labels"] = torch.full_like(own["labels"], IGNORED)
     return own
-
-
-def _decoded(coded: np.ndarray) -> Example:
-    ids = np.where(coded < 0, ~coded, coded)
-    return Example(ids.tolist(), np.where(coded < 0, IGNORED, ids).tolist())
-
-
-def _counts(example: Example) -> np.ndarray:
-    return np.array(example.labels) != IGNORED
 
 
 def _prompt_number(ids: Sequence[int] | np.ndarray, counted: Any) -> int:
