@@ -245,11 +245,6 @@ def _names_a_base_matrix(name: str) -> bool:
     return name.endswith(".weight") and not inside
 
 
-def _base_name(name: str) -> str:
-    """The name in the base model of a tensor that PEFT saved with an adapter."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
 def _require_copies(model_folder: ModelFolder, path: Path, names: list[str]) -> None:
     """ConfigError unless the tensors `names` of an adapter have the values of the model folder."""
     if not names:
@@ -257,7 +252,8 @@ def _require_copies(model_folder: ModelFolder, path: Path, names: list[str]) -> 
     sources = find_sources(skeleton(model_folder, torch.float32, torch.device("cpu")), model_folder)
     with safe_open(path, "pt") as file:
         for name in names:
-            source, values = sources.get(_base_name(name)), file.get_slice(name)
+            in_base = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            source, values = sources.get(in_base), file.get_slice(name)
             if (
                 source is None
                 or type(source) is not Plain

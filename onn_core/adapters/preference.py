@@ -31,7 +31,7 @@ class PairsOutput:
 def run_pairs(
     model: Any, base: StreamedModel, batch: dict[str, torch.Tensor], beta: float, n_pairs: int
 ) -> PairsOutput:
-    """The DPO loss of a batch (2 P, T) with labels, divided by `n_pairs`.
+    """The DPO loss (Rafailov et al. 2023) of a batch (2 P, T) with labels, divided by `n_pairs`.
 
     A pair without any label adds nothing. model: a PeftModel of the streamed `base`, whose
     adapters are in its layers.
@@ -39,21 +39,12 @@ def run_pairs(
     n_rows = len(batch["labels"])
     with by_rows(base, n_rows, [True, False], n_graded=n_rows):
         losses = base.token_losses(model, repeated(batch, 2, base.device))  # (4 P, T)
-    pair_losses, margins = dpo_losses(losses, beta)
-    counts = (batch["labels"] != IGNORED).any(-1).view(2, -1).any(0).to(losses.device)  # (P,)
-    return PairsOutput((pair_losses * counts).sum() / n_pairs, int((margins > 0).sum()))
-
-
-def dpo_losses(losses: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each pair (P,), and the margin of its rewards (P,): above 0 it is told right.
-
-    losses: cross-entropies of tokens (4 P, T), 0 where not counted: of the policy on the chosen
-    answers and on the rejected ones, then of the reference on both. A reward is `beta` times the
-    logarithm of how much likelier an answer is to the policy than to the reference.
-    """
+    # Of each pair (P,): log-likelihoods of its answers, and the margin of their rewards. A reward
+    # is beta times the log of how much likelier an answer is to the policy than to the reference.
     chosen, rejected, base_chosen, base_rejected = (-losses.sum(-1)).chunk(4)
     margins = beta * ((chosen - base_chosen) - (rejected - base_rejected))
-    return -F.logsigmoid(margins), margins
+    counts = (batch["labels"] != IGNORED).any(-1).view(2, -1).any(0).to(losses.device)  # (P,)
+    return PairsOutput((-F.logsigmoid(margins) * counts).sum() / n_pairs, int((margins > 0).sum()))
 
 
 def train_adapters_only(model: nn.Module) -> None:

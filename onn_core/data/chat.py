@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
+from itertools import product, zip_longest
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -55,8 +55,10 @@ def render(row: Row, tokenizer: Any, train_on: str = "all", for_answer: bool = F
     if not tokenizer.chat_template:
         return _joined(row, tokenizer, answers, learned)
     problem, got_to = None, -1
-    for content_in_parts, arguments_as_text in _shapes(messages):
-        chat = _Chat(row, tokenizer, content_in_parts, arguments_as_text)
+    calls = any(message.get("tool_calls") for message in messages)
+    # A template wants the same conversation written in one of these ways or another.
+    for in_parts, as_text in product((False, True), (False, True)[: 1 + calls]):
+        chat = _Chat(row, tokenizer, in_parts, as_text)
         try:
             with explained("it cannot be rendered"):
                 return chat.rendered(answers, learned, for_answer)
@@ -79,15 +81,6 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except DataError as error:
         raise DataError(f"the prompt {prompt!r:.60} {error}.") from error
-
-
-def _shapes(messages: list[Message]) -> Iterator[tuple[bool, bool]]:
-    """Ways to write the same conversation, as one template wants it or another."""
-    calls = any(message.get("tool_calls") for message in messages)
-    for content_in_parts in (False, True):
-        yield content_in_parts, False
-        if calls:
-            yield content_in_parts, True
 
 
 class _Chat:

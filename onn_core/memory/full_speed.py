@@ -71,19 +71,14 @@ def full_speed_tokens(
 def _remember(path: Path, layer: "_Layer") -> int:
     """What the file says; else what is measured, which it says from then on."""
     try:
-        return read_json(path, _tokens, "a measured speed", "delete it")
-    except OnnError:
+        found = read_json(path, dict, "a measured speed", "delete it")
+        return MEASURED_TOKENS[MEASURED_TOKENS.index(found["tokens"])]
+    except (OnnError, KeyError, ValueError):
         tried = layer.measure()
     if tried is not None:
         found = {"schema_version": 1, "tokens": _choose(tried), "seconds_a_token": tried}
         write_json(path, found)
     return _choose(tried or {})
-
-
-def _tokens(found: dict[str, Any]) -> int:
-    if found["tokens"] not in MEASURED_TOKENS:
-        raise ValueError(f"{found['tokens']!r} tokens")
-    return int(found["tokens"])
 
 
 def _choose(tried: Tried) -> int:
