@@ -13,12 +13,7 @@ from typing import Any
 import torch
 
 from onn_core import data
-from onn_core.adapters.lora import (
-    add_adapter,
-    count_trainable,
-    describe_experts,
-    trained_layers,
-)
+from onn_core.adapters.lora import add_adapter, describe_experts, trained_layers
 from onn_core.adapters.preference import N_ROWS, run_pairs, train_adapters_only
 from onn_core.config import TrainConfig, dtype_name
 from onn_core.data.corpus import prepare, require_packing, with_steps
@@ -144,7 +139,7 @@ class ChunkedLoraTrainer:
                 "layers": len(self.base.streamed_layers),
                 "trained_layers": trained_layers(self.base),
                 "parameters": n_parameters,
-                "trainable": count_trainable(self.model),
+                "trainable": sum(p.numel() for p in self.trained),
                 "dtype": dtype_name(self.base.dtype),
                 "quantised": (self.base.model_folder.quantisation or {}).get("quant_method"),
                 "full_speed_tokens": self.base.sizes.full_speed_tokens,
@@ -216,7 +211,7 @@ class ChunkedLoraTrainer:
             for step in range(n_done, config.max_steps + 1):
                 if step > n_done:
                     record.steps.append(self._step(step, next(batches)))
-                    self.saver.step_finished()
+                    self.saver.whole = True
                 self._evaluate_if_due(record, started)
                 record.wall_s = time.perf_counter() - started
                 if step < config.max_steps:

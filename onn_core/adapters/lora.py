@@ -164,11 +164,6 @@ def trained_layers(model: PreTrainedModel) -> list[int]:
     ]
 
 
-def count_trainable(model: nn.Module) -> int:
-    """How many parameters are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def save_adapter(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     """Write a standard PEFT adapter folder; each file is replaced whole or not at all."""
     folder = Path(folder)

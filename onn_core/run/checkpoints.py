@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -166,9 +167,7 @@ def require_writable(folder: Path) -> None:
     """ConfigError if nothing can be written to `folder`, which is made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-").close()
     except OSError as error:
         raise ConfigError(
             f"output_dir {str(folder)!r} cannot be written ({error.strerror}): choose another."

@@ -161,10 +161,6 @@ class RunSaver:
             warnings.warn(f"{self.output_dir} has no checkpoint: starts at step 1.", stacklevel=4)
         return saved
 
-    def step_finished(self) -> None:
-        """Call when the record has the step that has just changed the state."""
-        self.whole = True
-
     def save_if_due(self, record: RunRecord) -> None:
         """Save a checkpoint if enough steps or minutes have passed since the last."""
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
