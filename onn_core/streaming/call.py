@@ -39,7 +39,7 @@ class Call:
         self.spec = spec
         passes, device_type = self.streaming.passes, self.streaming.device.type
         self.in_pass = passes.latest
-        self.number = self.in_pass.next_call()
+        self.number = next(self.in_pass.calls)
         self.hook = passes.row_hook
         self.autocast = {
             "device_type": device_type,

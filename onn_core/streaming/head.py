@@ -136,20 +136,6 @@ class Logits(LazyTensor):
             return NotImplemented
         return Logits.of(self.head, self.hidden, (*self.ops, op))
 
-    def cross_entropy(
-        self,
-        shifted_labels: torch.Tensor,
-        n_counted: torch.Tensor | float | None,
-        loss_function: Callable[..., torch.Tensor],
-    ) -> torch.Tensor:
-        """Mean cross-entropy against labels (...): a scalar.
-
-        n_counted: what the sum is divided by; None counts the labels here. loss_function: the
-        model's.
-        """
-        args = (shifted_labels, n_counted, self.ops, loss_function)
-        return _HeadLoss.apply(self.head, self.hidden, *args)
-
     def token_losses(self, shifted_labels: torch.Tensor) -> torch.Tensor:
         """The loss of each token (B, T), 0 where it is not counted."""
         return _TokenLosses.apply(self.head, self.hidden, shifted_labels, self.ops)
@@ -172,8 +158,8 @@ def causal_lm_loss(loss_function: Callable[..., torch.Tensor], *args: Any, **kwa
             labels = shift_labels(labels) if shifted is None else shifted
             fits = labels.shape == logits.shape[:-1] and given["vocab_size"] == logits.head.n_rows
             if fits and given["ignore_index"] == IGNORED:
-                labels = labels.to(logits.device)
-                return logits.cross_entropy(labels, given["num_items_in_batch"], loss_function)
+                args = labels.to(logits.device), given["num_items_in_batch"], logits.ops
+                return _HeadLoss.apply(logits.head, logits.hidden, *args, loss_function)
     return loss_function(*args, **kwargs)
 
 

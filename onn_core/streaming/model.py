@@ -28,7 +28,7 @@ from onn_core.streaming.embedding import EmbeddingRows
 from onn_core.streaming.head import Logits, StreamedHead, causal_lm_loss
 from onn_core.streaming.layer import StreamedLayer
 from onn_core.streaming.lazy import LazyWeight, find_parameters, is_absent
-from onn_core.streaming.passes import RowHook
+from onn_core.streaming.passes import Pass, RowHook
 from onn_core.streaming.visits import Counts, Event, Streaming
 from onn_core.weights.folder import ModelFolder
 from onn_core.weights.slots import StreamedWeight
@@ -269,8 +269,12 @@ class StreamedModel:
         if lowest is not None:
             self._check_trained(trained)
             args, kwargs = _without_cache(run, args, kwargs)
-        begun = streaming.passes.begin(module, run, args, kwargs, given, lowest, defers_logits)
-        if begun.batch_size is not None:
+        samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        batch = next((x for x in samples if x is not None), None)  # (B, T) or (B, T, C)
+        size = (None, None) if batch is None else batch.shape[:2]
+        begun = Pass(module, run, args, kwargs, lowest, *size, defers_logits)
+        streaming.passes.latest = begun
+        if batch is not None:
             self._fit(begun.batch_size, begun.n_tokens, trained, lowest)
         return args, kwargs
 

@@ -1,7 +1,8 @@
 """A forward pass of the model and its backward: what belongs to both and ends with them."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,12 +31,7 @@ class Pass:
     batch_size: int | None = None
     n_tokens: int | None = None  # of a sample
     defers_logits: bool = False  # they wait until they are used: a loss never needs all at once
-    n_calls: int = 0  # of layers, so far
-
-    def next_call(self) -> int:
-        """The number of this call of a layer in the pass."""
-        self.n_calls += 1
-        return self.n_calls - 1
+    calls: Iterator[int] = dataclasses.field(default_factory=itertools.count)  # of layers
 
 
 class Passes:
@@ -56,23 +52,6 @@ class Passes:
     @property
     def running(self) -> Pass | None:
         return None if self.latest.run is None else self.latest
-
-    def begin(
-        self,
-        owner: nn.Module | None,
-        run: Callable,
-        args: tuple,
-        kwargs: dict[str, Any],
-        given: dict[str, Any],
-        lowest: int | None,
-        defers_logits: bool = False,
-    ) -> Pass:
-        """`owner` runs a new pass; given: its arguments by name."""
-        samples = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-        batch = next((x for x in samples if x is not None), None)  # (B, T) or (B, T, C)
-        size = (None, None) if batch is None else batch.shape[:2]
-        self.latest = Pass(owner, run, args, kwargs, lowest, *size, defers_logits)
-        return self.latest
 
     def end(self, owner: nn.Module | None) -> None:
         """The forward pass that `owner` began has ended; its backward has what it needs."""
