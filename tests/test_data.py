@@ -256,6 +256,11 @@ def test_padding_is_uneven_and_masked():
     assert data.collate(rows[1:], pad_id=None)["input_ids"].tolist() == [[7, end]]
 
 
+def test_an_example_has_a_label_for_each_token():
+    with pytest.raises(ValueError, match="3 input_ids have 2 labels"):
+        data.Example([5, 6, 7], [6, 7])
+
+
 def test_shuffled_targets_keep_inputs_masks_and_frequencies():
     examples = numbered(40, length=6)
     shuffled, again, others = (list(data.shuffle_targets(examples, seed)) for seed in (0, 0, 1))

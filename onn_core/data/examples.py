@@ -42,12 +42,17 @@ ANCHOR = 64  # tokens on which two windows must agree
 class Example:
     """One sample: token ids, and the same ids as labels where they count, -100 elsewhere.
 
-    lengths: of the rows that are packed into it; empty if it is one row.
+    lengths: of the rows that are packed into it; empty if it is one row. ValueError if there are
+    not as many labels as ids.
     """
 
     input_ids: list[int]
     labels: list[int]
     lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.input_ids):
+            raise ValueError(f"{len(self.input_ids)} input_ids have {len(self.labels)} labels")
 
 
 @dataclasses.dataclass(frozen=True)
