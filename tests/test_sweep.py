@@ -1,5 +1,6 @@
 """A sweep: the runs that its text means, which is best, what the pass cost."""
 
+import copy
 import dataclasses
 import json
 
@@ -65,6 +66,23 @@ def test_the_best_is_the_finished_run_whose_loss_falls_most(made):
     assert f"Best of 8 runs: {sweep.best(made)}," in sweep.answer(made)
     assert "over 2 seeds" in sweep.answer(made)
     assert sweep.effects(made).startswith("lora_rank: ")
+
+
+def test_a_seed_that_begins_lower_is_not_better_for_that(made):
+    groups = sweep.ranked(made)
+    names = [groups[0][0], groups[1][1]]  # of different settings and seeds: one of each is missing
+    two = dataclasses.replace(
+        made,
+        settings={name: made.settings[name] for name in names},
+        runs={name: copy.deepcopy(made.runs[name]) for name in names},
+    )
+    for name, losses in zip(names, ((5.4, 3.0), (3.0, 2.9)), strict=True):
+        evals = two.runs[name].evals
+        two.runs[name].evals = [
+            dataclasses.replace(done, loss=loss)
+            for done, loss in zip((evals[0], evals[-1]), losses, strict=True)
+        ]
+    assert sweep.best(two) == next(iter(two.finished)) == names[0]
 
 
 def test_tables_and_figures_hold_every_run(made):

@@ -191,7 +191,7 @@ def answer(sweep: Sweep) -> str:
     if len(groups) == 1:
         return said
     first, second = ([sweep.runs[name] for name in names] for names in groups[:2])
-    gap = _mean_loss(sweep, groups[1]) - _mean_loss(sweep, groups[0])
+    gap = _mean_change(sweep, groups[1]) - _mean_change(sweep, groups[0])
     said += f"\nThe next settings ({groups[1][0]}) end {gap:.3f} higher"
     if not len(first) == len(second) > 1:
         return f"{said}; one seed cannot tell whether that is more than chance."
@@ -201,12 +201,15 @@ def answer(sweep: Sweep) -> str:
 
 
 def effects(sweep: Sweep) -> str:
-    """Of each setting: its best value, the others, and how far the mean final losses differ."""
+    """Of each setting: its best value, the others, and how far the mean losses differ.
+
+    Of what they changed by: a run of another seed may begin higher.
+    """
     lines = []
     for setting in next(iter(sweep.settings.values()), ()):
         by_value: dict[Any, list[float]] = {}
         for name, run in sweep.finished.items():
-            by_value.setdefault(sweep.settings[name][setting], []).append(run.evals[-1].loss)
+            by_value.setdefault(sweep.settings[name][setting], []).append(_change(run))
         means = {value: statistics.fmean(losses) for value, losses in by_value.items()}
         if setting != "seed" and len(means) > 1:
             least, most = (choose(means, key=means.__getitem__) for choose in (min, max))
@@ -266,7 +269,7 @@ def ranked(sweep: Sweep) -> list[list[str]]:
         if name in sweep.finished:
             key = repr({setting: value for setting, value in own.items() if setting != "seed"})
             groups.setdefault(key, []).append(name)
-    return sorted(groups.values(), key=lambda names: _mean_loss(sweep, names))
+    return sorted(groups.values(), key=lambda names: _mean_change(sweep, names))
 
 
 def _change(run: RunRecord) -> float:
@@ -274,8 +277,8 @@ def _change(run: RunRecord) -> float:
     return run.evals[-1].loss - run.evals[0].loss
 
 
-def _mean_loss(sweep: Sweep, names: list[str]) -> float:
-    return statistics.fmean(sweep.runs[name].evals[-1].loss for name in names)
+def _mean_change(sweep: Sweep, names: list[str]) -> float:
+    return statistics.fmean(_change(sweep.runs[name]) for name in names)
 
 
 def _plain(value: Any) -> Any:

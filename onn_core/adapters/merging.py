@@ -30,11 +30,19 @@ from onn_core.errors import ConfigError, DataError
 from onn_core.record import new_folder, write_json
 from onn_core.streaming.skeleton import skeleton
 from onn_core.weights.dequantise import Converted
-from onn_core.weights.folder import WEIGHTS_NAME, ModelFolder, copy_other_files, write_index
+from onn_core.weights.folder import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    ModelFolder,
+    write_index,
+)
 from onn_core.weights.formats import find_sources
 from onn_core.weights.geometry import save_configs
 from onn_core.weights.quantised import BESIDE, OLD_GPTQ_NAME, without_settings
 from onn_core.weights.shards import TensorEntry, write_tensors
+
+NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def merge(
@@ -70,13 +78,21 @@ def merge(
             with contextlib.suppress(DataError):  # the file may hold no tokenizer
                 load_tokenizer(model_folder.gguf[0]).save_pretrained(temporary)
         else:
-            copy_other_files(model_folder.model_dir, temporary, left_out=(OLD_GPTQ_NAME,))
-            if model_folder.quantised:
-                settings = json.loads((temporary / "config.json").read_bytes())
-                write_json(temporary / "config.json", without_settings(settings))
+            _copy_files(model_folder, temporary)
         write_index(temporary, shards)
         model_folder.check_unchanged()
     return out_dir
+
+
+def _copy_files(model_folder: ModelFolder, out_dir: Path) -> None:
+    """All but the weights, and the configuration as of an unquantised folder."""
+    for path in sorted(model_folder.model_dir.iterdir()):
+        wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, OLD_GPTQ_NAME)
+        if wanted and path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, out_dir / path.name)
+    if model_folder.quantised:
+        config = json.loads((out_dir / "config.json").read_bytes())
+        write_json(out_dir / "config.json", without_settings(config))
 
 
 class _Merged:

@@ -1,7 +1,6 @@
 """The activations of one decoder layer, counted on the meta device: no memory is taken."""
 
 import copy
-import functools
 import warnings
 import weakref
 from typing import Any, ClassVar
@@ -108,11 +107,14 @@ class Footprint:
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.config, self.dtype = config, dtype
-        self._traced = functools.cache(self._trace)  # of (B, T)
+        self._traced: dict[tuple[int, int], tuple[int, ...]] = {}  # (B, T)
 
     def __call__(self, batch_size: int, n_tokens: int) -> tuple[int, int, int]:
         few, many = (1, 32) if batch_size <= 32 else (32, 64)
-        ends = zip(self._traced(few, n_tokens), self._traced(many, n_tokens), strict=True)
+        for size in (few, many):
+            if (size, n_tokens) not in self._traced:
+                self._traced[size, n_tokens] = self._trace(size, n_tokens)
+        ends = zip(self._traced[few, n_tokens], self._traced[many, n_tokens], strict=True)
         part = (batch_size - few) / (many - few)
         return tuple(round(one + part * (other - one)) for one, other in ends)
 

@@ -237,9 +237,9 @@ def _candidates(
         micro = [batch_size]
         while micro[-1] > 1:
             micro.append(-(-micro[-1] // 2))
-        if is_timed:  # sizes in between, since each micro-batch costs its launches
-            micro += [-(-4 * n // more) for n in micro for more in (5, 6, 7) if n > 1]
-            micro = sorted(set(micro), reverse=True)
+        if is_timed:  # numbers in between, since each micro-batch costs its launches
+            counts = [part << n for n in range(batch_size.bit_length()) for part in (4, 5, 6, 7)]
+            micro = sorted({*micro, *(-(-4 * batch_size // n) for n in counts)}, reverse=True)
     else:
         micro = [min(micro_batch_size, batch_size)]
     tries = list(itertools.product(weights, places, micro, (False, True)[: 1 + is_timed]))

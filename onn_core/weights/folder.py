@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from onn_core.weights.shards import (
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-NOT_COPIED = (*PICKLE_SUFFIXES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx")
 BLOCK_BYTES = 8 << 20  # of a tensor, at a time
 MAX_INDEX_BYTES = 100_000_000  # as much as the safetensors library allows for a header
 
@@ -284,14 +282,6 @@ def write_index(
     n_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds)
     index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
     write_json(folder / INDEX_NAME, index)
-
-
-def copy_other_files(model_dir: Path, out_dir: Path, left_out: Collection[str] = ()) -> None:
-    """Copy all of a model folder but weights, code and hidden files."""
-    for path in sorted(model_dir.iterdir()):
-        wanted = path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, *left_out)
-        if wanted and path.is_file() and not path.name.startswith("."):
-            shutil.copyfile(path, out_dir / path.name)
 
 
 def _read_into(descriptor: int, path: Path, target: Any, offset: int) -> None:

@@ -75,7 +75,10 @@ def stored_as(kind: str, shape: tuple[int, ...]) -> Quantised:
 
 
 def state(shape: tuple[int, ...]) -> bytes:
-    """bitsandbytes' JSON of a matrix in NF4; blanks let what follows in a file be aligned."""
+    """bitsandbytes' JSON of a matrix in NF4, with blanks up to a multiple of 8 bytes.
+
+    What follows in a file then stays aligned, and is read to where it goes.
+    """
     fields = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16"}
     text = json.dumps(fields | {"shape": list(shape)})
     return text.ljust(-(-len(text) // 8) * 8).encode()

@@ -15,11 +15,12 @@ from onn_core.errors import ConfigError, ModelFolderError
 from onn_core.processes import alone_in
 from onn_core.record import cache_dir, sha256_of, write_json
 from onn_core.weights import quantise
-from onn_core.weights.folder import ModelFolder, copy_other_files, write_index
+from onn_core.weights.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, write_index
 from onn_core.weights.shards import TensorEntry, stamp, write_tensors
 
 MANIFEST_NAME = "manifest.json"
-VERSION = 2  # of what is written
+VERSION = 1  # of what is written
+COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # next to the weights
 
 
 def quantised_copy(
@@ -126,7 +127,10 @@ class _Copy:
 
     def _write_rest(self, partial: Path) -> None:
         """All that is no weight."""
-        copy_other_files(self.model_folder.model_dir, partial, left_out=(MANIFEST_NAME,))
+        for path in self.model_folder.model_dir.iterdir():
+            own = path.name in (INDEX_NAME, MANIFEST_NAME) or path.name.startswith(".")
+            if path.suffix in COPIED and path.is_file() and not own:
+                shutil.copyfile(path, partial / path.name)
         config = json.loads((self.model_folder.model_dir / "config.json").read_bytes())
         config["quantization_config"] = quantise.settings(self.kind)
         config["dtype"] = str(self.model_folder.stored_dtype).removeprefix("torch.")
@@ -153,4 +157,5 @@ def _is_same(path: Path, known: dict[str, Any]) -> bool:
 
 def _is_intact(folder: Path) -> bool:
     manifest = _manifest(folder)
-    return bool(manifest) and all(_is_same(folder / n, known) for n, known in manifest.items())
+    found = list(manifest) == [WEIGHTS_NAME] or (folder / INDEX_NAME).is_file()
+    return found and all(_is_same(folder / n, known) for n, known in manifest.items())
