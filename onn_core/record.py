@@ -99,7 +99,6 @@ def read_json(
     build: Callable[[dict[str, Any]], T],
     what: str,
     advice: str,
-    schema_version: int = SCHEMA_VERSION,
 ) -> T:
     """What `build` makes of the JSON in `path`.
 
@@ -108,10 +107,8 @@ def read_json(
     """
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        if fields["schema_version"] != schema_version:
-            raise ValueError(
-                f"schema {fields['schema_version']}, this version reads {schema_version}"
-            )
+        if (found := fields["schema_version"]) != SCHEMA_VERSION:
+            raise ValueError(f"schema {found}, this version reads {SCHEMA_VERSION}")
         return build(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OnnError(f"{path} is not {what} ({error}): {advice}.") from error

@@ -7,7 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from onn_core.record import RunRecord, describe_environment, from_json, read_json, write_json
+from onn_core.record import (
+    SCHEMA_VERSION,
+    RunRecord,
+    describe_environment,
+    from_json,
+    read_json,
+    write_json,
+)
 from onn_workbench.figure import Figure, Line, Panel
 from onn_workbench.stability import FIXES, Event, Outcome
 from onn_workbench.tables import frame
@@ -109,7 +116,7 @@ def headroom(curves: dict[str, dict[int, float]]) -> Figure:
 def save(path: str | os.PathLike, outcomes: dict[str, Outcome], **more: Any) -> None:
     """Write the study as JSON; `more` are further JSON values."""
     runs = {label: dataclasses.asdict(outcome) for label, outcome in outcomes.items()}
-    content = {"schema_version": RunRecord.schema_version, "environment": describe_environment()}
+    content = {"schema_version": SCHEMA_VERSION, "environment": describe_environment()}
     write_json(path, content | {"runs": runs} | more)
 
 

@@ -21,7 +21,15 @@ from onn_core.config import TrainConfig
 from onn_core.data.corpus import prepare
 from onn_core.errors import NonFiniteError
 from onn_core.many import train_many
-from onn_core.record import EvalRecord, RunRecord, StepRecord, from_json, read_json, write_json
+from onn_core.record import (
+    SCHEMA_VERSION,
+    EvalRecord,
+    RunRecord,
+    StepRecord,
+    from_json,
+    read_json,
+    write_json,
+)
 from onn_core.run.checkpoints import FOLDER, Checkpoints
 from onn_core.run.step import optimizer_step
 from onn_core.trainer import ChunkedLoraTrainer, learning_rate
@@ -48,7 +56,7 @@ class Study:
     layouts: Runs  # sparse_layers -> runs of equal training time
     in_memory: dict[str, list[float]]  # a configuration -> losses of its first seed in memory
     answers: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    schema_version: int = RunRecord.schema_version
+    schema_version: int = SCHEMA_VERSION
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the study as JSON, with its rule and verdicts."""

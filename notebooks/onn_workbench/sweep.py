@@ -19,7 +19,7 @@ import onn_core
 from onn_core.__main__ import SettingsLoader
 from onn_core.config import TrainConfig, expand_grid
 from onn_core.errors import ConfigError
-from onn_core.record import RunRecord, from_json, read_json, write_json
+from onn_core.record import SCHEMA_VERSION, RunRecord, from_json, read_json, write_json
 from onn_workbench.figure import Figure, Line, Panel, Parallel, Scale
 from onn_workbench.peers import process_bytes
 from onn_workbench.report import Once
@@ -46,7 +46,7 @@ class Sweep:
     runs: dict[str, RunRecord]
     bytes_read: int  # by all of them together
     alone: dict[str, Alone] = dataclasses.field(default_factory=dict)
-    schema_version: int = RunRecord.schema_version
+    schema_version: int = SCHEMA_VERSION
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the sweep as JSON."""

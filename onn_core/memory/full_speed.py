@@ -18,7 +18,7 @@ from onn_core.memory.footprint import one_layer
 from onn_core.memory.plan import FULL_SPEED_TOKENS, HEAP_FACTOR
 from onn_core.ops.matmul import prepare_linear
 from onn_core.processes import alone_in
-from onn_core.record import cache_dir, describe_environment, read_json, write_json
+from onn_core.record import SCHEMA_VERSION, cache_dir, describe_environment, read_json, write_json
 from onn_core.weights.reader import give_back_memory
 
 MEASURED_TOKENS = (64, FULL_SPEED_TOKENS, 512, 1024, 2048)  # in samples of the first
@@ -70,13 +70,20 @@ def full_speed_tokens(
 
 def _remember(path: Path, layer: "_Layer") -> int:
     """What the file says; else what is measured, which it says from then on."""
-    try:
-        found = read_json(path, dict, "a measured speed", "delete it")
+
+    def known(found: dict[str, Any]) -> int:
         return MEASURED_TOKENS[MEASURED_TOKENS.index(found["tokens"])]
-    except (OnnError, KeyError, ValueError):
+
+    try:
+        return read_json(path, known, "a measured speed", "delete it")
+    except OnnError:
         tried = layer.measure()
     if tried is not None:
-        found = {"schema_version": 1, "tokens": _choose(tried), "seconds_a_token": tried}
+        found = {
+            "schema_version": SCHEMA_VERSION,
+            "tokens": _choose(tried),
+            "seconds_a_token": tried,
+        }
         write_json(path, found)
     return _choose(tried or {})
 

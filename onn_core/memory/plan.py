@@ -234,12 +234,10 @@ def _candidates(
     places = ("memory", "disk" if sizes.on_cpu else "host")
     is_timed = sizes.step_s is not None
     if micro_batch_size is None:
-        micro = [batch_size]
-        while micro[-1] > 1:
-            micro.append(-(-micro[-1] // 2))
-        if is_timed:  # numbers in between, since each micro-batch costs its launches
-            counts = [part << n for n in range(batch_size.bit_length()) for part in (4, 5, 6, 7)]
-            micro = sorted({*micro, *(-(-4 * batch_size // n) for n in counts)}, reverse=True)
+        # 1, 2, 4 ... of them; timed, numbers in between, since each micro-batch costs its launches.
+        quarters = (4, 5, 6, 7) if is_timed else (4,)
+        counts = [n << place for place in range(batch_size.bit_length() + 1) for n in quarters]
+        micro = sorted({-(-4 * batch_size // n) for n in counts}, reverse=True)
     else:
         micro = [min(micro_batch_size, batch_size)]
     tries = list(itertools.product(weights, places, micro, (False, True)[: 1 + is_timed]))
