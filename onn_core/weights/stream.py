@@ -229,6 +229,8 @@ class WeightStream:
             return False
         self._readers.clear()
         self._reads.clear()
+        if self.copy_stream is not None:  # slots that are being filled are another's memory soon
+            torch.cuda.synchronize(self.device)
         if self.ahead is not None:
             self.ahead.clear()
         self.schedule.clear()
@@ -277,6 +279,7 @@ class WeightStream:
             weight.tensor = weight.host
             return
         tensor = weight.view(slot.memory)
+        self.copy_stream.wait_event(slot.filled)  # by an exchange, of a weight that was not used
         if self.gather is None or not self.gather.copy(weight):
             self.copy_stream.wait_event(slot.used)
             with torch.cuda.stream(self.copy_stream):
