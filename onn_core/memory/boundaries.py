@@ -2,14 +2,11 @@
 
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable
 
 import torch
 
 from onn_core.weights.host import HostMemory
-
-N_LEAVING = 2  # tensors whose copy may be under way when another is saved
 
 
 class HostBoundaries:
@@ -23,15 +20,10 @@ class HostBoundaries:
         # Address of each tensor that was saved -> the one before, which backward needs after it.
         self._before: dict[int, Callable[[], OnHost | None]] = {}
         self._latest: Callable[[], OnHost | None] = lambda: None
-        self._leaving: deque[torch.cuda.Event] = deque()
 
     def save(self, tensor: torch.Tensor) -> "OnHost":
-        # Where visits are replayed, the processor would be many layers ahead, and the device's
-        # memory full of tensors whose copy is not done.
-        if len(self._leaving) == N_LEAVING:
-            self._leaving.popleft().synchronize()
+        """Begin to copy a tensor that something refers to until `leave` was called."""
         saved = OnHost(tensor, self)
-        self._leaving.append(saved.copied)
         self._before[saved.tensor.data_ptr()], self._latest = self._latest, weakref.ref(saved)
         return saved
 
@@ -82,7 +74,7 @@ class OnHost:
     """A tensor in pinned host memory."""
 
     def __init__(self, tensor: torch.Tensor, boundaries: HostBoundaries):
-        memory = boundaries.memory
+        memory, self._device = boundaries.memory, boundaries.device
         buffer = memory.take(tensor.nbytes)
         weakref.finalize(self, memory.give_back, buffer)
         self.tensor = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -90,7 +82,10 @@ class OnHost:
         with torch.cuda.stream(stream):
             self.tensor.copy_(tensor, non_blocking=True)
             self.copied = stream.record_event()
-        tensor.record_stream(stream)
+
+    def leave(self) -> None:
+        """What the device does from here on may overwrite the tensor that was copied."""
+        torch.cuda.current_stream(self._device).wait_event(self.copied)
 
     def read(self) -> torch.Tensor:
         self.copied.synchronize()  # rows that are not contiguous are gathered by the processor

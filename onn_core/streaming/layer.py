@@ -63,10 +63,17 @@ class StreamedLayer:
         if device.type == "cuda" and streaming.planner.budget is None:
             n_bytes = streaming.n_layers * sum(x.nbytes for x in inputs)
             on_host = n_bytes > torch.cuda.mem_get_info(device)[0] // 4
-        if on_host:
-            save = streaming.host_boundaries.save
-            return torch.autograd.graph.saved_tensors_hooks(save, OnHost.read)
-        return contextlib.nullcontext()
+        if not on_host:
+            return contextlib.nullcontext()
+        leaving = [streaming.host_boundaries.save(x) for x in inputs]  # as the layer computes
+
+        def pack(tensor: torch.Tensor) -> OnHost:
+            """The next input, once the layer is done with it."""
+            saved = leaving.pop(0)
+            saved.leave()
+            return saved
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, OnHost.read)
 
 
 class Recompute(torch.autograd.Function):
