@@ -21,6 +21,7 @@ from toy import (
     with_lora,
 )
 
+from onn_core.memory.boundaries import HostBoundaries
 from onn_core.ops import four_bit
 from onn_core.ops.cross_entropy import IGNORED, OnlineCrossEntropy, kernels
 
@@ -97,6 +98,31 @@ def test_boundaries_on_the_host(monkeypatch):
     want = step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
     assert_same(step(with_lora(streamed(toy_dir("llama"), device="cuda")), batch), want)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_no_layer_overwrites_a_boundary_that_is_still_leaving(captured, monkeypatch):
+    batch = on_device(toy_batch(batch_size=64, n_tokens=40))
+    begin = HostBoundaries.stream
+
+    def late(boundaries):
+        stream = begin(boundaries)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**7)  # several ms, in which a layer would be done
+        return stream
+
+    monkeypatch.setattr(HostBoundaries, "stream", late)
+    steps = []
+    for place in ("memory", "host"):
+        base = streamed(toy_dir("llama"), device="cuda", memory_budget="2GB", micro_batch_size=32)
+        wanted = (place, captured)
+        prefer_plans(base, lambda plan, wanted=wanted: (plan.boundaries, plan.captured) == wanted)
+        model = with_lora(base)
+        steps.append([step(model, batch) for _ in range(4)])
+        assert (base.plan.boundaries, base.plan.captured) == wanted
+        base.close()
+    for got, want in zip(*steps, strict=True):
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])  # plain, soft cap, bias
@@ -181,7 +207,12 @@ def test_kernel_of_four_bits(is_nf4, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "mixtral"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-def test_replayed_visits_are_those_that_run_as_they_are(family, micro_batch_size):
+@pytest.mark.parametrize("has_room", [True, False])  # for the graphs, while an evaluation runs
+def test_replayed_visits_are_those_that_run_as_they_are(
+    family, micro_batch_size, has_room, monkeypatch
+):
+    if not has_room:
+        monkeypatch.setattr("onn_core.memory.plan._keep_graphs", lambda plan, *_: plan)
     batch = on_device(toy_batch(batch_size=4))
     steps = {}
     for captured in (False, True):
@@ -203,7 +234,7 @@ def test_replayed_visits_are_those_that_run_as_they_are(family, micro_batch_size
             for parameter, grad in zip(trained, steps[captured][-1][1].values(), strict=True):
                 parameter.grad = grad
             optimizer.step()
-        assert base.plan.captured == captured
+        assert (base.plan.captured, base.plan.keeps_graphs) == (captured, captured and has_room)
         base.close()
     for got, want in zip(steps[True], steps[False], strict=True):
         assert_same(got, want)

@@ -25,6 +25,7 @@ from toy import (
 from transformers import AutoConfig
 
 from onn_core.errors import ConfigError
+from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import LiveBytes, visit_bytes
 from onn_core.memory.plan import (
     CPU_MARGIN,
@@ -87,7 +88,7 @@ def test_on_cuda_a_micro_batch_is_worth_more_than_reading_ahead():
     small, large = (make_plan(sizes, batch_size, 128, budget) for batch_size in (32, 128))
     ahead = count_slots(sizes.layers, 1)
     assert ahead - small.slots and ahead - large.slots
-    assert (small.micro_batch_size, large.micro_batch_size) == (11, 7)  # no halves of the batch
+    assert (small.micro_batch_size, large.micro_batch_size) == (11, 6)  # no halves of the batch
     assert (small.n_resident, large.n_resident) == (1, 1)
 
 
@@ -380,3 +381,19 @@ def test_a_plan_tells_what_it_was_weighed_against():
     assert times == sorted(times) and len(times) > 2 and all(one.fits for one in plan.weighed)
     assert times[0] == on_gpu.step_s(on_gpu, plan, 32, 128)
     assert plan.weighed[0].peak_bytes == plan.peak_bytes
+
+
+def test_a_larger_budget_of_a_device_is_never_slower():
+    sizes = geometry_of(geometry("llama-3-8b"), on_cpu=False).sizes
+    sizes = replace(sizes, n_trained=20_971_520, n_back=32, step_s=Costs().step_s)
+    for batch_size, n_tokens in ((32, 512), (8, 128)):
+        seconds, plans = [], []
+        for budget in (2.2e9, 2.8e9, 3.6e9, 5e9, 8e9, 20e9):
+            plans.append(make_plan(sizes, batch_size, n_tokens, int(budget)))
+            assert sizes.margin * plans[-1].peak_bytes <= budget
+            seconds.append(sizes.step_s(sizes, plans[-1], batch_size, n_tokens))
+        assert seconds == sorted(seconds, reverse=True) and seconds[-1] < seconds[0] / 1.5
+        if batch_size == 32:  # the head is read in each of its rounds
+            assert plans[0].head.n_rounds > plans[-1].head.n_rounds == 1
+        else:  # captured; only the last has room for an evaluation beside the graphs
+            assert [plan.keeps_graphs for plan in plans] == [False] * 5 + [True]

@@ -11,7 +11,7 @@ from typing import Any
 
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import HEAD_TOKENS, LOGITS_BYTES, PLAIN_FRACTION
-from onn_core.weights.dequantise import Converted, work_bytes
+from onn_core.weights.dequantise import Converted
 from onn_core.weights.slots import (
     StreamedWeight,
     count_dense,
@@ -31,10 +31,9 @@ TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments o
 MAX_GRAPH_FRACTION = 1 / 8
 # What is tried where the time of a step decides.
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
-# Of CUDA graphs: cuBLAS's workspaces in their pool, two threads', and the graphs themselves.
-CAPTURE_BYTES = 160 << 20
-# Their pool takes more than what is in use at once, since it is cut anew for each graph.
-POOL_FACTOR = 1.1
+# Of CUDA graphs, beside what their visits make (of which their pool took 0.92 to 0.94 on an H200):
+# cuBLAS's workspaces in the pool, two threads', and the graphs themselves.
+CAPTURE_BYTES = 128 << 20
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
 MAX_CAPTURED_TOKENS = 4096
 # From here on a micro-batch runs at full speed where that was not measured, and a CPU computes
@@ -70,6 +69,11 @@ class Sizes:
     def resident_slots(self) -> list[Counter]:
         """The slots for each number of resident layers, from 1 to all."""
         return [count_slots(self.layers, n + 1) for n in range(len(self.layers))]
+
+    @functools.cached_property
+    def slots_ahead(self) -> Counter:
+        """Those for what is fetched while the layer before computes."""
+        return self.resident_slots[0] - count_slots(self.layers, 1, prefetch=False)
 
     @property
     def margin(self) -> float:
@@ -137,6 +141,7 @@ class Plan:
     head: "HeadPlan | None" = None
     dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
+    keeps_graphs: bool = False  # there is room for them beside a visit that runs as it is
     weighed: tuple[Weighed, ...] = ()  # at most MOST_WEIGHED, this plan with them
     casts_once: bool = False  # small matrices wait in the dtype that they are multiplied in, too
 
@@ -190,11 +195,11 @@ def make_plan(
             refused.append(plan)
             continue
         fractions = (None,) if sizes.step_s is None else GRAPH_FRACTIONS
-        for most in fractions[:1] if plan.captured else fractions:
-            full = _reserve_graphs(plan, sizes, budget, batch_size, n_tokens, most)
+        heads = _plan_head(plan, sizes, budget, batch_size, n_tokens)
+        for one, most in itertools.product(heads, fractions[:1] if plan.captured else fractions):
+            full = _reserve_graphs(one, sizes, budget, batch_size, n_tokens, most)
             full = _add_residents(full, sizes, budget)
-            head = _plan_head(sizes, full, batch_size, n_tokens)
-            plans.append(dataclasses.replace(full, head=head))
+            plans.append(_keep_graphs(full, sizes, budget, n_tokens))
         if sizes.step_s is None:
             break
     if not plans:
@@ -339,27 +344,31 @@ def _count_terms(
     """The peak of a layer's visit, or of the head, with what it is given and makes.
 
     captured: layers have a pool of their own, and fixed memory for a layer's weights, inputs and
-    outputs; an evaluation still runs them as they are.
-
-    Forward, the embedding is resident too: transformers refers to it until the last layer is done.
+    outputs. What runs as it is, such as an evaluation, has its memory when there are no graphs.
     """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
+    micro_bytes = micro_batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
-    head = head_bytes(sizes, batch_size * n_tokens)
-    activations, captured_visits = max(forward + batch_bytes, backward, head), 0
     if captured:
-        activations = max(forward + batch_bytes, head)
+        forward = backward = 0
+        at_any_time = [w for unit in sizes.layers for w in unit if w.module is None]
+        dense = count_dense([[w] for w in at_any_time], whole_unit=False)
+    # Forward, the embedding is there too: transformers refers to it until the last layer is done.
+    visits = [forward + batch_bytes, backward, head_bytes(sizes, batch_size * n_tokens)]
+    if place == "host":  # backward, a micro-batch's input is there, and the next comes
+        visits[1] += 2 * micro_bytes
+    captured_visits = 0
+    if captured:
         weights = max(sum(w.captured_bytes for w in layer) for layer in sizes.layers)
-        fixed = 6 * micro_batch_size * n_tokens * sizes.hidden_bytes
-        pool = int(POOL_FACTOR * max(forward, backward))
-        captured_visits = weights + fixed + pool + CAPTURE_BYTES
+        pool = max(sizes.visit_bytes(micro_batch_size, n_tokens)[:2])
+        captured_visits = weights + 6 * micro_bytes + pool + CAPTURE_BYTES
     return Terms(
         weights=slots_bytes(slots),
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
-        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * activations) + 2 * batch_bytes,
+        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * max(visits)) + 2 * batch_bytes,
         dense_copies=slots_bytes(dense) + _work_bytes(sizes),
         captured_visits=captured_visits,
     )
@@ -370,23 +379,45 @@ def _work_bytes(sizes: Sizes) -> int:
     packed = [weight for unit in sizes.layers for weight in unit if weight.packed]
     # What transformers makes of several matrices is in fresh memory first, and so are those.
     merged = [2 * w.dense_bytes for w in packed if type(w.source) is Converted]
-    largest = max((math.prod(weight.shape) for weight in packed), default=0)
-    return max(merged, default=0) + work_bytes(sizes.on_cpu, largest)
+    blocks = [weight.source.work_bytes(sizes.on_cpu) for weight in packed]
+    return max(merged, default=0) + max(blocks, default=0)
 
 
-def _plan_head(sizes: Sizes, plan: Plan, batch_size: int, n_tokens: int) -> HeadPlan | None:
-    """On a device: as many tokens at once as the room of a layer's activations has room for."""
+def _plan_head(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> list[Plan]:
+    """On a device: `plan` with two ways for the head, if they differ.
+
+    With as many tokens at once as a layer's activations have room for, and as the budget has: each
+    round reads the whole head.
+    """
     if sizes.on_cpu or len(sizes.head) < 2:
-        return None
+        return [plan]
     n = batch_size * n_tokens
-    forward, backward, _ = sizes.visit_bytes(plan.micro_batch_size, n_tokens)
-    room = max(forward + n * sizes.hidden_bytes, head_bytes(sizes, n))
-    if not plan.captured:  # else the memory of layers is their own
-        room = max(room, backward)
-    n_rounds = 1
-    while n > HEAD_TOKENS * n_rounds and head_bytes(sizes, n, -(-n // n_rounds)) > room:
-        n_rounds += 1
-    return HeadPlan(-(-n // n_rounds), n_rounds)
+    room = plan.terms.activations - 2 * n * sizes.hidden_bytes
+    found: dict[int, Plan] = {}
+    for allowed in (room, room + int(budget / sizes.margin) - plan.peak_bytes):
+        n_rounds = 1
+        while n > HEAD_TOKENS * n_rounds and head_bytes(sizes, n, -(-n // n_rounds)) > allowed:
+            n_rounds += 1
+        head = HeadPlan(-(-n // n_rounds), n_rounds)
+        more = max(0, head_bytes(sizes, n, head.n_tokens) - room)
+        terms = dataclasses.replace(plan.terms, activations=plan.terms.activations + more)
+        found[n_rounds] = plan.with_terms(terms, head=head)
+    return list(found.values())
+
+
+def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
+    """`plan`, with its CUDA graphs kept while a visit runs as it is, if there is room for both."""
+    if not plan.captured:
+        return plan
+    forward = sizes.visit_bytes(plan.micro_batch_size, n_tokens)[0]
+    terms = dataclasses.replace(
+        plan.terms,
+        activations=plan.terms.activations + forward,
+        dense_copies=plan.terms.dense_copies + slots_bytes(plan.dense),
+    )
+    if sizes.margin * terms.total > budget:
+        return plan
+    return plan.with_terms(terms, keeps_graphs=True)
 
 
 def head_bytes(sizes: Sizes, n_tokens: int, at_once: int = HEAD_TOKENS) -> int:

@@ -47,16 +47,22 @@ class Captures:
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
-        if self.layers:  # one may run still
+        had, self.layers = self.layers, {}
+        if had:  # one may run still
             torch.cuda.synchronize(self.device)
-        self.layers = {}
         self._fixed: dict[Any, torch.Tensor] = {}
         self._source: dict[Any, tuple[weakref.ref, int]] = {}  # what was copied there last
         self._pool = self._stream = None
+        if had:  # the memory of their pool is of use to others only then
+            had.clear()
+            torch.cuda.empty_cache()
 
     def of(self, call: Call) -> "CapturedLayer | None":
         """What runs a call of a layer in a training pass; None if the call runs as it is."""
         in_pass, weights = call.in_pass, call.weights
+        keeps_graphs = call.streaming.planner.plan.keeps_graphs
+        if in_pass.lowest is None and not keeps_graphs:  # an evaluation has their memory
+            self.clear()
         if self.impossible or in_pass.lowest is None or call.hook is not None or weights.wrapped:
             return None
         sizes = {rows.stop - rows.start for rows in call.slices}
@@ -74,6 +80,8 @@ class Captures:
             if not (is_plain(weights) and all(map(self._can_hold, call.leaves))):
                 return None
             if self._pool is None:
+                if not keeps_graphs:
+                    call.streaming.stream.scratch.trim()
                 torch.cuda.empty_cache()  # of the passes before, whose memory the graphs take over
                 self._pool = torch.cuda.graph_pool_handle()
                 self._stream = capture_stream(self.device)
@@ -165,10 +173,8 @@ class CapturedLayer:
 
     def fill(self) -> None:
         """Copy the layer's weights to where its graphs read them."""
-        weights = self.weights
-        for weight in weights.all:
-            self._at[weight].copy_(weights.wait(weight))
-            weights.drop(weight)
+        for weight in self.weights.all:
+            self.weights.move(weight, self._at[weight])
 
     def can_run_forward(self, call: Call) -> bool:
         """Captures the forward graph at need, for which no weight need be there."""

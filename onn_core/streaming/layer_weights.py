@@ -205,6 +205,12 @@ class LayerWeights:
         self.at_address[values.untyped_storage().data_ptr()] = weight
         return values
 
+    def move(self, weight: StreamedWeight, memory: torch.Tensor) -> None:
+        """Write the values of a weight to `memory` (shape); this visit needs its slot no longer."""
+        self.streaming.stream.wait(weight)
+        weight.write_values(memory)
+        self.drop(weight)
+
     def values(self, weight: StreamedWeight) -> torch.Tensor | None:
         """The values (shape) of a resident weight, or what is stored where that is multiplied."""
         if self._is_dense(weight):

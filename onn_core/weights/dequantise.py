@@ -21,13 +21,9 @@ Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": BLOCK_BYTES // 4, "cuda": 1 << 22}
 WORK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
+ABSMAX_BYTES = 16  # of memory that the scale of a block of four-bit values takes meanwhile
 INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
-
-
-def work_bytes(on_cpu: bool, n_elements: int) -> int:
-    """Memory that making a matrix, or a block of it, dense takes, without the matrix."""
-    return WORK_BYTES * min(n_elements, BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +52,10 @@ class Source:
     @property
     def n_bytes(self) -> int:
         return sum(entry.n_bytes for entry in self.entries)
+
+    def work_bytes(self, on_cpu: bool) -> int:
+        """Memory that making it dense, or a block of it, takes, without the result."""
+        return WORK_BYTES * min(math.prod(self.shape), BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"])
 
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
@@ -161,9 +161,18 @@ class FourBit(Quantised):
     def row_step(self) -> int:
         return self.block // math.gcd(self.block, math.prod(self.shape[1:]))
 
+    def _kernel(self, device: torch.device) -> four_bit.Kernel | None:
+        is_there = device.type == "cuda" and torch.cuda.is_available()
+        return four_bit.kernel(device, self.is_nf4) if is_there else None
+
+    def work_bytes(self, on_cpu: bool) -> int:
+        if self._kernel(torch.device("cpu" if on_cpu else "cuda")) is None:
+            return super().work_bytes(on_cpu)
+        return ABSMAX_BYTES * (math.prod(self.shape) // self.block)
+
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight, absmax, code, *nested = parts
-        kernel = four_bit.kernel(weight.device, self.is_nf4) if weight.is_cuda else None
+        kernel = self._kernel(weight.device)
         if kernel is None:
             return super().dense(parts, dtype, out)
         if out is None:

@@ -170,13 +170,13 @@ class StreamedWeight:
             begin += _in_pages(entry.n_bytes)
         return found
 
-    def fill_dense(self) -> None:
-        """Give `dense` the values of what is in the slot."""
+    @torch.no_grad()
+    def write_values(self, out: torch.Tensor) -> None:
+        """Give `out` (shape) the values of what is in the slot."""
         if not self.packed:
-            self.dense.copy_(self.tensor)
+            out.copy_(self.tensor)
             return
-        out = self.dense.view(self.source.shape)
-        self.source.dense(self.stored_tensors(), self.dtype, out)
+        self.source.dense(self.stored_tensors(), self.dtype, out.view(self.source.shape))
 
 
 def _in_pages(n_bytes: int) -> int:
@@ -229,8 +229,7 @@ class Scratch:
         memory, evicted = self._take(weight.dense_bytes, busy)
         self._held[weight] = memory
         weight.dense = weight.values_in(memory)
-        with torch.no_grad():
-            weight.fill_dense()
+        weight.write_values(weight.dense)
         return evicted
 
     def _take(
@@ -258,12 +257,16 @@ class Scratch:
             weight.dense = None
             self._free.append(memory)
 
+    def trim(self) -> None:
+        """Give the memory back that no weight has."""
+        self._free.clear()
+
     def clear(self) -> None:
         """Give all memory back."""
         for weight in self._held:
             weight.dense = None
         self._held.clear()
-        self._free.clear()
+        self.trim()
 
 
 def prefetched(weights: Sequence[StreamedWeight]) -> list[StreamedWeight]:
