@@ -125,6 +125,23 @@ def test_no_layer_overwrites_a_boundary_that_is_still_leaving(captured, monkeypa
         assert_same(got, want)
 
 
+def test_boundaries_after_a_backward_that_was_abandoned(monkeypatch):
+    batch, other = on_device(toy_batch(batch_size=4)), on_device(toy_batch(batch_size=4, seed=1))
+    want = step(with_lora(in_memory(toy_dir("llama")).cuda()), batch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 0))
+    base = streamed(toy_dir("llama"), device="cuda", micro_batch_size=2)
+    model = with_lora(base)
+
+    def interrupt(phase, layer):
+        if (phase, layer) == ("backward", 0):
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with base.on_visit(interrupt), pytest.raises(KeyboardInterrupt):
+            step(model, other)
+        assert_same(step(model, batch), want, 4e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])  # plain, soft cap, bias
 def test_rounds_through_the_head(family, monkeypatch):
     batch = on_device(toy_batch())
@@ -212,7 +229,7 @@ def test_replayed_visits_are_those_that_run_as_they_are(
     family, micro_batch_size, has_room, monkeypatch
 ):
     if not has_room:
-        monkeypatch.setattr("onn_core.memory.plan._keep_graphs", lambda plan, *_: plan)
+        monkeypatch.setattr("onn_core.memory.plan._keep_captures", lambda plan, *_: plan)
     batch = on_device(toy_batch(batch_size=4))
     steps = {}
     for captured in (False, True):
@@ -234,7 +251,7 @@ def test_replayed_visits_are_those_that_run_as_they_are(
             for parameter, grad in zip(trained, steps[captured][-1][1].values(), strict=True):
                 parameter.grad = grad
             optimizer.step()
-        assert (base.plan.captured, base.plan.keeps_graphs) == (captured, captured and has_room)
+        assert (base.plan.captured, base.plan.keeps_captures) == (captured, captured and has_room)
         base.close()
     for got, want in zip(steps[True], steps[False], strict=True):
         assert_same(got, want)

@@ -34,6 +34,8 @@ from onn_core.memory.plan import (
     make_plan,
     weights_read,
 )
+from onn_core.memory.planner import Planner
+from onn_core.memory.together import Part, plan_together
 from onn_core.run.estimate import geometry_of, predict
 from onn_core.streaming.call import Graph
 from onn_core.weights.geometry import geometry
@@ -396,4 +398,24 @@ def test_a_larger_budget_of_a_device_is_never_slower():
         if batch_size == 32:  # the head is read in each of its rounds
             assert plans[0].head.n_rounds > plans[-1].head.n_rounds == 1
         else:  # captured; only the last has room for an evaluation beside the graphs
-            assert [plan.keeps_graphs for plan in plans] == [False] * 5 + [True]
+            assert [plan.keeps_captures for plan in plans] == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_runs_together_count_their_boundaries_where_they_are(on_cpu):
+    """In memory only if all of them have room there, not only the one with the largest visit."""
+    sizes = geometry_of(geometry("llama-3-8b"), on_cpu=on_cpu).sizes
+    places = set()
+    for budget in (8e9, 12e9, 14e9, 24e9):
+        parts = []
+        for _ in range(2):
+            planner = Planner(replace(sizes, n_trained=0), int(budget), 1, 2)
+            planner.fit(32, 512, 20_971_520, 32)
+            parts.append(Part(planner, 1))
+            parts[-1].ask(32, 512, 20_971_520, planner.plan)
+        plan = plan_together(parts)[0]
+        places.add(plan.boundaries)
+        if plan.boundaries == "memory":
+            n_bytes = 2 * 32 * len(sizes.layers) * 512 * sizes.hidden_bytes
+            assert plan.terms.boundaries == n_bytes
+    assert places == {"memory", "disk" if on_cpu else "host"}

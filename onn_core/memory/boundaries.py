@@ -22,7 +22,8 @@ class HostBoundaries:
         self._latest: Callable[[], OnHost | None] = lambda: None
 
     def save(self, tensor: torch.Tensor) -> "OnHost":
-        """Begin to copy a tensor that something refers to until `leave` was called."""
+        """Begin to copy a tensor, which must not be overwritten before `wait_for_copy`."""
+        self._forget_coming()  # of a backward pass that was abandoned
         saved = OnHost(tensor, self)
         self._before[saved.tensor.data_ptr()], self._latest = self._latest, weakref.ref(saved)
         return saved
@@ -48,9 +49,7 @@ class HostBoundaries:
         """
         key, now = whole.data_ptr(), torch.cuda.current_stream(self.device)
         rows, copied = self._coming.pop((key, number), None) or self._copy(cut(whole, number))
-        for _, unused in self._coming.values():  # before its memory is another's
-            now.wait_event(unused)
-        self._coming.clear()
+        self._forget_coming()
         number = (number + 1) % n_parts
         following = whole
         if number == 0:
@@ -62,6 +61,11 @@ class HostBoundaries:
                 self._coming[following.data_ptr(), number] = self._copy(rows_to_come)
         now.wait_event(copied)
         return rows
+
+    def _forget_coming(self) -> None:
+        for _, copied in self._coming.values():  # before its memory is another's
+            torch.cuda.current_stream(self.device).wait_event(copied)
+        self._coming.clear()
 
     def _copy(self, rows: torch.Tensor) -> "tuple[torch.Tensor, torch.cuda.Event]":
         there = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
@@ -83,8 +87,8 @@ class OnHost:
             self.tensor.copy_(tensor, non_blocking=True)
             self.copied = stream.record_event()
 
-    def leave(self) -> None:
-        """What the device does from here on may overwrite the tensor that was copied."""
+    def wait_for_copy(self) -> None:
+        """Let the device wait, so that what it does next may overwrite the tensor."""
         torch.cuda.current_stream(self._device).wait_event(self.copied)
 
     def read(self) -> torch.Tensor:

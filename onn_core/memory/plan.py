@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from onn_core.errors import ConfigError
 from onn_core.ops.cross_entropy import HEAD_TOKENS, LOGITS_BYTES, PLAIN_FRACTION
 from onn_core.weights.dequantise import Converted
@@ -31,8 +33,8 @@ TRAINED_BYTES = 16  # a parameter in float32, its gradient and the two moments o
 MAX_GRAPH_FRACTION = 1 / 8
 # What is tried where the time of a step decides.
 GRAPH_FRACTIONS = (0, MAX_GRAPH_FRACTION, 1 / 2)
-# Of CUDA graphs, beside what their visits make (of which their pool took 0.92 to 0.94 on an H200):
-# cuBLAS's workspaces in the pool, two threads', and the graphs themselves.
+# What CUDA graphs take in addition to what their visits make: cuBLAS's workspaces in their pool,
+# two threads', and the graphs themselves. On an H200 the pool took 0.93 of what was counted.
 CAPTURE_BYTES = 128 << 20
 # Above, the kernels of a micro-batch take longer than their launches, and the pool is large.
 MAX_CAPTURED_TOKENS = 4096
@@ -50,6 +52,7 @@ class Sizes:
     layers: Sequence[Sequence[StreamedWeight]]
     head: Sequence[Sequence[StreamedWeight]]
     held_bytes: int  # what is always resident
+    work_bytes: int  # that making a packed weight dense takes, beside its buffer: see `work_bytes`
     hidden_bytes: int  # of a token between two layers
     visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
     on_cpu: bool = True
@@ -141,7 +144,7 @@ class Plan:
     head: "HeadPlan | None" = None
     dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
-    keeps_graphs: bool = False  # there is room for them beside a visit that runs as it is
+    keeps_captures: bool = False  # there is room for the graphs beside an evaluation
     weighed: tuple[Weighed, ...] = ()  # at most MOST_WEIGHED, this plan with them
     casts_once: bool = False  # small matrices wait in the dtype that they are multiplied in, too
 
@@ -168,6 +171,15 @@ class Plan:
 
     def with_terms(self, terms: Terms, **changes: Any) -> "Plan":
         return dataclasses.replace(self, count_terms=lambda: terms, **changes)
+
+
+def work_bytes(layers: Sequence[Sequence[StreamedWeight]], device: torch.device) -> int:
+    """What it takes to make one packed weight, or a block of it, dense, without its buffer."""
+    packed = [weight for unit in layers for weight in unit if weight.packed]
+    # What transformers makes of several matrices is in fresh memory first, and so are those.
+    merged = [2 * w.dense_bytes for w in packed if type(w.source) is Converted]
+    blocks = [weight.source.work_bytes(device) for weight in packed]
+    return max(merged, default=0) + max(blocks, default=0)
 
 
 def make_plan(
@@ -199,7 +211,7 @@ def make_plan(
         for one, most in itertools.product(heads, fractions[:1] if plan.captured else fractions):
             full = _reserve_graphs(one, sizes, budget, batch_size, n_tokens, most)
             full = _add_residents(full, sizes, budget)
-            plans.append(_keep_graphs(full, sizes, budget, n_tokens))
+            plans.append(_keep_captures(full, sizes, budget, n_tokens))
         if sizes.step_s is None:
             break
     if not plans:
@@ -213,7 +225,7 @@ def make_plan(
         return dataclasses.replace(plans[0], weighed=tuple(weighed[-MOST_WEIGHED:]))
     timed = [(sizes.step_s(sizes, plan, batch_size, n_tokens), plan) for plan in plans]
     timed.sort(key=operator.itemgetter(0))
-    # Some differ in the scratch alone.
+    # Some differ in the scratch alone, or in the rounds of the head.
     weighed = dict.fromkeys(_weigh(plan, step_s=step_s) for step_s, plan in timed)
     return dataclasses.replace(timed[0][1], weighed=tuple(weighed)[:MOST_WEIGHED])
 
@@ -344,43 +356,37 @@ def _count_terms(
     """The peak of a layer's visit, or of the head, with what it is given and makes.
 
     captured: layers have a pool of their own, and fixed memory for a layer's weights, inputs and
-    outputs. What runs as it is, such as an evaluation, has its memory when there are no graphs.
+    outputs. There are no graphs yet when the first step runs as it is, nor, where the plan does not
+    keep them, in an evaluation: each has room in what the graphs take.
+
+    Forward, the embedding is there too: transformers refers to it until the last layer is done.
     """
     batch_bytes = batch_size * n_tokens * sizes.hidden_bytes
     micro_bytes = micro_batch_size * n_tokens * sizes.hidden_bytes
     saved = len(sizes.layers) * batch_bytes if place == "memory" else 0
     forward, backward, _ = sizes.visit_bytes(micro_batch_size, n_tokens)
+    largest, captured_visits = head_bytes(sizes, batch_size * n_tokens), 0
     if captured:
-        forward = backward = 0
-        at_any_time = [w for unit in sizes.layers for w in unit if w.module is None]
-        dense = count_dense([[w] for w in at_any_time], whole_unit=False)
-    # Forward, the embedding is there too: transformers refers to it until the last layer is done.
-    visits = [forward + batch_bytes, backward, head_bytes(sizes, batch_size * n_tokens)]
-    if place == "host":  # backward, a micro-batch's input is there, and the next comes
-        visits[1] += 2 * micro_bytes
-    captured_visits = 0
-    if captured:
-        weights = max(sum(w.captured_bytes for w in layer) for layer in sizes.layers)
-        pool = max(sizes.visit_bytes(micro_batch_size, n_tokens)[:2])
-        captured_visits = weights + 6 * micro_bytes + pool + CAPTURE_BYTES
+        largest = max(largest, batch_bytes)
+        weights = [Counter(weight.captured_bytes for weight in unit) for unit in sizes.layers]
+        captured_visits = slots_bytes(functools.reduce(operator.or_, weights)) + 6 * micro_bytes
+        captured_visits += max(forward, backward) + CAPTURE_BYTES
+        # What may be used at any time is dense in the scratch when a visit begins.
+        units = [[w for w in unit if w.module is None] for unit in sizes.layers]
+        dense = count_dense(units, whole_unit=False)
+    else:
+        if place == "host":  # a micro-batch's input is there, and the next comes
+            backward += 2 * micro_bytes
+        largest = max(largest, forward + batch_bytes, backward)
     return Terms(
         weights=slots_bytes(slots),
         always_there=sizes.held_bytes + (PROCESS_BYTES if sizes.on_cpu else 0),
         adapters=TRAINED_BYTES * sizes.n_trained,
         boundaries=saved,
-        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * max(visits)) + 2 * batch_bytes,
-        dense_copies=slots_bytes(dense) + _work_bytes(sizes),
+        activations=int((HEAP_FACTOR if sizes.on_cpu else 1) * largest) + 2 * batch_bytes,
+        dense_copies=slots_bytes(dense) + sizes.work_bytes,
         captured_visits=captured_visits,
     )
-
-
-def _work_bytes(sizes: Sizes) -> int:
-    """What it takes to make one packed weight, or a block of it, dense, without its buffer."""
-    packed = [weight for unit in sizes.layers for weight in unit if weight.packed]
-    # What transformers makes of several matrices is in fresh memory first, and so are those.
-    merged = [2 * w.dense_bytes for w in packed if type(w.source) is Converted]
-    blocks = [weight.source.work_bytes(sizes.on_cpu) for weight in packed]
-    return max(merged, default=0) + max(blocks, default=0)
 
 
 def _plan_head(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens: int) -> list[Plan]:
@@ -405,8 +411,8 @@ def _plan_head(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens:
     return list(found.values())
 
 
-def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
-    """`plan`, with its CUDA graphs kept while a visit runs as it is, if there is room for both."""
+def _keep_captures(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
+    """`plan`, with its CUDA graphs beside an evaluation, if there is room for both."""
     if not plan.captured:
         return plan
     forward = sizes.visit_bytes(plan.micro_batch_size, n_tokens)[0]
@@ -417,7 +423,7 @@ def _keep_graphs(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
     )
     if sizes.margin * terms.total > budget:
         return plan
-    return plan.with_terms(terms, keeps_graphs=True)
+    return plan.with_terms(terms, keeps_captures=True)
 
 
 def head_bytes(sizes: Sizes, n_tokens: int, at_once: int = HEAD_TOKENS) -> int:

@@ -31,7 +31,7 @@ class Part:
     n_tokens: int = 1  # of a sample
     micro_batch_size: int = 1
     n_trained: int = 0  # parameters
-    activations: int = 0  # bytes, of its largest visit
+    visit_bytes: int = 0  # of its largest visit
 
     @property
     def n_rows(self) -> int:
@@ -45,10 +45,11 @@ class Part:
     def ask(self, batch_size: int, n_tokens: int, n_trained: int, plan: Plan) -> None:
         """Alone, the model would have `plan` for batches (B, T)."""
         self.n_trained = n_trained
-        if self.planner.budget is not None and plan.terms.activations > self.activations:
+        visit_bytes = plan.terms.activations + plan.terms.captured_visits
+        if self.planner.budget is not None and visit_bytes > self.visit_bytes:
             self.batch_size, self.n_tokens = batch_size, n_tokens
             self.micro_batch_size = plan.micro_batch_size
-            self.activations = plan.terms.activations
+            self.visit_bytes = visit_bytes
 
 
 def plan_together(parts: Sequence[Part]) -> list[Plan]:
@@ -77,6 +78,8 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
                 f"{len(parts)} runs in one pass need {_plan_sum(parts, place, None).terms}, which "
                 f"a memory_budget of {budget / 2**20:.0f} MiB has no room for: at most {fits} fit."
             ) from error
+        if place == "memory" and whole.boundaries != place:  # those of the others have no room
+            continue
         changes = {
             "slots": whole.slots,
             "n_resident": whole.n_resident,
@@ -86,12 +89,8 @@ def plan_together(parts: Sequence[Part]) -> list[Plan]:
             "boundaries": place,
         }
         # A run that went in rounds through the head would visit it more often than the others.
-        heads = [part.planner.plan.head for part in parts]
-        heads = [head and dataclasses.replace(head, n_rounds=1) for head in heads]
-        return [
-            part.planner.plan.with_terms(whole.terms, **changes, head=head)
-            for part, head in zip(parts, heads, strict=True)
-        ]
+        changes["head"] = whole.head and dataclasses.replace(whole.head, n_rounds=1)
+        return [part.planner.plan.with_terms(whole.terms, **changes) for part in parts]
     raise AssertionError("the last place returns or raises")
 
 
@@ -104,7 +103,7 @@ def _fits(parts: Sequence[Part]) -> bool:
 
 def _plan_sum(parts: Sequence[Part], place: str, budget: int | None) -> Plan:
     """The plan of the part with the largest visit, beside all that the others hold."""
-    largest = max(parts, key=lambda part: part.activations)
+    largest = max(parts, key=lambda part: part.visit_bytes)
     n_layers = len(largest.planner.sizes.layers)
     others = [part for part in parts if part is not largest]
     saved = sum(n_layers * part.batch_bytes() for part in others) if place == "memory" else 0

@@ -12,7 +12,7 @@ from onn_core.config import parse_bytes, require_integer
 from onn_core.errors import ConfigError
 from onn_core.memory.costs import Costs
 from onn_core.memory.footprint import Footprint
-from onn_core.memory.plan import Sizes, bytes_read, make_plan
+from onn_core.memory.plan import Sizes, bytes_read, make_plan, work_bytes
 from onn_core.ops.matmul import cast_in_cache, in_one_block
 from onn_core.streaming.experts import groups_experts
 from onn_core.streaming.head import split_rows
@@ -91,6 +91,7 @@ def geometry_of(
             for rows in blocks
         ],
         held_bytes=sum(p.nbytes for p in held),
+        work_bytes=work_bytes(units, torch.device("cpu" if on_cpu else "cuda")),
         hidden_bytes=hidden_size * compute_dtype.itemsize,
         visit_bytes=Footprint(config, compute_dtype),
         on_cpu=on_cpu,

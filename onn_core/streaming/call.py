@@ -123,7 +123,7 @@ class Call:
             if self.captured is None and captures is not None:
                 after = random_state(self.streaming.device)
                 if not all(map(torch.equal, self.random_states[0], after)):
-                    captures.impossible = "it draws random numbers"
+                    captures.give_up("it draws random numbers")
         if len(self.slices) > 1 and not self.has_cache:
             batching, n = self.streaming.batching, self.batch_size
             batching.note(self.number, n, self.leaves, whole, self.out_places, self.out_spec)

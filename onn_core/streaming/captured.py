@@ -3,9 +3,9 @@
 Where micro-batches are small, a GPU waits for Python between two kernels. So the kernels of a
 layer's forward, and those of its recompute with the gradients, are captured once each and replayed
 with other values: the same kernels, so the same numbers. A graph always reads and writes the same
-memory. The weights of the visited layer are copied there from their slots, which are free again at
-once; arguments, outputs and gradients are copied in and out; all else is in one pool, which the
-graphs of all layers share because one runs at a time.
+memory. The weights of the visited layer are copied or decoded there from their slots, which are
+free again at once; arguments, outputs and gradients are copied in and out; all else is in one pool,
+which the graphs of all layers share because one runs at a time.
 
 What a graph cannot repeat runs as it is: random numbers, caches, hooks inside a layer, several
 adapters in one pass, code that asks for values.
@@ -47,22 +47,36 @@ class Captures:
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
-        had, self.layers = self.layers, {}
-        if had:  # one may run still
+        dropped, self.layers = list(self.layers.values()), {}
+        if dropped:  # one may run still
             torch.cuda.synchronize(self.device)
+        for layer in dropped:  # which the calls of a pass refer to for as long as its loss
+            layer.drop()
         self._fixed: dict[Any, torch.Tensor] = {}
         self._source: dict[Any, tuple[weakref.ref, int]] = {}  # what was copied there last
         self._pool = self._stream = None
-        if had:  # the memory of their pool is of use to others only then
-            had.clear()
+        if dropped:  # the memory of their pool is of use to others only then
             torch.cuda.empty_cache()
 
+    def give_up(self, why: str) -> None:
+        """Nothing is captured from here on."""
+        self.impossible = why
+        self.clear()
+
     def of(self, call: Call) -> "CapturedLayer | None":
-        """What runs a call of a layer in a training pass; None if the call runs as it is."""
-        in_pass, weights = call.in_pass, call.weights
-        keeps_graphs = call.streaming.planner.plan.keeps_graphs
-        if in_pass.lowest is None and not keeps_graphs:  # an evaluation has their memory
+        """What runs a call of a layer in a training pass; None if the call runs as it is.
+
+        Then all graphs are dropped, unless the plan has room for them beside it. They are captured
+        again when two passes of one shape follow each other.
+        """
+        found, keeps = self._find(call), call.streaming.planner.plan.keeps_captures
+        if found is None and self.layers and not keeps:
             self.clear()
+            self._shape = None
+        return found
+
+    def _find(self, call: Call) -> "CapturedLayer | None":
+        in_pass, weights = call.in_pass, call.weights
         if self.impossible or in_pass.lowest is None or call.hook is not None or weights.wrapped:
             return None
         sizes = {rows.stop - rows.start for rows in call.slices}
@@ -74,13 +88,17 @@ class Captures:
             return None
         if len({p.dtype for p in weights.own_parameters if p.requires_grad}) > 1:
             return None
-        state = layer_state(weights)
+        state, keeps = layer_state(weights), call.streaming.planner.plan.keeps_captures
         captured = self.layers.get(weights.number)
         if captured is None or captured.key != (state, call_key(call)):
             if not (is_plain(weights) and all(map(self._can_hold, call.leaves))):
+                if not keeps:  # else all would be captured anew in each pass, for nothing
+                    self.give_up("a layer is more than its own code and LoRA")
                 return None
+            if captured is not None:
+                captured.drop()
             if self._pool is None:
-                if not keeps_graphs:
+                if not keeps:
                     call.streaming.stream.scratch.trim()
                 torch.cuda.empty_cache()  # of the passes before, whose memory the graphs take over
                 self._pool = torch.cuda.graph_pool_handle()
@@ -136,6 +154,7 @@ class Captures:
         """A graph of the kernels that `run` would launch; None if there can be none."""
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self._stream.wait_stream(now)
+        why = None
         try:
             with torch.cuda.stream(self._stream):
                 # Other threads go on reading and copying meanwhile.
@@ -145,8 +164,10 @@ class Captures:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            self.impossible = str(error)
-            self.clear()
+            why = str(error)
+        if why is not None:  # here nothing refers to tensors of the pool any more
+            del graph
+            self.give_up(why)
             return None
         now.wait_stream(self._stream)
         return graph
@@ -171,8 +192,13 @@ class CapturedLayer:
         self._out_spec: pytree.TreeSpec | None = None
         self._found: list[torch.Tensor | None] = []  # gradients, of the input first
 
+    def drop(self) -> None:
+        """Give up the graphs and what they wrote; it cannot run any more."""
+        self._forward = self._backward = None
+        self._at, self._outputs, self._found = {}, [], []
+
     def fill(self) -> None:
-        """Copy the layer's weights to where its graphs read them."""
+        """Write the layer's weights to where its graphs read them."""
         for weight in self.weights.all:
             self.weights.move(weight, self._at[weight])
 

@@ -54,7 +54,10 @@ class StreamedLayer:
         return pytree.tree_unflatten(call.with_outputs(outputs), call.out_spec)
 
     def _saving_inputs(self, inputs: list[torch.Tensor]) -> contextlib.AbstractContextManager:
-        """Where the inputs are saved: as planned; unplanned, on the host if CUDA has no room."""
+        """Where the inputs are saved: as planned; unplanned, on the host if CUDA has no room.
+
+        Their copies to the host begin at once, and end before the layer is done.
+        """
         streaming = self.weights.streaming
         plan, device = streaming.planner.plan, streaming.device
         if plan.boundaries == "disk":
@@ -65,13 +68,13 @@ class StreamedLayer:
             on_host = n_bytes > torch.cuda.mem_get_info(device)[0] // 4
         if not on_host:
             return contextlib.nullcontext()
-        leaving = [streaming.host_boundaries.save(x) for x in inputs]  # as the layer computes
+        copies = {(x.data_ptr(), x.shape): streaming.host_boundaries.save(x) for x in inputs}
 
         def pack(tensor: torch.Tensor) -> OnHost:
-            """The next input, once the layer is done with it."""
-            saved = leaving.pop(0)
-            saved.leave()
-            return saved
+            """Called when the layer has run, with another view of an input."""
+            copy = copies[tensor.data_ptr(), tensor.shape]
+            copy.wait_for_copy()
+            return copy
 
         return torch.autograd.graph.saved_tensors_hooks(pack, OnHost.read)
 

@@ -208,7 +208,10 @@ class LayerWeights:
     def move(self, weight: StreamedWeight, memory: torch.Tensor) -> None:
         """Write the values of a weight to `memory` (shape); this visit needs its slot no longer."""
         self.streaming.stream.wait(weight)
-        weight.write_values(memory)
+        if weight.dense is None:
+            weight.write_values(memory)
+        else:  # of experts, from the beginning of the visit
+            memory.copy_(weight.dense)
         self.drop(weight)
 
     def values(self, weight: StreamedWeight) -> torch.Tensor | None:

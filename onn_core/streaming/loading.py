@@ -20,7 +20,7 @@ from onn_core.memory.boundaries import HostBoundaries
 from onn_core.memory.costs import measure_costs
 from onn_core.memory.footprint import Footprint
 from onn_core.memory.full_speed import full_speed_tokens
-from onn_core.memory.plan import FULL_SPEED_TOKENS, Sizes
+from onn_core.memory.plan import FULL_SPEED_TOKENS, Sizes, work_bytes
 from onn_core.memory.planner import Planner
 from onn_core.memory.process import library_bytes, memory_bytes
 from onn_core.memory.together import Part
@@ -199,6 +199,7 @@ def open_streamed(
         # of what is always resident; a placeholder has one element
         held_bytes=sum(p.untyped_storage().nbytes() for p in model.parameters())
         + library_bytes(device),
+        work_bytes=work_bytes(units, device),
         hidden_bytes=model.config.get_text_config().hidden_size * model.dtype.itemsize,
         visit_bytes=footprint,
         full_speed_tokens=full_speed,

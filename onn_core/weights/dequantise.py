@@ -21,7 +21,8 @@ Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": BLOCK_BYTES // 4, "cuda": 1 << 22}
 WORK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
-ABSMAX_BYTES = 16  # of memory that the scale of a block of four-bit values takes meanwhile
+# Of memory that the scale of a block of four-bit values takes meanwhile: as it is, and nested.
+ABSMAX_BYTES = (4, 28)
 INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
@@ -53,9 +54,9 @@ class Source:
     def n_bytes(self) -> int:
         return sum(entry.n_bytes for entry in self.entries)
 
-    def work_bytes(self, on_cpu: bool) -> int:
+    def work_bytes(self, device: torch.device) -> int:
         """Memory that making it dense, or a block of it, takes, without the result."""
-        return WORK_BYTES * min(math.prod(self.shape), BLOCK_ELEMENTS["cpu" if on_cpu else "cuda"])
+        return WORK_BYTES * min(math.prod(self.shape), BLOCK_ELEMENTS[device.type])
 
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The parameter (shape), in `out` if it is given; `dtype` is that of quantised ones."""
@@ -165,10 +166,10 @@ class FourBit(Quantised):
         is_there = device.type == "cuda" and torch.cuda.is_available()
         return four_bit.kernel(device, self.is_nf4) if is_there else None
 
-    def work_bytes(self, on_cpu: bool) -> int:
-        if self._kernel(torch.device("cpu" if on_cpu else "cuda")) is None:
-            return super().work_bytes(on_cpu)
-        return ABSMAX_BYTES * (math.prod(self.shape) // self.block)
+    def work_bytes(self, device: torch.device) -> int:
+        if self._kernel(device) is None:
+            return super().work_bytes(device)
+        return ABSMAX_BYTES[self.nested_block > 0] * (math.prod(self.shape) // self.block)
 
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight, absmax, code, *nested = parts

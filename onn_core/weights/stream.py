@@ -279,7 +279,8 @@ class WeightStream:
             weight.tensor = weight.host
             return
         tensor = weight.view(slot.memory)
-        self.copy_stream.wait_event(slot.filled)  # by an exchange, of a weight that was not used
+        # An exchange may still fill it, with a weight that was never used.
+        self.copy_stream.wait_event(slot.filled)
         if self.gather is None or not self.gather.copy(weight):
             self.copy_stream.wait_event(slot.used)
             with torch.cuda.stream(self.copy_stream):
