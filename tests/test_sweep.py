@@ -93,7 +93,7 @@ def test_tables_and_figures_hold_every_run(made):
     lines = sweep.curves(made).rows[0][0].parts
     assert len(lines) == 4 and lines[-1].label == f"best: {next(iter(made.finished))}"
     (trace,) = sweep.parallel(made).plotly()["data"]
-    assert [part["label"] for part in trace["dimensions"]][-1] == "final held-out loss"
+    assert [part["label"] for part in trace["dimensions"]][-1] == "change of held-out loss"
     assert len(trace["line"]["color"]) == 4
 
 

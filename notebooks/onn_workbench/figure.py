@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 
 WIDTH = 8.3  # inches, at 100 pixels each: of a notebook's cell in a window of 1280 pixels
 WHOLE_TICKS = 10  # whole numbers on an axis up to which each has a tick
@@ -198,21 +199,20 @@ class Parallel(Drawn):
         for value, heights in zip(self.values, zip(*columns, strict=True), strict=True):
             width = 3.5 if value == best else 1.5
             axes.plot(heights, color=scale.colour(value), linewidth=width)
-        for number, (names, _) in enumerate(self.settings.values()):
+        ticks = [
+            [((place + 0.3) / (len(names) - 0.4), name) for place, name in enumerate(names)]
+            for names, _ in self.settings.values()
+        ]
+        numbers = MaxNLocator(4).tick_values(min(self.values), max(self.values))
+        heights = [(number - self.low) / (self.high - self.low) for number in numbers]
+        ticks.append([(height, f"{n:g}") for height, n in zip(heights, numbers, strict=True)])
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        for number, own in enumerate(ticks):
             axes.axvline(number, color="black", linewidth=1)
-            for place, name in enumerate(names):
-                height = (place + 0.3) / (len(names) - 0.4)
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-                axes.annotate(
-                    name,
-                    (number, height),
-                    (4, 0),
-                    fontsize=9,
-                    va="center",
-                    bbox=box,
-                    textcoords="offset points",
-                )
-        axes.axvline(len(columns) - 1, color="black", linewidth=1)
+            for height, name in own:
+                if 0 <= height <= 1:
+                    place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+                    axes.annotate(name, (number, height), fontsize=9, bbox=box, **place)
         axes.set_xticks(range(len(columns)), [*self.settings, self.title])
         axes.set(yticks=[], ylim=(0, 1), xlim=(-0.05, len(columns) - 1 + 0.05))
         axes.spines[:].set_visible(False)

@@ -27,6 +27,7 @@ from onn_workbench.study import compare, fall, thinned
 from onn_workbench.tables import frame
 
 LOSS = "held-out loss"
+CHANGE = f"change of {LOSS}"  # from the first evaluation to the last; below 0 it fell
 
 
 @dataclasses.dataclass
@@ -239,24 +240,24 @@ def equal_to_alone(sweep: Sweep) -> bool:
 
 
 def parallel(sweep: Sweep) -> Parallel:
-    """Settings and final held-out loss, a line a run."""
+    """Settings and by how much held-out loss changed, a line a run."""
     runs = sweep.finished
     names = list(next(iter(sweep.settings.values())))
     axes = {name: [sweep.settings[run][name] for run in runs] for name in names}
-    axes["final held-out loss"] = [round(run.evals[-1].loss, 4) for run in runs.values()]
-    return Parallel(axes, "settings and final held-out loss of every run")
+    axes[CHANGE] = [round(_change(run), 4) for run in runs.values()]
+    return Parallel(axes, f"settings of every run and {CHANGE}")
 
 
 def curves(sweep: Sweep) -> Figure:
-    """Held-out loss of every run against its steps, coloured by where it ends."""
+    """Held-out loss of every run against its steps, coloured by its change."""
     runs = sweep.finished
-    ends = [run.evals[-1].loss for run in runs.values()]
-    scale, chosen = Scale("final held-out loss", min(ends), max(ends)), best(sweep)
+    changes = list(map(_change, runs.values()))
+    scale, chosen = Scale(CHANGE, min(changes), max(changes)), best(sweep)
     lines = []
     for name, run in reversed(runs.items()):  # the best on top
         x, y = zip(*((done.step, done.loss) for done in run.evals), strict=True)
         label, width = (f"best: {name}", 4) if name == chosen else ("", 1.5)
-        lines.append(Line(label, x, y, width=width, colour=scale.colour(run.evals[-1].loss)))
+        lines.append(Line(label, x, y, width=width, colour=scale.colour(_change(run))))
     y = "held-out loss (nats per counted token)"
     panel = Panel(lines, "optimizer steps", y, scale=scale, height=4)
     return Figure([[panel]], "held-out loss of every run")
