@@ -72,7 +72,7 @@ def measure_read(
     paths: Sequence[Path],
     *,
     n_readers: int,
-    limit_s: float = 1.5,
+    limit_s: float = 0.8,
     into_bytes: int = INTO_BYTES,
     seed: int = 0,
 ) -> float:
