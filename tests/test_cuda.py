@@ -224,12 +224,12 @@ def test_kernel_of_four_bits(is_nf4, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "gpt2", "mixtral"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-@pytest.mark.parametrize("has_room", [True, False])  # for the graphs, while an evaluation runs
+@pytest.mark.parametrize("resident", [True, False])  # the graphs, while an evaluation runs
 def test_replayed_visits_are_those_that_run_as_they_are(
-    family, micro_batch_size, has_room, monkeypatch
+    family, micro_batch_size, resident, monkeypatch
 ):
-    if not has_room:
-        monkeypatch.setattr("onn_core.memory.plan._keep_captures", lambda plan, *_: plan)
+    if not resident:
+        monkeypatch.setattr("onn_core.memory.plan._make_captures_resident", lambda plan, *_: plan)
     batch = on_device(toy_batch(batch_size=4))
     steps = {}
     for captured in (False, True):
@@ -244,14 +244,18 @@ def test_replayed_visits_are_those_that_run_as_they_are(
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         steps[captured] = []
-        for _ in range(4):  # the first runs as it is, the second is captured
-            with model.disable_adapter(), torch.no_grad():  # between two steps, as it is
-                model(**batch)
+        for number in range(6):  # of each three the second is captured, if none is resident
+            if number % 3 == 0:
+                with model.disable_adapter(), torch.no_grad():
+                    model(**batch)
             steps[captured].append(step(model, batch))
             for parameter, grad in zip(trained, steps[captured][-1][1].values(), strict=True):
                 parameter.grad = grad
             optimizer.step()
-        assert (base.plan.captured, base.plan.keeps_captures) == (captured, captured and has_room)
+        assert (base.plan.captured, base.plan.captures_resident) == (
+            captured,
+            captured and resident,
+        )
         base.close()
     for got, want in zip(steps[True], steps[False], strict=True):
         assert_same(got, want)

@@ -83,7 +83,7 @@ class Costs:
 
 
 def _prefetched(sizes: Sizes, plan: Plan) -> float:
-    """The part of what is fetched ahead of a layer that has slots beside those of one layer."""
+    """The part of what would be fetched ahead of a layer for which the plan has slots."""
     if not sizes.slots_ahead:
         return 1.0
     missing = sizes.resident_slots[0] - plan.slots

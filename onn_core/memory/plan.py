@@ -52,7 +52,7 @@ class Sizes:
     layers: Sequence[Sequence[StreamedWeight]]
     head: Sequence[Sequence[StreamedWeight]]
     held_bytes: int  # what is always resident
-    work_bytes: int  # that making a packed weight dense takes, beside its buffer: see `work_bytes`
+    work_bytes: int  # that making a packed weight dense takes, without its buffer
     hidden_bytes: int  # of a token between two layers
     visit_bytes: Callable[[int, int], tuple[int, int, int]]  # (B, T) -> see `footprint`
     on_cpu: bool = True
@@ -144,7 +144,7 @@ class Plan:
     head: "HeadPlan | None" = None
     dense: Counter = dataclasses.field(default_factory=Counter)  # the scratch: size -> buffers
     captured: bool = False  # layer visits are replayed as CUDA graphs, where they can be
-    keeps_captures: bool = False  # there is room for the graphs beside an evaluation
+    captures_resident: bool = False  # the CUDA graphs, during an evaluation, too
     weighed: tuple[Weighed, ...] = ()  # at most MOST_WEIGHED, this plan with them
     casts_once: bool = False  # small matrices wait in the dtype that they are multiplied in, too
 
@@ -211,7 +211,7 @@ def make_plan(
         for one, most in itertools.product(heads, fractions[:1] if plan.captured else fractions):
             full = _reserve_graphs(one, sizes, budget, batch_size, n_tokens, most)
             full = _add_residents(full, sizes, budget)
-            plans.append(_keep_captures(full, sizes, budget, n_tokens))
+            plans.append(_make_captures_resident(full, sizes, budget, n_tokens))
         if sizes.step_s is None:
             break
     if not plans:
@@ -356,8 +356,8 @@ def _count_terms(
     """The peak of a layer's visit, or of the head, with what it is given and makes.
 
     captured: layers have a pool of their own, and fixed memory for a layer's weights, inputs and
-    outputs. There are no graphs yet when the first step runs as it is, nor, where the plan does not
-    keep them, in an evaluation: each has room in what the graphs take.
+    outputs. There are no graphs yet when the first step runs as it is, nor in an evaluation, unless
+    they are resident then: each has room in what the graphs take.
 
     Forward, the embedding is there too: transformers refers to it until the last layer is done.
     """
@@ -411,8 +411,8 @@ def _plan_head(plan: Plan, sizes: Sizes, budget: int, batch_size: int, n_tokens:
     return list(found.values())
 
 
-def _keep_captures(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
-    """`plan`, with its CUDA graphs beside an evaluation, if there is room for both."""
+def _make_captures_resident(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan:
+    """`plan`, with its CUDA graphs resident during an evaluation, if there is room for both."""
     if not plan.captured:
         return plan
     forward = sizes.visit_bytes(plan.micro_batch_size, n_tokens)[0]
@@ -423,7 +423,7 @@ def _keep_captures(plan: Plan, sizes: Sizes, budget: int, n_tokens: int) -> Plan
     )
     if sizes.margin * terms.total > budget:
         return plan
-    return plan.with_terms(terms, keeps_captures=True)
+    return plan.with_terms(terms, captures_resident=True)
 
 
 def head_bytes(sizes: Sizes, n_tokens: int, at_once: int = HEAD_TOKENS) -> int:

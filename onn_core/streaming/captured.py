@@ -66,11 +66,11 @@ class Captures:
     def of(self, call: Call) -> "CapturedLayer | None":
         """What runs a call of a layer in a training pass; None if the call runs as it is.
 
-        Then all graphs are dropped, unless the plan has room for them beside it. They are captured
-        again when two passes of one shape follow each other.
+        Then all graphs are dropped, unless they are planned to be resident. They are captured again
+        when two passes of one shape follow each other.
         """
-        found, keeps = self._find(call), call.streaming.planner.plan.keeps_captures
-        if found is None and self.layers and not keeps:
+        found, resident = self._find(call), call.streaming.planner.plan.captures_resident
+        if found is None and self.layers and not resident:
             self.clear()
             self._shape = None
         return found
@@ -88,17 +88,17 @@ class Captures:
             return None
         if len({p.dtype for p in weights.own_parameters if p.requires_grad}) > 1:
             return None
-        state, keeps = layer_state(weights), call.streaming.planner.plan.keeps_captures
+        state, resident = layer_state(weights), call.streaming.planner.plan.captures_resident
         captured = self.layers.get(weights.number)
         if captured is None or captured.key != (state, call_key(call)):
             if not (is_plain(weights) and all(map(self._can_hold, call.leaves))):
-                if not keeps:  # else all would be captured anew in each pass, for nothing
+                if not resident:  # else all would be captured anew in each pass, for nothing
                     self.give_up("a layer is more than its own code and LoRA")
                 return None
             if captured is not None:
                 captured.drop()
             if self._pool is None:
-                if not keeps:
+                if not resident:
                     call.streaming.stream.scratch.trim()
                 torch.cuda.empty_cache()  # of the passes before, whose memory the graphs take over
                 self._pool = torch.cuda.graph_pool_handle()

@@ -21,8 +21,9 @@ Parts = Sequence[Tensor]  # the stored tensors of a parameter
 # Dense elements that are made at a time: on a CPU they stay in the cache.
 BLOCK_ELEMENTS = {"cpu": BLOCK_BYTES // 4, "cuda": 1 << 22}
 WORK_BYTES = 24  # of memory that an element of a block takes meanwhile, at most
-# Of memory that the scale of a block of four-bit values takes meanwhile: as it is, and nested.
-ABSMAX_BYTES = (4, 28)
+# Of memory that the scale of a block of four-bit values takes meanwhile.
+ABSMAX_BYTES = 4
+NESTED_ABSMAX_BYTES = 28
 INT8_FACTOR = 7.874015748698502e-3  # a 127th, as bitsandbytes rounds it
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1; the fourth bit is the sign
 
@@ -169,7 +170,8 @@ class FourBit(Quantised):
     def work_bytes(self, device: torch.device) -> int:
         if self._kernel(device) is None:
             return super().work_bytes(device)
-        return ABSMAX_BYTES[self.nested_block > 0] * (math.prod(self.shape) // self.block)
+        of_block = NESTED_ABSMAX_BYTES if self.nested_block else ABSMAX_BYTES
+        return of_block * (math.prod(self.shape) // self.block)
 
     def dense(self, parts: Parts, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight, absmax, code, *nested = parts
